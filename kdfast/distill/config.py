@@ -1,0 +1,198 @@
+"""The settings of a run: one frozen dataclass, whose fields are the flags of `kdfast.train`."""
+
+import math
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from kdfast.errors import UserError
+
+
+def flag(default: Any, text: str) -> Any:
+    """A dataclass field with its default and the help that the command line shows."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Names follow Hugging Face and Haystack; the defaults are the published recipe's."""
+
+    teacher: str | None = flag(
+        None, "Folder or hub id of the teacher, a model fine-tuned for question answering."
+    )
+    student: str | None = flag(
+        None, "Folder or hub id of the student. Default: made from --teacher by --student_layers."
+    )
+    student_layers: str | None = flag(
+        None, "Layers that the student keeps, counted from 0, such as 1,3,5."
+    )
+    train_file: str | None = flag(
+        None, "SQuAD JSON, JSONL or parquet file, or a hub dataset id[:config[:split]]."
+    )
+    validation_file: str | None = flag(None, "The same for evaluation. Default: no evaluation.")
+    output_dir: str | None = flag(None, "Folder for the student, its checkpoints and run.json.")
+    overwrite: bool = flag(False, "Replace an earlier run in --output_dir.")
+    resume_from_checkpoint: str | None = flag(
+        None, "Continue from a checkpoint folder, or from the `last` one in --output_dir."
+    )
+    cache_dir: str = flag("~/.cache/kdfast", "Folder for prepared features and teacher logits.")
+
+    max_seq_length: int = flag(384, "Tokens in a window, special tokens included.")
+    max_query_length: int = flag(64, "Tokens of the question that are kept.")
+    doc_stride: int = flag(128, "Context tokens from the start of a window to that of the next.")
+
+    temperature: float = flag(
+        1.5, "Softens teacher and student; the soft loss is times its square."
+    )
+    distillation_loss_weight: float = flag(
+        0.75, "Weight of the soft loss; the gold spans get the rest. 0 trains on gold spans alone."
+    )
+    distillation_loss: Literal["kl_div", "mse"] = flag("kl_div", "The soft loss.")
+    convention: Literal["haystack", "hf"] = flag(
+        "haystack", "kl_div summed over start and end (haystack) or averaged (hf)."
+    )
+
+    num_train_epochs: float = flag(4.0, "Passes over the training windows.")
+    max_steps: int = flag(-1, "Stop after so many optimizer steps; overrides the epochs if > 0.")
+    train_batch_size: int = flag(80, "Windows in one optimizer step, whatever the hardware.")
+    max_tokens_per_micro_batch: int | None = flag(
+        None, "Padded tokens in one forward pass. Default: 768 on a CPU, 16384 on a GPU."
+    )
+    gradient_accumulation_steps: int | None = flag(
+        None, "Cut each step into so many equal micro-batches instead of by tokens."
+    )
+    learning_rate: float = flag(3e-5, "Peak learning rate.")
+    warmup_ratio: float = flag(0.2, "Share of the steps with linear warm-up; then linear decay.")
+    weight_decay: float = flag(0.01, "AdamW's decay, on every parameter.")
+    max_grad_norm: float = flag(1.0, "Gradients are clipped to this norm.")
+    embeds_dropout_prob: float = flag(0.1, "Dropout between the encoder and the span head.")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(
+        None, "Default: fp16 on a GPU, no on a CPU."
+    )
+    seed: int = flag(42, "Keys the order of the data, dropout and a new head.")
+
+    eval_steps: int | None = flag(None, "Evaluate every so many steps. Default: at the end only.")
+    save_steps: int | None = flag(None, "Write a checkpoint every so many steps. Default: none.")
+    save_total_limit: int = flag(2, "Checkpoints that are kept.")
+    load_best_model_at_end: bool = flag(
+        False, "Put the model with the best f1 into --output_dir, and the last one into last/."
+    )
+    max_answer_length: int = flag(30, "Tokens in the longest answer that evaluation considers.")
+    n_best_size: int = flag(20, "Answers per question that evaluation keeps.")
+    report_to: Literal["none", "tensorboard"] = flag("none", "Write TensorBoard files.")
+
+    def check(self) -> None:
+        """Raise UserError for a flag out of range or flags that contradict one another."""
+        self._check_presence()
+        self._check_contradictions()
+        self._check_ranges()
+
+    def _check_presence(self) -> None:
+        for name in ("train_file", "output_dir"):
+            if not getattr(self, name):
+                raise UserError(
+                    f"--{name} is missing: give it, or start without any argument for the demo."
+                )
+        if self.teacher is None and self.distillation_loss_weight != 0:
+            raise UserError(
+                "--teacher is missing: name one, or give --distillation_loss_weight 0 "
+                "to train on gold spans alone."
+            )
+        if self.student is None and (self.teacher is None or self.student_layers is None):
+            raise UserError(
+                "--student is missing: name one, or give --teacher and --student_layers "
+                "to keep some of the teacher's layers."
+            )
+
+    def _check_contradictions(self) -> None:
+        for one, other in (
+            ("overwrite", "resume_from_checkpoint"),
+            ("gradient_accumulation_steps", "max_tokens_per_micro_batch"),
+        ):
+            if getattr(self, one) and getattr(self, other):
+                raise UserError(f"--{one} and --{other} exclude each other: give one of them.")
+        for needy in ("eval_steps", "load_best_model_at_end"):
+            if getattr(self, needy) and not self.validation_file:
+                raise UserError(f"--{needy} needs --validation_file: give one, or leave it out.")
+
+    def _check_ranges(self) -> None:
+        positive = [
+            "max_seq_length",
+            "max_query_length",
+            "doc_stride",
+            "temperature",
+            "train_batch_size",
+            "learning_rate",
+            "max_grad_norm",
+            "max_answer_length",
+            "n_best_size",
+            "save_total_limit",
+        ]
+        positive += [] if self.max_steps > 0 else ["num_train_epochs"]
+        optional = (
+            "max_tokens_per_micro_batch",
+            "gradient_accumulation_steps",
+            "eval_steps",
+            "save_steps",
+        )
+        positive += [name for name in optional if getattr(self, name) is not None]
+        for name in positive:
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise UserError(f"--{name} is {value}: give a finite number above 0.")
+        for name, top in (
+            ("distillation_loss_weight", 1.0),
+            ("warmup_ratio", 1.0),
+            ("weight_decay", math.inf),
+            ("embeds_dropout_prob", 0.99),
+            ("seed", 2**32 - 1),
+        ):
+            value = getattr(self, name)
+            if not 0 <= value <= top or not math.isfinite(value):
+                raise UserError(f"--{name} is {value}: give a number from 0 to {top:g}.")
+        self.kept_layers()
+
+    def kept_layers(self) -> list[int] | None:
+        """The layers of --student_layers, or None. Raises UserError where they are no list."""
+        if self.student_layers is None:
+            return None
+        try:
+            layers = [int(part) for part in self.student_layers.split(",")]
+        except ValueError:
+            layers = []
+        if not layers or layers != sorted(set(layers)) or layers[0] < 0:
+            raise UserError(
+                f"--student_layers is {self.student_layers!r}: "
+                "give rising layer numbers counted from 0, such as 1,3,5."
+            )
+        return layers
+
+    @property
+    def cache_path(self) -> Path:
+        return Path(self.cache_dir).expanduser()
+
+    def differences(self, other: dict[str, Any], names: tuple[str, ...]) -> list[str]:
+        """The names whose value here is not the one in `other`, a saved config."""
+        return [name for name in names if getattr(self, name) != other.get(name)]
+
+
+# What a resumed run must share with the run that it continues.
+OBJECTIVE = tuple(
+    each.name
+    for each in fields(TrainConfig)
+    if each.name
+    not in {
+        "output_dir",
+        "overwrite",
+        "resume_from_checkpoint",
+        "cache_dir",
+        "validation_file",
+        "eval_steps",
+        "save_steps",
+        "save_total_limit",
+        "load_best_model_at_end",
+        "max_answer_length",
+        "n_best_size",
+        "report_to",
+    }
+)

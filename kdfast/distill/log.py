@@ -1,0 +1,76 @@
+"""The log of a run: one JSON line per step and per evaluation, and TensorBoard on request."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from kdfast.distill.step import StepReport
+from kdfast.errors import UserError
+
+LOG_FILE = "train_log.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+
+
+class TrainLog:
+    """Appends to output_dir/train_log.jsonl; a resumed run drops the lines after its checkpoint.
+
+    steps: the steps that the run has behind it.
+    """
+
+    def __init__(self, output_dir: Path, steps: int, tensorboard: bool):
+        self.path = output_dir / LOG_FILE
+        kept = read_log(output_dir, steps)
+        self.file = self.path.open("w", encoding="utf-8")
+        self.file.writelines(json.dumps(line) + "\n" for line in kept)
+        self.writer = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise UserError(
+                    "--report_to tensorboard needs a package: pip install tensorboard."
+                ) from error
+            self.writer = SummaryWriter(str(output_dir / TENSORBOARD_FOLDER), purge_step=steps)
+
+    def step(self, report: StepReport) -> None:
+        """Log a step, from values that are on the host already."""
+        self._write(asdict(report))
+        if self.writer:
+            for name in ("loss", "soft", "hard", "grad_norm", "lr"):
+                self.writer.add_scalar(f"train/{name}", getattr(report, name), report.step)
+
+    def evaluation(self, steps: int, metrics: dict[str, float]) -> None:
+        """Log an evaluation after `steps` steps."""
+        self._write({"evaluated_after": steps, **metrics})
+        if self.writer:
+            for name, value in metrics.items():
+                self.writer.add_scalar(f"eval/{name}", value, steps)
+        self.flush()
+
+    def flush(self) -> None:
+        self.file.flush()
+        if self.writer:
+            self.writer.flush()
+
+    def close(self) -> None:
+        self.flush()
+        self.file.close()
+        if self.writer:
+            self.writer.close()
+
+    def _write(self, line: dict) -> None:
+        self.file.write(json.dumps(line) + "\n")
+
+
+def read_log(output_dir: Path, steps: int) -> list[dict]:
+    """The lines of the first `steps` steps of a run, a torn last line left out."""
+    path = output_dir / LOG_FILE
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if line.get("step", -1) < steps and line.get("evaluated_after", 0) <= steps:
+            lines.append(line)
+    return lines

@@ -1,0 +1,229 @@
+"""Readers: how they are loaded, cut down to some layers, and called."""
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import nn
+from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer
+
+from kdfast.errors import UserError
+
+# Model types whose span head is a Linear `qa_outputs` over the base model's last hidden states
+# and whose first token stands for "no answer". Each has a test.
+SUPPORTED = (
+    "albert",
+    "bert",
+    "camembert",
+    "deberta",
+    "deberta-v2",
+    "electra",
+    "mpnet",
+    "roberta",
+    "xlm-roberta",
+)
+# The files of a model folder that are read; weights in safetensors only, never a pickle.
+MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+
+
+class SpanModel(nn.Module):
+    """A Hugging Face question-answering model that returns its logits as one tensor.
+
+    It is what teaches, what trains and what is evaluated. Dropout of `embeds_dropout_prob` stands
+    between the encoder and the head, as in Haystack; the head runs in the precision of its weights
+    under autocast too, so that half precision never rounds the logits.
+    """
+
+    def __init__(self, reader: nn.Module, embeds_dropout_prob: float = 0.0):
+        super().__init__()
+        self.reader = reader
+        self.dropout = nn.Dropout(embeds_dropout_prob)
+        self.takes_4d_mask = reader.config._attn_implementation == "sdpa"
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits (B, L, 2), start and end, in the type of the head's weights.
+
+        input_ids: int64 (B, L). attention_mask: bool (B, L), True for real tokens, or None where
+        nothing is padding. token_type_ids: int64 (B, L), or None for models without them.
+        """
+        if attention_mask is not None and self.takes_4d_mask:
+            # transformers passes a 4-D mask on as it is; a 2-D one makes it read the device.
+            attention_mask = attention_mask[:, None, None, :]
+        kwargs = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        hidden = self.reader.base_model(input_ids, attention_mask=attention_mask, **kwargs)[0]
+        head = self.reader.qa_outputs
+        with torch.autocast(hidden.device.type, enabled=False):
+            return head(self.dropout(hidden.to(head.weight.dtype)))
+
+
+@dataclass
+class Loaded:
+    """A model with its tokenizer; `notes` are sentences that a program should say aloud."""
+
+    model: SpanModel
+    tokenizer: object
+    notes: list[str] = field(default_factory=list)
+
+
+def local_folder(name: str, role: str) -> Path:
+    """The folder that holds model `name`: itself, or a hub model's files in the hub's own cache.
+
+    Raises UserError, naming `role` (such as "--teacher"), where there is no such model.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(
+                f"{role} {name} holds no config.json: name a folder that "
+                "save_pretrained has written."
+            )
+        return folder
+    if folder.exists():
+        raise UserError(f"{role} {name} is a file: name the model's folder.")
+    try:
+        return Path(snapshot_download(name, allow_patterns=MODEL_FILES))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"{role} {name} is neither a folder nor a model that the hub gave "
+            f"({type(error).__name__}): check the name and the network, or name a local folder."
+        ) from error
+
+
+def load_tokenizer(folder: Path, role: str):
+    """The fast tokenizer in `folder`. Raises UserError where there is none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # tokenizers raises bare Exception for a broken file
+        raise UserError(
+            f"{role} {folder} has no tokenizer that loads ({first_line(error)}): "
+            "save the model's tokenizer into that folder."
+        ) from error
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"{role} {folder} has a slow tokenizer, which gives no character offsets: "
+            "save its fast version (tokenizer.json) into that folder."
+        )
+    return tokenizer
+
+
+def load_reader(
+    name: str, role: str, *, new_head_seed: int | None = None, embeds_dropout_prob: float = 0.0
+) -> Loaded:
+    """Load folder or hub id `name` in fp32, whatever the checkpoint's type.
+
+    new_head_seed: seed of a fresh span head for a model that has none; None refuses such a model.
+    Raises UserError for a folder that holds no usable model of a supported type.
+    """
+    folder = local_folder(name, role)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        check_type(config, name, role)
+        reader, info = AutoModelForQuestionAnswering.from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except UserError:
+        raise
+    except Exception as error:  # safetensors and transformers share no base class for these
+        raise UserError(
+            f"{role} {name} does not load ({first_line(error)}): name a folder with a "
+            "config.json and the weights in safetensors."
+        ) from error
+    notes = []
+    missing = sorted(info["missing_keys"])
+    encoder_missing = [key for key in missing if not key.startswith("qa_outputs.")]
+    if encoder_missing:
+        raise UserError(
+            f"{role} {name} lacks {len(encoder_missing)} of its encoder's weights, such as "
+            f"{encoder_missing[0]}: name a complete model."
+        )
+    if missing:
+        if new_head_seed is None:
+            raise UserError(
+                f"{role} {name} has no question-answering head: fine-tune it first with "
+                "python -m kdfast.train --distillation_loss_weight 0."
+            )
+        reset_head(reader, new_head_seed)
+        notes.append(f"{name} has no question-answering head: a new one is drawn from the seed.")
+    if reader.config._attn_implementation != "sdpa":
+        notes.append(f"{config.model_type} has no SDPA attention here: eager attention is used.")
+    model = SpanModel(reader, embeds_dropout_prob)
+    return Loaded(model, load_tokenizer(folder, role), notes)
+
+
+def check_type(config, name: str, role: str) -> None:
+    """Raise UserError unless `config` is of a supported type with two logits a token."""
+    if config.model_type not in SUPPORTED:
+        raise UserError(
+            f"{role} {name} is of type {config.model_type}, which is not supported: "
+            f"use one of {', '.join(SUPPORTED)}."
+        )
+    if config.num_labels != 2:
+        raise UserError(
+            f"{role} {name} has {config.num_labels} labels, and a span head has 2: "
+            "name a question-answering model, or set num_labels in its config.json."
+        )
+
+
+def reset_head(reader: nn.Module, seed: int) -> None:
+    """Draw the span head anew, from `seed` alone: normal weights as in BERT, zero bias."""
+    draw = torch.Generator().manual_seed(seed)
+    head = reader.qa_outputs
+    with torch.no_grad():
+        head.weight.normal_(0.0, reader.config.initializer_range, generator=draw)
+        head.bias.zero_()
+
+
+def keep_layers(loaded: Loaded, layers: list[int], name: str) -> None:
+    """Keep only `layers` (rising, counted from 0) of the encoder, in place.
+
+    Embeddings and head stay. Raises UserError where the model has no such layers.
+    """
+    reader = loaded.model.reader
+    stack = getattr(reader.base_model.encoder, "layer", None)
+    if stack is None:
+        raise UserError(
+            f"--student_layers: {name} ({reader.config.model_type}) shares one layer "
+            "throughout: name a --student of its own."
+        )
+    if layers[-1] >= len(stack):
+        raise UserError(
+            f"--student_layers names layer {layers[-1]}, and {name} has layers "
+            f"0 to {len(stack) - 1}."
+        )
+    reader.base_model.encoder.layer = nn.ModuleList(stack[index] for index in layers)
+    reader.config = copy.deepcopy(reader.config)
+    reader.config.num_hidden_layers = len(layers)
+    reader.base_model.config = reader.config
+    loaded.notes.append(f"The student keeps layers {layers} of {name}.")
+
+
+def check_length(loaded: Loaded, max_seq_length: int, name: str) -> None:
+    """Raise UserError where the model's position embeddings end before `max_seq_length`."""
+    config = loaded.model.reader.config
+    longest = config.max_position_embeddings
+    if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
+        longest -= config.pad_token_id + 1  # their positions start behind the padding's id
+    if getattr(config, "relative_attention", False) and not config.position_biased_input:
+        return
+    if max_seq_length > longest:
+        raise UserError(
+            f"--max_seq_length is {max_seq_length}, and {name} reads {longest} tokens at most: "
+            "give a smaller one."
+        )
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, for a one-sentence message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

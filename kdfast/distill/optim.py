@@ -1,0 +1,75 @@
+"""AdamW, its schedule, and the update that a bad gradient never reaches."""
+
+import torch
+from torch import nn
+
+
+def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
+    """Fused AdamW (betas 0.9 and 0.999, eps 1e-8) with weight decay on every parameter."""
+    return torch.optim.AdamW(
+        model.parameters(),
+        lr=0.0,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=weight_decay,
+        fused=True,
+    )
+
+
+def learning_rate(peak: float, updates: int, total: int, warmup_ratio: float) -> float:
+    """Linear from 0 over int(warmup_ratio * total) updates, then linear to 0 at `total`.
+
+    updates: updates made so far, so that the first one has rate 0 (Haystack's LinearWarmup).
+    """
+    warmup = int(warmup_ratio * total)
+    if updates < warmup:
+        return peak * updates / warmup
+    return peak * max(0, total - updates) / max(1, total - warmup)
+
+
+class Updater:
+    """Unscale, clip, and step, all on the device.
+
+    scaler: a GradScaler for fp16, else None. `updates` counts the steps that reached the weights:
+    it drives the schedule, as Adam's own count does its bias correction.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.AdamW,
+        scaler: torch.amp.GradScaler | None,
+        max_grad_norm: float,
+    ):
+        self.parameters = list(model.parameters())
+        self.optimizer = optimizer
+        self.scaler = scaler
+        self.max_grad_norm = max_grad_norm
+        self.updates = 0
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Accumulate the gradients of `loss`, scaled where there is a scaler."""
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+    def update(self, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """One optimizer step with learning rate `rate`, and gradients set to None.
+
+        Returns (norm, skipped), fp32 scalars on the device: the norm before clipping, and 1.0
+        where a gradient is not finite, in which case weights and Adam's state stay as they were.
+        """
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        gradients = [each.grad for each in self.parameters if each.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
+        skipped = 1.0 - torch.isfinite(norm).float()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        # Fused AdamW leaves everything as it is where found_inf is 1, without a read by the host.
+        self.optimizer.found_inf = skipped
+        self.optimizer.step()
+        del self.optimizer.found_inf
+        if self.scaler is not None:
+            self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm, skipped

@@ -1,0 +1,38 @@
+"""Which floating-point type the matrix products of a run use."""
+
+import torch
+
+from kdfast.errors import UserError
+
+AUTOCAST = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def pick_device() -> torch.device:
+    """The GPU that CUDA_VISIBLE_DEVICES puts first, or the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def resolve(mixed_precision: str | None, device: torch.device) -> str:
+    """`no`, `fp16` or `bf16`; None becomes fp16 on a GPU and no on a CPU.
+
+    Raises UserError for bf16 on a card that only emulates it, as a V100 does.
+    """
+    if mixed_precision is None:
+        return "fp16" if device.type == "cuda" else "no"
+    if (
+        mixed_precision == "bf16"
+        and device.type == "cuda"
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
+        raise UserError(
+            f"--mixed_precision bf16: {torch.cuda.get_device_name(device)} has no bf16 of its "
+            "own: use fp16."
+        )
+    return mixed_precision
+
+
+def teacher_precision(mixed_precision: str, device: torch.device) -> str:
+    """The teacher's type: fp16 on a GPU unless the run is bf16; on a CPU, bf16 or none."""
+    if device.type == "cuda":
+        return "bf16" if mixed_precision == "bf16" else "fp16"
+    return "bf16" if mixed_precision == "bf16" else "no"

@@ -1,0 +1,99 @@
+"""The output folder of a run: taken at the start, and run.json at the end."""
+
+import os
+import platform
+import shutil
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdfast.distill.checkpoint import list_checkpoints
+from kdfast.distill.config import TrainConfig
+from kdfast.distill.log import LOG_FILE, TENSORBOARD_FOLDER
+from kdfast.errors import UserError
+from kdfast.files import write_json
+
+RUN_FILE = "run.json"
+PACKAGES = ("kdfast", "torch", "triton", "transformers", "datasets", "tokenizers", "numpy")
+
+
+def open_output(config: TrainConfig) -> Path:
+    """The run's folder, created, or emptied of an earlier run under --overwrite.
+
+    Raises UserError for a folder that holds anything else, or that cannot be written.
+    """
+    output = Path(config.output_dir).expanduser()
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output_dir {output} is a file: name a folder.")
+    if config.resume_from_checkpoint:
+        if not output.is_dir():
+            raise UserError(
+                f"--output_dir {output} does not exist, so there is nothing to resume there: "
+                "name the folder of the earlier run."
+            )
+    elif output.is_dir() and any(output.iterdir()):
+        if not config.overwrite:
+            raise UserError(
+                f"--output_dir {output} is not empty: name another, or add --overwrite, or "
+                "--resume_from_checkpoint last."
+            )
+        _remove_run(output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--output_dir {output} cannot be written ({error.strerror}): name another."
+        ) from error
+    return output
+
+
+def _remove_run(output: Path) -> None:
+    """Delete what an earlier run wrote beside its model, and nothing else."""
+    if not (output / RUN_FILE).is_file() and not (output / LOG_FILE).is_file():
+        raise UserError(
+            f"--output_dir {output} holds something else than a run of this program, which "
+            "--overwrite does not delete: name another folder."
+        )
+    for folder in [*list_checkpoints(output), *(output / n for n in ("best", "last"))]:
+        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(output / TENSORBOARD_FOLDER, ignore_errors=True)
+    for name in (RUN_FILE, LOG_FILE):
+        (output / name).unlink(missing_ok=True)
+
+
+def write_run(output: Path, content: dict[str, Any]) -> None:
+    """Write run.json: everything about the run that a reader of its figures needs."""
+    write_json(output / RUN_FILE, content)
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Hardware and versions, as run.json and the benchmark records name them."""
+    hardware = {
+        "device": str(device),
+        "cpu": _cpu_name(),
+        "cpu_threads": torch.get_num_threads(),
+        "cpu_cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+    }
+    versions = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return {"hardware": hardware, "versions": versions}
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,64 @@
+"""Evaluation: windows through a model, logits to answers, answers to the official figures."""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kdfast.distill.feed import flat_positions, forward_windows
+from kdfast.distill.models import SpanModel
+from kdfast.distill.precision import AUTOCAST
+from kdfast.squad import answers, metrics
+from kdfast.squad.batches import cut_by_tokens
+from kdfast.squad.features import Windows
+from kdfast.squad.records import Example
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model on one set: metrics under the official key names, and the model's speed."""
+
+    metrics: dict[str, float]
+    answers: answers.Predictions
+    windows_per_second: float
+
+
+def evaluate(
+    model: SpanModel,
+    windows: Windows,
+    examples: list[Example],
+    device: torch.device,
+    precision: str,
+    *,
+    max_tokens: int,
+    max_answer_length: int,
+    n_best_size: int,
+    null_threshold: float = 0.0,
+) -> Evaluation:
+    """Answer every question of `examples`, whose windows are `windows`, and score the answers.
+
+    max_tokens: padded tokens in one forward pass. null_threshold: a question whose best span scores
+    more than this below its null answer is answered with "".
+    """
+    logits = np.empty((len(windows.input_ids), 2), dtype=np.float32)
+    batches = cut_by_tokens(np.arange(len(windows.lengths)), windows.lengths, max_tokens)
+    started = time.perf_counter()
+    for indices, rows in forward_windows(model, windows, batches, device, AUTOCAST[precision]):
+        logits[flat_positions(windows, indices)] = rows
+    rate = len(windows.lengths) / (time.perf_counter() - started)
+    spans = answers.best_spans(
+        windows, logits, max_answer_length=max_answer_length, n_best_size=n_best_size
+    )
+    found = answers.predictions(spans, windows, examples, null_threshold)
+    # The best thresholds are looked for over never-null answers: else only lower ones could win.
+    scores = metrics.score(
+        metrics.gold_answers(examples), found.never_null, found.null_odds, null_threshold
+    )
+    return Evaluation(scores, found, rate)
+
+
+def line(scores: dict[str, float]) -> str:
+    """The figures of one evaluation on one line."""
+    names = ("exact", "f1", "HasAns_exact", "HasAns_f1", "NoAns_f1", "best_f1")
+    return "  ".join(f"{name} {scores[name]:.2f}" for name in names if name in scores)

@@ -1,0 +1,177 @@
+"""The teacher's logits: computed once, cached on disk, memory-mapped.
+
+A cache is a folder `teacher/KEY` with two files. `logits.bin` holds fp16 (tokens, 2), the raw
+start and end logits of every real token of every window, flat in the order of Windows.input_ids.
+`header.json` says whose they are. A pass writes into `KEY.partial` and renames it when all is on
+the disk, so that a half-written cache is never read; `progress.json` in there counts the
+micro-batches that are safe, so that a killed pass goes on where it stopped.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kdfast.distill.feed import flat_positions, forward_windows
+from kdfast.distill.models import SpanModel
+from kdfast.distill.precision import AUTOCAST
+from kdfast.errors import UserError
+from kdfast.files import read_json_object, sha256_of, write_json
+from kdfast.squad.batches import cut_by_tokens
+from kdfast.squad.features import Windows
+
+FORMAT = 1
+SECONDS_BETWEEN_SAVES = 10.0
+
+
+@dataclass(frozen=True)
+class Source:
+    """What determines the cached logits. The key is a hash of this, and header.json holds it."""
+
+    weights: str  # weights_key of the teacher's folder
+    tokenizer: str  # features.tokenizer_key
+    windows: str  # Windows.key
+    precision: str  # "no", "fp16" or "bf16"
+    kind: str = "raw"  # logits of one teacher on its own windows
+
+    @property
+    def key(self) -> str:
+        text = json.dumps([FORMAT, self.__dict__], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def weights_key(folder: Path) -> str:
+    """sha256 over config.json and the safetensors files of a model folder."""
+    digest = hashlib.sha256()
+    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+        digest.update(path.name.encode() + b"\0")
+        digest.update(sha256_of(path).encode())
+    return digest.hexdigest()
+
+
+def open_cache(cache_dir: Path, source: Source, tokens: int) -> np.ndarray | None:
+    """The finished cache of `source` as fp16 (tokens, 2), memory-mapped; None where there is none.
+
+    Raises UserError for a folder of that key whose header or size is not what it must be.
+    """
+    folder = cache_dir / "teacher" / source.key
+    if not folder.is_dir():
+        return None
+    header = read_json_object(folder / "header.json")
+    expected = _header(source, tokens)
+    wrong = [name for name in expected if header.get(name) != expected[name]]
+    path = folder / "logits.bin"
+    if not wrong and (not path.is_file() or path.stat().st_size != tokens * 4):
+        wrong = ["size of logits.bin"]
+    if wrong:
+        raise UserError(
+            f"Teacher cache {folder} does not match this run in {', '.join(wrong)}: "
+            "delete that folder, and it is made anew."
+        )
+    return np.memmap(path, dtype=np.float16, mode="r", shape=(tokens, 2))
+
+
+def fill_cache(
+    cache_dir: Path,
+    source: Source,
+    model: SpanModel,
+    windows: Windows,
+    device: torch.device,
+    max_tokens: int,
+    progress: Callable[[int], None] = lambda windows_done: None,
+) -> np.ndarray:
+    """Run the teacher over all windows, longest first, and return open_cache's array.
+
+    max_tokens: padded tokens in one forward pass; an interrupted pass goes on with its own.
+    progress: called with the number of windows done since the last call.
+    Raises UserError for a logit that is not finite in fp16, naming the question, and for a disk
+    that is full; what was safe before stays for the next start.
+    """
+    tokens = len(windows.input_ids)
+    partial = cache_dir / "teacher" / f"{source.key}.partial"
+    try:
+        header = _start(partial, source, tokens, max_tokens)
+        batches = cut_by_tokens(
+            np.arange(len(windows.lengths)), windows.lengths, header["max_tokens"]
+        )
+        done = read_json_object(partial / "progress.json").get("batches", 0)
+        progress(sum(len(batch) for batch in batches[:done]))
+        logits = np.memmap(partial / "logits.bin", dtype=np.float16, mode="r+", shape=(tokens, 2))
+        saved_at = time.monotonic()
+        passes = forward_windows(model, windows, batches[done:], device, AUTOCAST[source.precision])
+        for indices, rows in passes:
+            with np.errstate(over="ignore"):
+                half = rows.astype(np.float16)
+            _check_finite(half, windows, indices)
+            logits[flat_positions(windows, indices)] = half
+            done += 1
+            progress(len(indices))
+            if time.monotonic() - saved_at > SECONDS_BETWEEN_SAVES:
+                _save_progress(partial, logits, done)
+                saved_at = time.monotonic()
+        _save_progress(partial, logits, done)
+        del logits
+        os.replace(partial, cache_dir / "teacher" / source.key)
+    except OSError as error:
+        raise _disk_error(partial, error) from error
+    cached = open_cache(cache_dir, source, tokens)
+    assert cached is not None
+    return cached
+
+
+def _header(source: Source, tokens: int) -> dict:
+    return {"format": FORMAT, "tokens": tokens, "dtype": "float16", **source.__dict__}
+
+
+def _start(partial: Path, source: Source, tokens: int, max_tokens: int) -> dict:
+    """Create the partial folder, or take over one that a killed pass left; return its header."""
+    header_path = partial / "header.json"
+    expected = _header(source, tokens)
+    if header_path.is_file():
+        header = read_json_object(header_path)
+        if all(header.get(name) == expected[name] for name in expected):
+            return header
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    with (partial / "logits.bin").open("wb") as file:
+        # A disk that is too small says so now, and not as a bus error in the middle of the pass.
+        os.posix_fallocate(file.fileno(), 0, tokens * 4)
+    header = {**expected, "max_tokens": max_tokens}
+    write_json(header_path, header)
+    return header
+
+
+def _check_finite(half: np.ndarray, windows: Windows, indices: np.ndarray) -> None:
+    bad = ~np.isfinite(half).all(axis=1)
+    if bad.any():
+        window = np.repeat(indices, windows.lengths[indices])[bad.argmax()]
+        question = windows.question_ids[windows.question[window]]
+        raise UserError(
+            f"The teacher's logits are not finite in fp16 for question {question} "
+            f"(window {window}): check the teacher's weights, or leave that question out."
+        )
+
+
+def _save_progress(partial: Path, logits: np.memmap, done: int) -> None:
+    logits.flush()
+    write_json(partial / "progress.json", {"batches": done})
+
+
+def _disk_error(partial: Path, error: OSError) -> UserError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(
+            f"The disk is full while the teacher's logits are written to {partial}: free some "
+            "space, or give --cache_dir on another disk; a pass that had begun goes on from there."
+        )
+    return UserError(
+        f"The teacher's logits cannot be written to {partial} ({error.strerror}): "
+        "give a --cache_dir that is writable."
+    )

@@ -1,0 +1,350 @@
+"""Questions and contexts to windows: the arrays, batch by batch, without holding them all."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from kdfast.errors import UserError
+from kdfast.squad.records import Example, locate
+
+UNLABELLED = -100
+_BATCH_CHARACTERS = 1 << 20
+_BATCH_QUESTIONS = 4096
+_BLANKS = np.array([c for c in range(0x3001) if chr(c).isspace()], dtype=np.uint32)
+
+
+@contextmanager
+def whole_texts(backend: Any) -> Iterator[Any]:
+    """The `tokenizers` object with truncation and padding off, and as it was afterwards."""
+    truncation, padding = backend.truncation, backend.padding
+    backend.no_truncation()
+    backend.no_padding()
+    try:
+        yield backend
+    finally:
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+        if padding is not None:
+            backend.enable_padding(**padding)
+
+
+@dataclass(frozen=True)
+class Template:
+    """What a tokenizer puts around a question and a context."""
+
+    before: tuple[int, ...]
+    between: tuple[int, ...]
+    after: tuple[int, ...]
+    uses_token_types: bool
+    pad_token_id: int
+
+    @property
+    def size(self) -> int:
+        return len(self.before) + len(self.between) + len(self.after)
+
+    @classmethod
+    def learn(cls, tokenizer: Any) -> Template:
+        """Learns it from the encoding of a pair.
+
+        Raises UserError for a tokenizer without a Rust backend, without a padding token, without a
+        token in front (which stands for "no answer"), or with token types of an unknown pattern.
+        """
+        name = type(tokenizer).__name__
+        if not getattr(tokenizer, "is_fast", False):
+            raise UserError(
+                f"{name}: a slow tokenizer, which knows no character offsets: use its fast one "
+                "(a folder with tokenizer.json, AutoTokenizer with use_fast=True)"
+            )
+        if tokenizer.pad_token_id is None:
+            raise UserError(f"{name}: no padding token: set tokenizer.pad_token")
+        with whole_texts(tokenizer.backend_tokenizer) as backend:
+            probe = backend.encode("probe", "probe")
+        side = probe.sequence_ids
+        if 0 not in side or 1 not in side or side.index(0) > side.index(1):
+            raise UserError(f"{name}: does not encode pairs as question, context: use another")
+        question = side.index(0)
+        between = question + side.count(0)
+        context = side.index(1)
+        after = context + side.count(1)
+        if question == 0:
+            raise UserError(
+                f"{name}: puts no token in front of the question, where 'no answer' is predicted: "
+                "use a tokenizer of the BERT, RoBERTa, XLM-R or DeBERTa kind"
+            )
+        uses_types = "token_type_ids" in tokenizer.model_input_names and any(probe.type_ids)
+        if uses_types and probe.type_ids != [int(p >= context) for p in range(len(probe.ids))]:
+            raise UserError(f"{name}: token types {probe.type_ids} are of an unknown pattern")
+        ids = probe.ids
+        return cls(
+            tuple(ids[:question]),
+            tuple(ids[between:context]),
+            tuple(ids[after:]),
+            uses_types,
+            tokenizer.pad_token_id,
+        )
+
+
+def ragged(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The indices of many runs after one another: starts[0], starts[0] + 1, … int64."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.repeat(starts - (ends - lengths), lengths) + np.arange(total)
+
+
+def _starts(lengths: Any) -> np.ndarray:
+    """Offsets of runs of the given lengths: int64, one more than lengths."""
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+
+@dataclass
+class _Tokens:
+    """The tokens of several texts after one another. starts int64 (n + 1,), ids int32 (tokens,),
+    offsets int32 (tokens, 2) in characters."""
+
+    starts: np.ndarray
+    ids: np.ndarray
+    offsets: np.ndarray
+
+    @classmethod
+    def encode(cls, backend: Any, texts: list[str], limit: int | None = None) -> _Tokens:
+        encodings = backend.encode_batch(texts, add_special_tokens=False)
+        ids = [np.array(e.ids[:limit], dtype=np.int32) for e in encodings]
+        pairs = [np.array(e.offsets[:limit], dtype=np.int32).reshape(-1, 2) for e in encodings]
+        starts = _starts([len(i) for i in ids])
+        empty = np.empty(0, dtype=np.int32)
+        return cls(
+            starts, np.concatenate([empty, *ids]), np.concatenate([empty.reshape(0, 2), *pairs])
+        )
+
+    def without_leading_blanks(self, texts: list[str]) -> _Tokens:
+        """Moves the first character past blanks, which some tokenizers count to a word's token.
+
+        A token of blanks alone keeps its characters.
+        """
+        code = np.frombuffer("".join(texts).encode("utf-32-le"), dtype=np.uint32)
+        blank = np.isin(code, _BLANKS)
+        # Number of the next character that is not blank, for each character.
+        solid = np.where(blank, len(code), np.arange(len(code)))
+        solid = np.append(np.minimum.accumulate(solid[::-1])[::-1], len(code))
+        base = np.repeat(_starts([len(t) for t in texts])[:-1], np.diff(self.starts))
+        first = solid[self.offsets[:, 0] + base] - base
+        keep = first >= self.offsets[:, 1]
+        self.offsets[:, 0] = np.where(keep, self.offsets[:, 0], first)
+        return self
+
+
+@dataclass
+class Cutter:
+    """Cuts windows out of examples.
+
+    spool: a file in which the tokens of the contexts seen so far are kept, so that a context which
+    comes back later is not tokenised again; what it holds is of no use afterwards.
+    """
+
+    tokenizer: Any
+    template: Template
+    max_seq_length: int
+    max_query_length: int
+    doc_stride: int
+    spool: BinaryIO = field(default_factory=io.BytesIO)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def arrays(self, examples: Iterable[Example]) -> Iterator[dict[str, np.ndarray]]:
+        """Yields dictionaries whose arrays, joined over all of them by name, are those of Windows.
+
+        Memory: that of a batch of about a million characters, plus 16 bytes and a dictionary
+        entry for each context.
+        """
+        names = ("questions", "contexts", "windows", "tokens", "context_tokens", "question_tokens")
+        others = ("moved", "left_out", "unlabelled", "unanswerable", "truncated_questions")
+        self.counts = dict.fromkeys((*names, *others), 0)
+        self._known: dict[bytes, int] = {}
+        self._spooled = [0]
+        self._id_bytes = 0
+        zero = np.zeros(1, dtype=np.int64)
+        heads = ("window_start", "question_token_start", "context_token_start", "question_id_start")
+        yield dict.fromkeys(heads, zero)
+        with whole_texts(self.tokenizer.backend_tokenizer) as backend:
+            for batch in _batches(examples):
+                yield self._batch(backend, batch)
+
+    def _contexts(self, backend: Any, batch: list[Example]) -> tuple[_Tokens, ...]:
+        """Tokenises the batch's new contexts and recalls its old ones.
+
+        Returns the tokens of the contexts at hand; which of these each question has; their
+        numbers among all contexts; how many of them, standing first, are new.
+        """
+        last, local, rows = None, {}, []
+        old, new, texts = [], [], []
+        for example in batch:
+            if example.context is not last:
+                last = example.context
+                name = hashlib.blake2b(last.encode(), digest_size=16).digest()
+                if name not in local:
+                    known = self._known.get(name)
+                    local[name] = name
+                    (old if known is not None else new).append(name)
+                    if known is None:
+                        texts.append(last)
+            rows.append(name)
+        tokens = _Tokens.encode(backend, texts).without_leading_blanks(texts)
+        for i, name in enumerate(new):
+            self._known[name] = len(self._known)
+            self._spooled.append(self._spooled[-1] + int(tokens.starts[i + 1] - tokens.starts[i]))
+        self.spool.seek(0, io.SEEK_END)
+        self.spool.write(np.column_stack([tokens.ids, tokens.offsets]).astype(np.int32).tobytes())
+        order = {name: i for i, name in enumerate([*new, *old])}
+        numbers = np.array([self._known[name] for name in order], dtype=np.int32)
+        if old:
+            recalled = [self._recall(self._known[name]) for name in old]
+            tokens = _Tokens(
+                _starts([*np.diff(tokens.starts), *map(len, recalled)]),
+                np.concatenate([tokens.ids, *(r[:, 0] for r in recalled)]),
+                np.concatenate([tokens.offsets, *(r[:, 1:] for r in recalled)]),
+            )
+        return tokens, np.array([order[name] for name in rows]), numbers, len(new)
+
+    def _recall(self, number: int) -> np.ndarray:
+        """int32 (n, 3): the id and the characters of each token of an earlier context."""
+        start, end = self._spooled[number : number + 2]
+        self.spool.seek(12 * start)
+        return np.frombuffer(self.spool.read(12 * (end - start)), dtype=np.int32).reshape(-1, 3)
+
+    def _batch(self, backend: Any, batch: list[Example]) -> dict[str, np.ndarray]:
+        counts, template = self.counts, self.template
+        contexts, local, numbers, fresh = self._contexts(backend, batch)
+        # One token more than is kept tells which questions were cut.
+        limit = self.max_query_length
+        questions = _Tokens.encode(backend, [e.question for e in batch], limit + 1)
+        asked = np.minimum(np.diff(questions.starts), limit)
+        counts["truncated_questions"] += int((np.diff(questions.starts) > limit).sum())
+        kept = ragged(questions.starts[:-1], asked)
+        questions = _Tokens(_starts(asked), questions.ids[kept], questions.offsets[kept])
+        first, last, trainable = self._labels(batch, contexts, local)
+
+        size = np.diff(contexts.starts)[local]
+        room = self.max_seq_length - template.size - asked
+        per_question = 1 + -(-np.maximum(size - room, 0) // self.doc_stride)
+        q = np.repeat(np.arange(len(batch)), per_question)
+        begin = self.doc_stride * (ragged(np.zeros(len(batch), dtype=np.int64), per_question))
+        count = np.minimum(size[q] - begin, room[q])
+        prefix = len(template.before) + asked[q] + len(template.between)
+        lengths = prefix + count + len(template.after)
+
+        # Five runs a window, all taken from one array: special tokens, questions, contexts.
+        special = np.array([*template.before, *template.between, *template.after], dtype=np.int32)
+        source = np.concatenate([special, questions.ids, contexts.ids])
+        at_question = len(special) + questions.starts[q]
+        at_context = len(special) + len(questions.ids) + contexts.starts[local[q]] + begin
+        sizes = [len(template.before), len(template.between), len(template.after)]
+        same = np.ones(len(q), dtype=np.int64)
+        from_ = [0 * same, at_question, sizes[0] * same, at_context, (sizes[0] + sizes[1]) * same]
+        long = [sizes[0] * same, asked[q], sizes[1] * same, count, sizes[2] * same]
+        ids = source[ragged(np.stack(from_, 1).ravel(), np.stack(long, 1).ravel())]
+
+        inside = (first[q] >= begin) & (last[q] < begin + count)
+        unlabelled = first[q] == UNLABELLED
+        new_tokens = int(contexts.starts[fresh])
+        id_bytes = [e.id.encode() for e in batch]
+        arrays = {
+            "input_ids": ids,
+            "window_start": counts["tokens"] + _starts(lengths)[1:],
+            "lengths": lengths,
+            "question": counts["questions"] + q,
+            "context": numbers[local[q]],
+            "first_token": begin,
+            "count": count,
+            "prefix": prefix,
+            "start_positions": _label(prefix + first[q] - begin, inside, unlabelled),
+            "end_positions": _label(prefix + last[q] - begin, inside, unlabelled),
+            "trainable": trainable[q],
+            "question_token_start": counts["question_tokens"] + questions.starts[1:],
+            "question_offsets": questions.offsets,
+            "context_token_start": counts["context_tokens"] + contexts.starts[1 : fresh + 1],
+            "context_offsets": contexts.offsets[:new_tokens],
+            "question_id_start": self._id_bytes + _starts([len(b) for b in id_bytes])[1:],
+            "question_id_bytes": np.frombuffer(b"".join(id_bytes), dtype=np.uint8),
+        }
+        self._id_bytes += sum(map(len, id_bytes))
+        counts["questions"] += len(batch)
+        counts["contexts"] += fresh
+        counts["windows"] += len(q)
+        counts["tokens"] += len(ids)
+        counts["context_tokens"] += new_tokens
+        counts["question_tokens"] += len(questions.ids)
+        return arrays
+
+    def _labels(
+        self, batch: list[Example], contexts: _Tokens, local: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """First and last token of each question's first answer, counted in its context.
+
+        Both are -1 where there is no answer, or none that training may use (then trainable is
+        False), and UNLABELLED where nobody said.
+
+        The first token is the first one that ends after the answer's first character, the last
+        token the last one that begins before its end: the tokens that hold the answer's outer
+        characters, where any does.
+        """
+        n = len(batch)
+        labelled = np.ones(n, dtype=bool)
+        answered = np.zeros(n, dtype=bool)
+        trainable = np.ones(n, dtype=bool)
+        span = np.zeros((n, 2), dtype=np.int64)
+        for i, example in enumerate(batch):
+            if example.answers is None:
+                labelled[i] = False
+            elif example.answers:
+                place = locate(example.context, example.answers[0])
+                if place is None:
+                    trainable[i] = False
+                else:
+                    answered[i] = True
+                    span[i] = place.start, place.end
+                    self.counts["moved"] += place.moved
+        # All contexts searched at once: each gets a range of keys of its own. The running maximum
+        # keeps the keys sorted where a token begins before an earlier one.
+        wide = 1 + max(len(e.context) for e in batch)
+        owner = wide * np.repeat(np.arange(len(contexts.starts) - 1), np.diff(contexts.starts))
+        ends = np.maximum.accumulate(owner + contexts.offsets[:, 1])
+        begins = np.maximum.accumulate(owner + contexts.offsets[:, 0])
+        base = contexts.starts[local]
+        first = np.searchsorted(ends, wide * local + span[:, 0], side="right") - base
+        last = np.searchsorted(begins, wide * local + span[:, 1], side="left") - 1 - base
+        # No token holds any of it: characters that the tokenizer drops.
+        lost = answered & ~((first >= 0) & (first <= last))
+        trainable[lost] = False
+        answered &= ~lost
+        self.counts["left_out"] += int((~trainable).sum())
+        self.counts["unlabelled"] += int((~labelled).sum())
+        self.counts["unanswerable"] += int((labelled & ~answered & trainable).sum())
+        none = np.where(labelled, -1, UNLABELLED)
+        return np.where(answered, first, none), np.where(answered, last, none), trainable
+
+
+def _label(position: np.ndarray, inside: np.ndarray, unlabelled: np.ndarray) -> np.ndarray:
+    return np.where(unlabelled, UNLABELLED, np.where(inside, position, 0))
+
+
+def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    """Cuts a stream where the distinct contexts reach a batch's characters, never inside a run of
+    questions on one context unless that alone fills a batch."""
+    batch: list[Example] = []
+    characters, last = 0, None
+    for example in examples:
+        if example.context is not last:
+            if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_QUESTIONS:
+                yield batch
+                batch, characters = [], 0
+            last = example.context
+            characters += len(last)
+        batch.append(example)
+    if batch:
+        yield batch

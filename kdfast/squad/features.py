@@ -1,0 +1,183 @@
+"""From a source and a tokenizer to Windows, through a cache that is keyed by content."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdfast.errors import UserError
+from kdfast.squad.cutting import Cutter, Template, whole_texts
+from kdfast.squad.records import Example, fingerprint, iter_examples
+from kdfast.squad.windows import ARRAYS, Windows, open_windows, write_header
+
+FORMAT = 1  # part of every key: raise it when files or meaning change
+
+
+def tokenizer_key(tokenizer: Any) -> str:
+    """The sha256, in hex, of all that decides a tokenizer's output: its backend with truncation
+    and padding off, the special tokens it puts around a pair, and its padding token.
+
+    Raises UserError as `Template.learn` does.
+    """
+    template = Template.learn(tokenizer)
+    with whole_texts(tokenizer.backend_tokenizer) as backend:
+        text = backend.to_str()
+    return hashlib.sha256(f"{text}\n{template}".encode()).hexdigest()
+
+
+def prepare(
+    source: str,
+    tokenizer: Any,
+    *,
+    max_seq_length: int = 384,
+    max_query_length: int = 64,
+    doc_stride: int = 128,
+    cache_dir: Path | str,
+    split: str | None = None,
+) -> Windows:
+    """Windows of all questions of `source` (see records.iter_examples), from the cache if there.
+
+    A question is cut at max_query_length tokens. Windows of a context of n tokens begin at its
+    tokens 0, doc_stride, 2 doc_stride, … and end with the first one that reaches token n.
+
+    The cache is cache_dir/features/KEY, KEY being a sha256 over the content of the source, the
+    tokenizer and the settings; a hit maps files and parses nothing. It is written beside, made
+    durable and then renamed, by one process at a time: others that want it wait.
+
+    Raises UserError for a bad source, tokenizer or setting, for a damaged cache, and for a folder
+    that cannot be written or is full.
+    """
+    settings = {
+        "max_seq_length": max_seq_length,
+        "max_query_length": max_query_length,
+        "doc_stride": doc_stride,
+    }
+    template = Template.learn(tokenizer)
+    _check(settings, template)
+    parts = [FORMAT, fingerprint(source, split=split), tokenizer_key(tokenizer), settings]
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    home = Path(cache_dir).expanduser() / "features"
+    folder = home / key
+    if not folder.is_dir():
+        examples = iter_examples(source, split=split)
+        try:
+            with ExitStack() as stack:
+                home.mkdir(parents=True, exist_ok=True)
+                lock = stack.enter_context((home / f"{key}.lock").open("w"))
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not folder.is_dir():  # unless another process wrote it meanwhile
+                    _write(folder, examples, tokenizer, template, key, settings)
+        except OSError as error:
+            raise UserError(
+                f"--cache_dir {cache_dir}: features cannot be written there "
+                f"({error.strerror or error}): make room or give another folder"
+            ) from None
+    return open_windows(folder, key)
+
+
+def windows_of(
+    examples: Iterable[Example],
+    tokenizer: Any,
+    *,
+    max_seq_length: int = 384,
+    max_query_length: int = 64,
+    doc_stride: int = 128,
+) -> Windows:
+    """As `prepare`, for examples at hand, in memory and without a cache (key "")."""
+    settings = {
+        "max_seq_length": max_seq_length,
+        "max_query_length": max_query_length,
+        "doc_stride": doc_stride,
+    }
+    template = Template.learn(tokenizer)
+    _check(settings, template)
+    cutter = Cutter(tokenizer, template, **settings)
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in ARRAYS}
+    for arrays in cutter.arrays(examples):
+        for name, array in arrays.items():
+            parts[name].append(array.astype(ARRAYS[name][0]))
+    joined = {
+        name: np.concatenate(parts[name])
+        if parts[name]
+        else np.empty((0, columns) if columns > 1 else 0, dtype=kind)
+        for name, (kind, columns) in ARRAYS.items()
+    }
+    return Windows(joined, _header("", settings, cutter))
+
+
+def _check(settings: dict[str, int], template: Template) -> None:
+    """Refuses settings under which some token of a context would be in no window."""
+    for name, value in settings.items():
+        if value < 1:
+            raise UserError(f"--{name} {value}: give a positive number")
+    room = settings["max_seq_length"] - settings["max_query_length"] - template.size
+    if settings["doc_stride"] > room:
+        raise UserError(
+            f"--doc_stride {settings['doc_stride']}: more than the {room} tokens that "
+            f"--max_seq_length {settings['max_seq_length']} leaves for the context beside a "
+            f"question of --max_query_length {settings['max_query_length']} and "
+            f"{template.size} special tokens, so that windows would leave gaps: change one of them"
+        )
+
+
+def _header(key: str, settings: dict[str, int], cutter: Cutter) -> dict[str, Any]:
+    return {
+        "key": key,
+        "format": FORMAT,
+        "settings": settings,
+        "pad_token_id": cutter.template.pad_token_id,
+        "uses_token_types": cutter.template.uses_token_types,
+        "counts": cutter.counts,
+    }
+
+
+def _write(
+    folder: Path,
+    examples: Iterable[Example],
+    tokenizer: Any,
+    template: Template,
+    key: str,
+    settings: dict[str, int],
+) -> None:
+    """Writes all files beside `folder`, then renames; the caller holds the key's lock."""
+    partial = folder.with_name(f"{key}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
+    partial.mkdir()
+    try:
+        with ExitStack() as stack:
+            files = {
+                name: stack.enter_context((partial / f"{name}.bin").open("wb")) for name in ARRAYS
+            }
+            spool = stack.enter_context(tempfile.TemporaryFile(dir=partial))
+            cutter = Cutter(tokenizer, template, **settings, spool=spool)
+            for arrays in cutter.arrays(examples):
+                for name, array in arrays.items():
+                    files[name].write(array.astype(ARRAYS[name][0], order="C").tobytes())
+            for file in files.values():
+                file.flush()
+                os.fsync(file.fileno())
+        write_header(partial, _header(key, settings, cutter))
+        _sync(partial)
+        partial.rename(folder)
+        _sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,205 @@
+"""Windows: the model's inputs, flat and unpadded, mapped from files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdfast.errors import UserError
+
+HEADER = "header.json"
+
+# name -> (type, values per entry). One file each, raw values in this machine's byte order.
+ARRAYS = {
+    "input_ids": (np.int32, 1),
+    "window_start": (np.int64, 1),
+    "lengths": (np.int32, 1),
+    "question": (np.int32, 1),
+    "context": (np.int32, 1),
+    "first_token": (np.int32, 1),
+    "count": (np.int32, 1),
+    "prefix": (np.int32, 1),
+    "start_positions": (np.int32, 1),
+    "end_positions": (np.int32, 1),
+    "trainable": (np.bool_, 1),
+    "question_token_start": (np.int64, 1),
+    "question_offsets": (np.int32, 2),
+    "context_token_start": (np.int64, 1),
+    "context_offsets": (np.int32, 2),
+    "question_id_start": (np.int64, 1),
+    "question_id_bytes": (np.uint8, 1),
+}
+
+
+class Texts(Sequence[str]):
+    """Strings stored as one run of UTF-8 bytes: `starts` int64 (n + 1,), `data` uint8."""
+
+    def __init__(self, starts: np.ndarray, data: np.ndarray):
+        self._starts, self._data = starts, data
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        return self._data[self._starts[index] : self._starts[index + 1]].tobytes().decode()
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[i] for i in range(len(self)))
+
+
+class Windows:
+    """W windows over Q questions and C contexts; windows in the order of the questions.
+
+    A window is special tokens, question, special tokens, a run of its context, special tokens.
+
+    input_ids int32 (tokens,): all windows after one another, no padding
+    window_start int64 (W + 1,): where each window begins in input_ids; lengths int32 (W,)
+    question, context int32 (W,): which question and which context
+    first_token, count int32 (W,): the window holds `count` of its context's tokens, from there on
+    prefix int32 (W,): position in the window at which the context begins
+    start_positions, end_positions int32 (W,): the answer's first and last token, as positions in
+        the window; 0: no answer in this window; -100: unlabelled question
+    trainable bool (W,): False where the question's answer was not found in its context
+    question_token_start int64 (Q + 1,), question_offsets int32 (question tokens, 2): characters
+    context_token_start int64 (C + 1,), context_offsets int32 (context tokens, 2): characters,
+        [first, past the last) without leading blanks
+    question_ids: Q strings
+    pad_token_id; uses_token_types: token type 1 from `prefix` to the window's end
+    key: hex, names the content; settings: what the windows were cut by; counts: see `notes`
+    """
+
+    input_ids: np.ndarray
+    window_start: np.ndarray
+    lengths: np.ndarray
+    question: np.ndarray
+    context: np.ndarray
+    first_token: np.ndarray
+    count: np.ndarray
+    prefix: np.ndarray
+    start_positions: np.ndarray
+    end_positions: np.ndarray
+    trainable: np.ndarray
+    question_token_start: np.ndarray
+    question_offsets: np.ndarray
+    context_token_start: np.ndarray
+    context_offsets: np.ndarray
+
+    def __init__(self, arrays: dict[str, np.ndarray], header: dict[str, Any]):
+        for name in ARRAYS:
+            setattr(self, name, arrays[name])
+        self.question_ids = Texts(arrays["question_id_start"], arrays["question_id_bytes"])
+        self.key: str = header["key"]
+        self.settings: dict[str, Any] = header["settings"]
+        self.counts: dict[str, int] = header["counts"]
+        self.pad_token_id: int = header["pad_token_id"]
+        self.uses_token_types: bool = header["uses_token_types"]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def padded(self, indices: Any, width: int | None = None) -> dict[str, np.ndarray]:
+        """The given windows side by side, padded on the right.
+
+        indices: n window numbers, any order. width: of the result; the longest of them if None.
+        Returns input_ids int64 (n, width), attention_mask bool (n, width), token_type_ids int64
+        (n, width; all 0 unless uses_token_types). Raises ValueError if a window is longer than
+        width.
+        """
+        indices = np.asarray(indices, dtype=np.int64)
+        lengths = self.lengths[indices]
+        longest = int(lengths.max(initial=0))
+        if width is None:
+            width = longest
+        elif width < longest:
+            raise ValueError(f"width {width} is less than the longest window's {longest}")
+        position = np.arange(width)
+        mask = position < lengths[:, None]
+        place = np.where(mask, self.window_start[indices][:, None] + position, 0)
+        ids = np.where(mask, self.input_ids[place], self.pad_token_id).astype(np.int64)
+        types = np.zeros_like(ids)
+        if self.uses_token_types:
+            types[mask & (position >= self.prefix[indices][:, None])] = 1
+        return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+
+    def char_span(self, window: Any, start: Any, end: Any) -> tuple[Any, Any]:
+        """The characters of a span: context[first:past] of the window's context.
+
+        window: window numbers; start, end: positions in the window of the span's first and last
+        token, both among its context tokens; scalars or arrays of one shape. Returns int32 of that
+        shape. Positions outside the context tokens give characters of another place: not checked.
+        """
+        base = (
+            self.context_token_start[self.context[window]]
+            + self.first_token[window]
+            - self.prefix[window]
+        )
+        return self.context_offsets[base + start, 0], self.context_offsets[base + end, 1]
+
+    def notes(self) -> list[str]:
+        """What a user should hear about these windows: one sentence for each thing that is so."""
+        of = f"of {self.counts['questions']} questions"
+        sentences = {
+            "moved": "have their answer at another place than stated: found nearby",
+            "left_out": "have an answer that is not in their context: left out of training",
+            "unlabelled": "have no answers key: no gold label, soft term only",
+            "truncated_questions": "were cut at max_query_length",
+        }
+        return [f"{self.counts[k]} {of} {s}" for k, s in sentences.items() if self.counts[k]]
+
+
+def write_header(folder: Path, header: dict[str, Any]) -> None:
+    """Completes a folder of array files: records their sizes, and makes all of it durable."""
+    sizes = {name: (folder / f"{name}.bin").stat().st_size for name in ARRAYS}
+    with (folder / HEADER).open("w", encoding="utf-8") as file:
+        json.dump({**header, "bytes": sizes}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def open_windows(folder: Path, key: str) -> Windows:
+    """Maps the arrays of a finished folder; reads nothing but the header.
+
+    Raises UserError where the folder is not what `write_header` left: a file missing, shortened or
+    of another key.
+    """
+
+    def damaged(why: str) -> UserError:
+        return UserError(f"{folder}: a damaged cache ({why}): delete this folder and run again")
+
+    try:
+        header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
+        sizes, found = header["bytes"], header["key"]
+    except OSError as error:
+        raise damaged(f"{HEADER}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise damaged(f"{HEADER} is not a header") from None
+    if found != key:
+        raise damaged(f"{HEADER} belongs to {found}")
+    arrays = {}
+    for name, (kind, columns) in ARRAYS.items():
+        path = folder / f"{name}.bin"
+        try:
+            size = path.stat().st_size
+            if size != sizes.get(name):
+                raise damaged(f"{path.name} has {size} bytes, not {sizes.get(name)}")
+            # An empty file cannot be mapped.
+            flat = np.memmap(path, dtype=kind, mode="r") if size else np.empty(0, dtype=kind)
+        except OSError as error:
+            raise damaged(f"{path.name}: {error.strerror}") from None
+        # A plain view: what is gathered from it is then an ordinary array.
+        flat = flat.view(np.ndarray)
+        arrays[name] = flat.reshape(-1, columns) if columns > 1 else flat
+    try:
+        return Windows(arrays, header)
+    except KeyError as error:
+        raise damaged(f"{HEADER} has no {error}") from None

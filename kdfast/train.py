@@ -1,0 +1,344 @@
+"""`python -m kdfast.train`: distil a small reader from a large one.
+
+Without any argument it runs the embedded demo.
+"""
+
+import shutil
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import HfArgumentParser
+from transformers.utils import logging as hf_logging
+
+from kdfast.distill import checkpoint, models, scoring, teacher
+from kdfast.distill.config import OBJECTIVE, TrainConfig
+from kdfast.distill.log import TrainLog
+from kdfast.distill.optim import Updater, make_optimizer
+from kdfast.distill.precision import pick_device, resolve, teacher_precision
+from kdfast.distill.record import describe_machine, open_output, write_run
+from kdfast.distill.step import Stepper, StepReport, default_tokens
+from kdfast.errors import UserError
+from kdfast.squad import features, records
+from kdfast.squad.batches import TrainingOrder
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The program. Returns the exit status: 0, or 2 for a mistake in what it was given."""
+    argv = sys.argv[1:] if argv is None else argv
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        if argv:
+            train(parse(argv))
+        else:
+            from kdfast.demo.tour import tour
+
+            tour(train)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; go on with --resume_from_checkpoint last", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse(argv: list[str]) -> TrainConfig:
+    """Flags to settings. Unknown flags and values end the program with argparse's own message."""
+    parser = HfArgumentParser(TrainConfig, prog="python -m kdfast.train", description=__doc__)
+    return parser.parse_args_into_dataclasses(argv)[0]
+
+
+def train(config: TrainConfig) -> dict:
+    """One run from files to a finished student; returns what run.json holds."""
+    config.check()
+    device = pick_device()
+    precision = resolve(config.mixed_precision, device)
+    output = open_output(config)
+    say_config(config, device, precision)
+
+    student = load_student(config)
+    windows = prepare(config, student, config.train_file, "train")
+    validation = load_validation(config, student)
+    teacher_logits, teacher_key = cached_teacher(config, windows, student, device, precision)
+
+    model = student.model.to(device)
+    scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
+    updater = Updater(
+        model, make_optimizer(model, config.weight_decay), scaler, config.max_grad_norm
+    )
+    chosen = trained_windows(config, windows)
+    order = TrainingOrder(chosen, config.train_batch_size, config.seed)
+    total = total_steps(config, order)
+    identity = {name: getattr(config, name) for name in OBJECTIVE}
+    identity |= {"windows": windows.key, "teacher_cache": teacher_key, "precision": precision}
+    progress = checkpoint.Progress()
+    if config.resume_from_checkpoint:
+        folder = checkpoint.find_checkpoint(config.resume_from_checkpoint, output)
+        progress = checkpoint.load_checkpoint(folder, model, updater, identity)
+        say(f"Resumed from {folder} after step {progress.steps}.")
+
+    stepper = Stepper(config, model, updater, windows, teacher_logits, device, precision, total)
+    log = TrainLog(output, progress.steps, config.report_to == "tensorboard")
+    say(f"{total} steps of {config.train_batch_size} windows.")
+    evaluation = None
+    clock = Clock()
+    with tqdm(total=total, initial=progress.steps, desc="train", unit="step") as bar:
+        while progress.steps < total:
+            report = stepper.run(progress.steps, order.step(progress.steps))
+            progress.steps += 1
+            clock.add(report)
+            log.step(report)
+            bar.set_postfix_str(clock.line(report), refresh=False)
+            bar.update()
+            if validation and due(progress.steps, config.eval_steps, total):
+                with clock.stopped():
+                    evaluation = validation.score(model, device, precision)
+                    log.evaluation(progress.steps, evaluation.metrics)
+                    bar.write(f"step {progress.steps}: {scoring.line(evaluation.metrics)}")
+                    if progress.best_f1 is None or evaluation.metrics["f1"] > progress.best_f1:
+                        progress.best_f1 = evaluation.metrics["f1"]
+                        checkpoint.replace_model(output / "best", model, student.tokenizer)
+            if config.save_steps and due(progress.steps, config.save_steps, total):
+                with clock.stopped():
+                    log.flush()
+                    checkpoint.save_checkpoint(
+                        output,
+                        model,
+                        student.tokenizer,
+                        updater,
+                        progress,
+                        identity,
+                        config.save_total_limit,
+                    )
+    log.close()
+
+    place_models(config, output, model, student.tokenizer)
+    record = {
+        "config": asdict(config),
+        "precision": precision,
+        **describe_machine(device),
+        "student_parameters": sum(each.numel() for each in model.parameters()),
+        "train_windows": len(chosen),
+        "steps": progress.steps,
+        "updates": updater.updates,
+        "teacher_cache": teacher_key,
+        "train_windows_per_second": clock.windows_per_second,
+        "train_tokens_per_second": clock.tokens_per_second,
+        "padding_share": clock.padding_share,
+        "metrics": None if evaluation is None else evaluation.metrics,
+        "eval_windows_per_second": None if evaluation is None else evaluation.windows_per_second,
+        "best_f1": progress.best_f1,
+    }
+    write_run(output, record)
+    say(f"The student is in {output}; run.json there holds settings, versions and figures.")
+    return record
+
+
+def load_student(config: TrainConfig) -> models.Loaded:
+    """The student of --student, or the teacher, cut down to --student_layers where given."""
+    name = config.student or config.teacher
+    role = "--student" if config.student else "--teacher"
+    student = models.load_reader(
+        name, role, new_head_seed=config.seed, embeds_dropout_prob=config.embeds_dropout_prob
+    )
+    layers = config.kept_layers()
+    if layers is not None:
+        models.keep_layers(student, layers, name)
+    models.check_length(student, config.max_seq_length, name)
+    for note in student.notes:
+        say(note)
+    return student
+
+
+def prepare(
+    config: TrainConfig, student: models.Loaded, source: str, split: str
+) -> features.Windows:
+    """The windows of a data source, from the cache where they are there; says what was found."""
+    windows = features.prepare(
+        source,
+        student.tokenizer,
+        split=split,
+        max_seq_length=config.max_seq_length,
+        max_query_length=config.max_query_length,
+        doc_stride=config.doc_stride,
+        cache_dir=config.cache_path,
+    )
+    for note in windows.notes():
+        say(note)
+    return windows
+
+
+def cached_teacher(
+    config: TrainConfig,
+    windows: features.Windows,
+    student: models.Loaded,
+    device: torch.device,
+    precision: str,
+) -> tuple[np.ndarray | None, str | None]:
+    """The teacher's logits and their key; the teacher is loaded only where the cache lacks them."""
+    if config.distillation_loss_weight == 0:
+        if config.teacher is not None:
+            say("--distillation_loss_weight is 0: the teacher's logits are not computed.")
+        return None, None
+    folder = models.local_folder(config.teacher, "--teacher")
+    key = features.tokenizer_key(models.load_tokenizer(folder, "--teacher"))
+    if key != features.tokenizer_key(student.tokenizer):
+        raise UserError(
+            f"--teacher {config.teacher} and the student {config.student} have different "
+            "tokenizers, so their logits stand on different tokens: use models that share one."
+        )
+    kind = teacher_precision(precision, device)
+    source = teacher.Source(teacher.weights_key(folder), key, windows.key, kind)
+    logits = teacher.open_cache(config.cache_path, source, len(windows.input_ids))
+    if logits is not None:
+        say(f"Teacher logits: cache {source.key} in {config.cache_path}.")
+        return logits, source.key
+    loaded = models.load_reader(config.teacher, "--teacher")
+    for note in loaded.notes:
+        say(note)
+    with tqdm(total=len(windows.lengths), desc="teacher", unit="window") as bar:
+        logits = teacher.fill_cache(
+            config.cache_path,
+            source,
+            loaded.model.to(device),
+            windows,
+            device,
+            2 * default_tokens(device),
+            bar.update,
+        )
+    return logits, source.key
+
+
+def trained_windows(config: TrainConfig, windows: features.Windows) -> np.ndarray:
+    """The windows that teach something: unlabelled ones only where there is a teacher."""
+    keep = np.array(windows.trainable)
+    unlabelled = windows.start_positions == -100
+    if config.distillation_loss_weight == 0 and unlabelled.any():
+        say(f"{(keep & unlabelled).sum()} unlabelled windows are left out: there is no teacher.")
+        keep &= ~unlabelled
+    if not keep.any():
+        raise UserError(
+            f"--train_file {config.train_file} has no question to train on: give labelled "
+            "questions, or a --teacher for unlabelled ones."
+        )
+    return np.flatnonzero(keep)
+
+
+def total_steps(config: TrainConfig, order: TrainingOrder) -> int:
+    """Optimizer steps of the whole run."""
+    if config.max_steps > 0:
+        return config.max_steps
+    return max(1, round(config.num_train_epochs * order.steps_per_epoch))
+
+
+def due(steps: int, every: int | None, total: int) -> bool:
+    """Whether something happens after `steps`: every so many steps, and after the last one."""
+    return steps == total or (every is not None and steps % every == 0)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The validation set and how it is answered."""
+
+    windows: features.Windows
+    examples: list
+    settings: dict
+
+    def score(
+        self, model: models.SpanModel, device: torch.device, precision: str
+    ) -> scoring.Evaluation:
+        return scoring.evaluate(
+            model, self.windows, self.examples, device, precision, **self.settings
+        )
+
+
+def load_validation(config: TrainConfig, student: models.Loaded) -> Validation | None:
+    """The set of --validation_file, or None without one."""
+    if config.validation_file is None:
+        return None
+    return Validation(
+        prepare(config, student, config.validation_file, "validation"),
+        records.read_examples(config.validation_file, split="validation"),
+        {
+            "max_tokens": 2 * default_tokens(pick_device()),
+            "max_answer_length": config.max_answer_length,
+            "n_best_size": config.n_best_size,
+        },
+    )
+
+
+def place_models(config: TrainConfig, output: Path, model: models.SpanModel, tokenizer) -> None:
+    """The last model into output_dir; with --load_best_model_at_end the best, and last/ beside."""
+    if not config.load_best_model_at_end:
+        checkpoint.save_model(output, model, tokenizer)
+        return
+    checkpoint.replace_model(output / "last", model, tokenizer)
+    for path in (output / "best").iterdir():
+        shutil.copy2(path, output / path.name)
+
+
+class Clock:
+    """Seconds spent in training steps, and what they did; evaluation and saving do not count."""
+
+    def __init__(self):
+        self.seconds = 0.0
+        self.windows = self.tokens = self.padded_tokens = 0
+        self._since = time.perf_counter()
+
+    def add(self, report: StepReport) -> None:
+        """Count a step that has just ended."""
+        now = time.perf_counter()
+        self.seconds += now - self._since
+        self._since = now
+        self.windows += report.windows
+        self.tokens += report.tokens
+        self.padded_tokens += report.padded_tokens
+
+    @contextmanager
+    def stopped(self):
+        """Time inside does not count."""
+        yield
+        self._since = time.perf_counter()
+
+    @property
+    def windows_per_second(self) -> float:
+        return self.windows / self.seconds if self.seconds else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def padding_share(self) -> float:
+        return 1 - self.tokens / self.padded_tokens if self.padded_tokens else 0.0
+
+    def line(self, report: StepReport) -> str:
+        """What the progress bar shows."""
+        return (
+            f"loss {report.loss:.3f} soft {report.soft:.3f} hard {report.hard:.3f} "
+            f"lr {report.lr:.1e} {self.windows_per_second:.1f} windows/s"
+            + (" skipped" if report.skipped else "")
+        )
+
+
+def say_config(config: TrainConfig, device: torch.device, precision: str) -> None:
+    """Print the settings that the run uses, a line each."""
+    say(f"kdfast.train on {device}, precision {precision}")
+    for name, value in asdict(config).items():
+        if value is not None and value is not False:
+            say(f"  {name}: {value}")
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
