@@ -12,7 +12,6 @@ from transformers.utils import logging as hf_logging
 from kdfast.distill import models, scoring
 from kdfast.distill.config import flag
 from kdfast.distill.precision import pick_device, resolve
-from kdfast.distill.step import default_tokens
 from kdfast.errors import UserError
 from kdfast.files import write_json
 from kdfast.squad import answers, features, metrics, records
@@ -100,7 +99,7 @@ def answer(config: EvaluateConfig, examples: list[records.Example]) -> scoring.E
     """The questions answered by --model, and scored."""
     device = pick_device()
     loaded = models.load_reader(config.model, "--model")
-    models.check_length(loaded, config.max_seq_length, config.model)
+    models.check_fits(loaded, config.max_seq_length, config.model)
     windows = features.prepare(
         config.data,
         loaded.tokenizer,
@@ -112,16 +111,15 @@ def answer(config: EvaluateConfig, examples: list[records.Example]) -> scoring.E
     )
     for note in [*loaded.notes, *windows.notes()]:
         warn(note)
-    return scoring.evaluate(
-        loaded.model.to(device),
-        windows,
-        examples,
-        device,
-        resolve(config.mixed_precision, device),
-        max_tokens=2 * default_tokens(device),
+    validation = scoring.Validation(
+        windows=windows,
+        examples=examples,
         max_answer_length=config.max_answer_length,
         n_best_size=config.n_best_size,
         null_threshold=0.0 if config.null_threshold is None else config.null_threshold,
+    )
+    return validation.score(
+        loaded.model.to(device), device, resolve(config.mixed_precision, device)
     )
 
 

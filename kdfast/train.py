@@ -5,9 +5,7 @@ Without any argument it runs the embedded demo.
 
 import shutil
 import sys
-import time
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +16,12 @@ from transformers.utils import logging as hf_logging
 
 from kdfast.distill import checkpoint, models, scoring, teacher
 from kdfast.distill.config import OBJECTIVE, TrainConfig
-from kdfast.distill.log import TrainLog
+from kdfast.distill.feed import forward_tokens
+from kdfast.distill.log import Clock, TrainLog
 from kdfast.distill.optim import Updater, make_optimizer
 from kdfast.distill.precision import pick_device, resolve, teacher_precision
 from kdfast.distill.record import describe_machine, open_output, write_run
-from kdfast.distill.step import Stepper, StepReport, default_tokens
+from kdfast.distill.step import Stepper
 from kdfast.errors import UserError
 from kdfast.squad import features, records
 from kdfast.squad.batches import TrainingOrder
@@ -118,6 +117,8 @@ def train(config: TrainConfig) -> dict:
                         config.save_total_limit,
                     )
     log.close()
+    if validation and evaluation is None:  # a run that was complete already
+        evaluation = validation.score(model, device, precision)
 
     place_models(config, output, model, student.tokenizer)
     record = {
@@ -151,7 +152,7 @@ def load_student(config: TrainConfig) -> models.Loaded:
     layers = config.kept_layers()
     if layers is not None:
         models.keep_layers(student, layers, name)
-    models.check_length(student, config.max_seq_length, name)
+    models.check_fits(student, config.max_seq_length, name)
     for note in student.notes:
         say(note)
     return student
@@ -201,6 +202,7 @@ def cached_teacher(
         say(f"Teacher logits: cache {source.key} in {config.cache_path}.")
         return logits, source.key
     loaded = models.load_reader(config.teacher, "--teacher")
+    models.check_fits(loaded, config.max_seq_length, config.teacher)
     for note in loaded.notes:
         say(note)
     with tqdm(total=len(windows.lengths), desc="teacher", unit="window") as bar:
@@ -210,7 +212,7 @@ def cached_teacher(
             loaded.model.to(device),
             windows,
             device,
-            2 * default_tokens(device),
+            forward_tokens(device),
             bar.update,
         )
     return logits, source.key
@@ -243,34 +245,15 @@ def due(steps: int, every: int | None, total: int) -> bool:
     return steps == total or (every is not None and steps % every == 0)
 
 
-@dataclass(frozen=True)
-class Validation:
-    """The validation set and how it is answered."""
-
-    windows: features.Windows
-    examples: list
-    settings: dict
-
-    def score(
-        self, model: models.SpanModel, device: torch.device, precision: str
-    ) -> scoring.Evaluation:
-        return scoring.evaluate(
-            model, self.windows, self.examples, device, precision, **self.settings
-        )
-
-
-def load_validation(config: TrainConfig, student: models.Loaded) -> Validation | None:
+def load_validation(config: TrainConfig, student: models.Loaded) -> scoring.Validation | None:
     """The set of --validation_file, or None without one."""
     if config.validation_file is None:
         return None
-    return Validation(
-        prepare(config, student, config.validation_file, "validation"),
-        records.read_examples(config.validation_file, split="validation"),
-        {
-            "max_tokens": 2 * default_tokens(pick_device()),
-            "max_answer_length": config.max_answer_length,
-            "n_best_size": config.n_best_size,
-        },
+    return scoring.Validation(
+        windows=prepare(config, student, config.validation_file, "validation"),
+        examples=records.read_examples(config.validation_file, split="validation"),
+        max_answer_length=config.max_answer_length,
+        n_best_size=config.n_best_size,
     )
 
 
@@ -282,50 +265,6 @@ def place_models(config: TrainConfig, output: Path, model: models.SpanModel, tok
     checkpoint.replace_model(output / "last", model, tokenizer)
     for path in (output / "best").iterdir():
         shutil.copy2(path, output / path.name)
-
-
-class Clock:
-    """Seconds spent in training steps, and what they did; evaluation and saving do not count."""
-
-    def __init__(self):
-        self.seconds = 0.0
-        self.windows = self.tokens = self.padded_tokens = 0
-        self._since = time.perf_counter()
-
-    def add(self, report: StepReport) -> None:
-        """Count a step that has just ended."""
-        now = time.perf_counter()
-        self.seconds += now - self._since
-        self._since = now
-        self.windows += report.windows
-        self.tokens += report.tokens
-        self.padded_tokens += report.padded_tokens
-
-    @contextmanager
-    def stopped(self):
-        """Time inside does not count."""
-        yield
-        self._since = time.perf_counter()
-
-    @property
-    def windows_per_second(self) -> float:
-        return self.windows / self.seconds if self.seconds else 0.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds if self.seconds else 0.0
-
-    @property
-    def padding_share(self) -> float:
-        return 1 - self.tokens / self.padded_tokens if self.padded_tokens else 0.0
-
-    def line(self, report: StepReport) -> str:
-        """What the progress bar shows."""
-        return (
-            f"loss {report.loss:.3f} soft {report.soft:.3f} hard {report.hard:.3f} "
-            f"lr {report.lr:.1e} {self.windows_per_second:.1f} windows/s"
-            + (" skipped" if report.skipped else "")
-        )
 
 
 def say_config(config: TrainConfig, device: torch.device, precision: str) -> None:

@@ -13,6 +13,11 @@ KINDS = [("kl_div", "haystack"), ("kl_div", "hf"), ("mse", "haystack"), ("mse", 
 LENGTHS = [1, 2, 7, 383, 385, 4096]
 
 
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
 def rows(student, teacher, start, end, **settings):
     """kd_loss_rows by the reference, with defaults; positions may be lists."""
     settings = {
@@ -26,11 +31,10 @@ def rows(student, teacher, start, end, **settings):
     return kd_loss_rows(student, teacher, torch.tensor(start), torch.tensor(end), **settings)
 
 
-def softmax(values, temperature):
+def log_softmax(values, temperature):
     top = max(values)
-    weights = [math.exp((value - top) / temperature) for value in values]
-    total = math.fsum(weights)
-    return [weight / total for weight in weights]
+    total = math.fsum(math.exp((value - top) / temperature) for value in values)
+    return [(value - top) / temperature - math.log(total) for value in values]
 
 
 def by_hand(student, teacher, target, mask, temperature, weight, kind, convention):
@@ -47,11 +51,11 @@ def by_hand(student, teacher, target, mask, temperature, weight, kind, conventio
     if kind == "kl_div":
         scale = temperature**2 * (1.0 if convention == "haystack" else 0.5)
         # A teacher that gives nothing to any position adds nothing.
-        p = softmax(c, temperature) if max(c) > -INF else [0.0] * len(c)
-        q = softmax(s, temperature)
-        soft = scale * math.fsum(
-            pi * (math.log(pi) - math.log(qi)) for pi, qi in zip(p, q, strict=True) if pi > 0
-        )
+        log_p = log_softmax(c, temperature) if max(c) > -INF else c
+        log_q = log_softmax(s, temperature)
+        p, q = [math.exp(value) for value in log_p], [math.exp(value) for value in log_q]
+        pairs = zip(p, log_p, log_q, strict=True)
+        soft = scale * math.fsum(pi * (lp - lq) for pi, lp, lq in pairs if pi > 0)
         total = math.fsum(p)
         slope = [scale / temperature * (total * qi - pi) for pi, qi in zip(p, q, strict=True)]
     else:
@@ -61,10 +65,10 @@ def by_hand(student, teacher, target, mask, temperature, weight, kind, conventio
     for i, value in zip(kept, slope, strict=True):
         gradient[i] += weight * value
     if target in kept:
-        q = softmax(s, 1.0)
-        hard = -0.5 * math.log(q[kept.index(target)])
-        for i, qi in zip(kept, q, strict=True):
-            gradient[i] += (1 - weight) * 0.5 * (qi - (i == target))
+        log_q = log_softmax(s, 1.0)
+        hard = -0.5 * log_q[kept.index(target)]
+        for i, lq in zip(kept, log_q, strict=True):
+            gradient[i] += (1 - weight) * 0.5 * (math.exp(lq) - (i == target))
     return weight * soft + (1 - weight) * hard, soft, hard, gradient
 
 
@@ -153,7 +157,7 @@ def test_mse_of_three_positions_by_hand():
 
 
 def haystack_loss(student, teacher, start, end, temperature, weight):
-    """facts of Haystack's own code, whole batches at once: batchmean over (B, L, 2), heads summed.
+    """As Haystack computes it, the whole batch at once: batchmean divides by B and sums the heads.
 
     Cross-entropy is taken per head and averaged over the two; the soft term carries T^2.
     """
@@ -249,8 +253,8 @@ def test_gradcheck(kind, convention, form, generator):
 
 def test_student_may_be_sure_of_no_where_the_teacher_is():
     # Both give the middle position probability 0; the rest are two positions by hand.
-    student = torch.tensor([0.0, -INF, 0.0]).double()[None, :, None].repeat(1, 1, 2)
-    teacher = torch.tensor([0.0, -INF, math.log(3)]).double()[None, :, None].repeat(1, 1, 2)
+    student = torch.tensor([[[0.0], [-INF], [0.0]]], dtype=torch.float64).repeat(1, 1, 2)
+    teacher = torch.tensor([[[0.0], [-INF], [math.log(3)]]], dtype=torch.float64).repeat(1, 1, 2)
     student.requires_grad_()
     for kind, soft, slope in (
         ("kl_div", math.log(3) * 3 / 4 - math.log(2), [0.25, 0.0, -0.25]),
@@ -265,7 +269,7 @@ def test_student_may_be_sure_of_no_where_the_teacher_is():
 
 
 def test_a_part_of_weight_zero_is_left_out():
-    student = torch.tensor([0.0, -INF, 0.0])[None, :, None].repeat(1, 1, 2).requires_grad_()
+    student = torch.tensor([[[0.0], [-INF], [0.0]]]).repeat(1, 1, 2).requires_grad_()
     teacher = torch.zeros(1, 3, 2)
     # The soft part is infinite: the student excludes what the teacher allows.
     hard_only, parts = rows(student, teacher, [0], [0], distillation_loss_weight=0.0)

@@ -93,10 +93,13 @@ def _read_domain(path: Path) -> Domain:
     )
 
 
-def passages(side: str, count: int, seed: int) -> tuple[list[Passage], set[str]]:
+def passages(
+    side: str, count: int, seed: int, *, short: bool = False
+) -> tuple[list[Passage], set[str]]:
     """`count` questions' worth of passages of one side, and the invented names in them.
 
     side: "train" or "validation"; the sides share no invented name, whatever the seeds.
+    short: two subjects with one relation each, for the first lessons of a teacher.
     """
     rng = random.Random(f"{side} {seed}")
     names = Names(side, rng)
@@ -104,9 +107,8 @@ def passages(side: str, count: int, seed: int) -> tuple[list[Passage], set[str]]
     seen: set[str] = set()
     questions = 0
     while questions < count:
-        passage = _passage(
-            rng.choice(domains()), names, rng, min(QUESTIONS_PER_PASSAGE, count - questions)
-        )
+        most = min(QUESTIONS_PER_PASSAGE, count - questions)
+        passage = _passage(rng.choice(domains()), names, rng, most, short)
         if passage.text in seen:
             continue
         seen.add(passage.text)
@@ -115,9 +117,11 @@ def passages(side: str, count: int, seed: int) -> tuple[list[Passage], set[str]]
     return found, names.drawn
 
 
-def _passage(domain: Domain, names: Names, rng: random.Random, count: int) -> Passage:
-    subjects = _distinct(lambda: names.subject(domain.subject), rng.choice((2, 2, 3)), set())
-    facts = _facts(domain, subjects, names, rng)
+def _passage(domain: Domain, names: Names, rng: random.Random, count: int, short: bool) -> Passage:
+    number = 2 if short else rng.choice((2, 2, 3))
+    subjects = _distinct(lambda: names.subject(domain.subject), number, set())
+    each = 1 if short else 6 // number
+    facts = _facts(domain, subjects, each, names, rng)
     text, places = _tell(domain, subjects, facts, names, rng)
     questions = _questions(domain, subjects, facts, text, places, names, rng)
     return Passage(subjects[0][0], text, questions[:count])
@@ -134,9 +138,8 @@ def _distinct(draw, count: int, taken: set) -> list:
     return found
 
 
-def _facts(domain: Domain, subjects, names: Names, rng: random.Random) -> list[_Fact]:
-    """Two or three relations of every subject, drawn so that the subjects share some."""
-    each = 3 if len(subjects) == 2 else 2
+def _facts(domain: Domain, subjects, each: int, names: Names, rng: random.Random) -> list[_Fact]:
+    """`each` relations of every subject, drawn so that the subjects share some."""
     common = rng.sample(domain.relations, each + 1)
     taken = {name for name, _ in subjects}
     years = rng.sample(YEARS, 3 * len(subjects))

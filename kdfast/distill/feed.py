@@ -57,6 +57,19 @@ def micro_batch(
     )
 
 
+def train_tokens(device: torch.device) -> int:
+    """Padded tokens in a training micro-batch where the settings leave it open.
+
+    On a CPU, what stays in the caches: cut at 4,096 tokens a step ran at 0.57 of the speed.
+    """
+    return 768 if device.type == "cpu" else 16384
+
+
+def forward_tokens(device: torch.device) -> int:
+    """The same for a pass without gradients, which keeps no activations."""
+    return 1536 if device.type == "cpu" else 65536
+
+
 def flat_positions(windows: Windows, indices: np.ndarray) -> np.ndarray:
     """Positions in the flat arrays of all tokens of the windows `indices`, window after window."""
     lengths = windows.lengths[indices].astype(np.int64)

@@ -1,6 +1,9 @@
-"""The log of a run: one JSON line per step and per evaluation, and TensorBoard on request."""
+"""The log of a run: a JSON line per step and evaluation, TensorBoard on request, the clock."""
 
 import json
+import math
+import time
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -59,6 +62,11 @@ class TrainLog:
             self.writer.close()
 
     def _write(self, line: dict) -> None:
+        # JSON has no NaN: a loss or norm that is not finite is null.
+        line = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in line.items()
+        }
         self.file.write(json.dumps(line) + "\n")
 
 
@@ -74,3 +82,47 @@ def read_log(output_dir: Path, steps: int) -> list[dict]:
         if line.get("step", -1) < steps and line.get("evaluated_after", 0) <= steps:
             lines.append(line)
     return lines
+
+
+class Clock:
+    """Seconds spent in training steps, and what they did; evaluation and saving do not count."""
+
+    def __init__(self):
+        self.seconds = 0.0
+        self.windows = self.tokens = self.padded_tokens = 0
+        self._since = time.perf_counter()
+
+    def add(self, report: StepReport) -> None:
+        """Count a step that has just ended."""
+        now = time.perf_counter()
+        self.seconds += now - self._since
+        self._since = now
+        self.windows += report.windows
+        self.tokens += report.tokens
+        self.padded_tokens += report.padded_tokens
+
+    @contextmanager
+    def stopped(self):
+        """Time inside does not count."""
+        yield
+        self._since = time.perf_counter()
+
+    @property
+    def windows_per_second(self) -> float:
+        return self.windows / self.seconds if self.seconds else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def padding_share(self) -> float:
+        return 1 - self.tokens / self.padded_tokens if self.padded_tokens else 0.0
+
+    def line(self, report: StepReport) -> str:
+        """What the progress bar shows."""
+        return (
+            f"loss {report.loss:.3f} soft {report.soft:.3f} hard {report.hard:.3f} "
+            f"lr {report.lr:.1e} {self.windows_per_second:.1f} windows/s"
+            + (" skipped" if report.skipped else "")
+        )

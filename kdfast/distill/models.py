@@ -101,6 +101,9 @@ def load_tokenizer(folder: Path, role: str):
     """The fast tokenizer in `folder`. Raises UserError where there is none."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
+        # Where its files are missing, transformers makes one that knows its special tokens only.
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):
+            raise ValueError("its vocabulary is empty")
     except Exception as error:  # tokenizers raises bare Exception for a broken file
         raise UserError(
             f"{role} {folder} has no tokenizer that loads ({first_line(error)}): "
@@ -209,9 +212,14 @@ def keep_layers(loaded: Loaded, layers: list[int], name: str) -> None:
     loaded.notes.append(f"The student keeps layers {layers} of {name}.")
 
 
-def check_length(loaded: Loaded, max_seq_length: int, name: str) -> None:
-    """Raise UserError where the model's position embeddings end before `max_seq_length`."""
+def check_fits(loaded: Loaded, max_seq_length: int, name: str) -> None:
+    """Raise UserError where the model has too few position or token embeddings."""
     config = loaded.model.reader.config
+    if len(loaded.tokenizer) > loaded.model.reader.get_input_embeddings().num_embeddings:
+        raise UserError(
+            f"The tokenizer of {name} has {len(loaded.tokenizer)} tokens, more than the model's "
+            "embeddings: use the tokenizer that the model was trained with."
+        )
     longest = config.max_position_embeddings
     if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
         longest -= config.pad_token_id + 1  # their positions start behind the padding's id

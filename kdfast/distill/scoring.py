@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kdfast.distill.feed import flat_positions, forward_windows
+from kdfast.distill.feed import flat_positions, forward_tokens, forward_windows
 from kdfast.distill.models import SpanModel
 from kdfast.distill.precision import AUTOCAST
 from kdfast.squad import answers, metrics
@@ -24,38 +24,45 @@ class Evaluation:
     windows_per_second: float
 
 
-def evaluate(
-    model: SpanModel,
-    windows: Windows,
-    examples: list[Example],
-    device: torch.device,
-    precision: str,
-    *,
-    max_tokens: int,
-    max_answer_length: int,
-    n_best_size: int,
-    null_threshold: float = 0.0,
-) -> Evaluation:
-    """Answer every question of `examples`, whose windows are `windows`, and score the answers.
+@dataclass(frozen=True)
+class Validation:
+    """Labelled questions, their windows, and how they are answered.
 
-    max_tokens: padded tokens in one forward pass. null_threshold: a question whose best span scores
-    more than this below its null answer is answered with "".
+    null_threshold: a question whose best span scores more than this below its null answer is
+    answered with "".
     """
-    logits = np.empty((len(windows.input_ids), 2), dtype=np.float32)
-    batches = cut_by_tokens(np.arange(len(windows.lengths)), windows.lengths, max_tokens)
-    started = time.perf_counter()
-    for indices, rows in forward_windows(model, windows, batches, device, AUTOCAST[precision]):
-        logits[flat_positions(windows, indices)] = rows
-    rate = len(windows.lengths) / (time.perf_counter() - started)
-    spans = answers.best_spans(
-        windows, logits, max_answer_length=max_answer_length, n_best_size=n_best_size
-    )
-    found = answers.predictions(spans, windows, examples, null_threshold)
-    # The best thresholds are looked for over never-null answers: else only lower ones could win.
-    scores = metrics.score(
-        metrics.gold_answers(examples), found.never_null, found.null_odds, null_threshold
-    )
-    return Evaluation(scores, found, rate)
+
+    windows: Windows
+    examples: list[Example]
+    max_answer_length: int
+    n_best_size: int
+    null_threshold: float = 0.0
+
+    def score(self, model: SpanModel, device: torch.device, precision: str) -> Evaluation:
+        """Let the model answer every question, and score the answers."""
+        windows = self.windows
+        logits = np.empty((len(windows.input_ids), 2), dtype=np.float32)
+        everything = np.arange(len(windows))
+        batches = cut_by_tokens(everything, windows.lengths, forward_tokens(device))
+        started = time.perf_counter()
+        for indices, rows in forward_windows(model, windows, batches, device, AUTOCAST[precision]):
+            logits[flat_positions(windows, indices)] = rows
+        rate = len(windows) / (time.perf_counter() - started)
+        spans = answers.best_spans(
+            windows,
+            logits,
+            max_answer_length=self.max_answer_length,
+            n_best_size=self.n_best_size,
+        )
+        found = answers.predictions(spans, windows, self.examples, self.null_threshold)
+        # Best thresholds are looked for over never-null answers: else only lower ones could win.
+        scores = metrics.score(
+            metrics.gold_answers(self.examples),
+            found.never_null,
+            found.null_odds,
+            self.null_threshold,
+        )
+        return Evaluation(scores, found, rate)
 
 
 def line(scores: dict[str, float]) -> str:

@@ -119,7 +119,9 @@ def fill_cache(
                 saved_at = time.monotonic()
         _save_progress(partial, logits, done)
         del logits
-        os.replace(partial, cache_dir / "teacher" / source.key)
+        finished = cache_dir / "teacher" / source.key
+        os.replace(partial, finished)
+        (finished / "progress.json").unlink()
     except OSError as error:
         raise _disk_error(partial, error) from error
     cached = open_cache(cache_dir, source, tokens)

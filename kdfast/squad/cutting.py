@@ -5,139 +5,18 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from kdfast.errors import UserError
-from kdfast.squad.records import Example, locate
+from kdfast.squad.examples import Example, locate
+from kdfast.squad.template import Template, whole_texts
+from kdfast.squad.tokens import Tokens, ragged, starts_of
 
 UNLABELLED = -100
 _BATCH_CHARACTERS = 1 << 20
 _BATCH_QUESTIONS = 4096
-_BLANKS = np.array([c for c in range(0x3001) if chr(c).isspace()], dtype=np.uint32)
-
-
-@contextmanager
-def whole_texts(backend: Any) -> Iterator[Any]:
-    """The `tokenizers` object with truncation and padding off, and as it was afterwards."""
-    truncation, padding = backend.truncation, backend.padding
-    backend.no_truncation()
-    backend.no_padding()
-    try:
-        yield backend
-    finally:
-        if truncation is not None:
-            backend.enable_truncation(**truncation)
-        if padding is not None:
-            backend.enable_padding(**padding)
-
-
-@dataclass(frozen=True)
-class Template:
-    """What a tokenizer puts around a question and a context."""
-
-    before: tuple[int, ...]
-    between: tuple[int, ...]
-    after: tuple[int, ...]
-    uses_token_types: bool
-    pad_token_id: int
-
-    @property
-    def size(self) -> int:
-        return len(self.before) + len(self.between) + len(self.after)
-
-    @classmethod
-    def learn(cls, tokenizer: Any) -> Template:
-        """Learns it from the encoding of a pair.
-
-        Raises UserError for a tokenizer without a Rust backend, without a padding token, without a
-        token in front (which stands for "no answer"), or with token types of an unknown pattern.
-        """
-        name = type(tokenizer).__name__
-        if not getattr(tokenizer, "is_fast", False):
-            raise UserError(
-                f"{name}: a slow tokenizer, which knows no character offsets: use its fast one "
-                "(a folder with tokenizer.json, AutoTokenizer with use_fast=True)"
-            )
-        if tokenizer.pad_token_id is None:
-            raise UserError(f"{name}: no padding token: set tokenizer.pad_token")
-        with whole_texts(tokenizer.backend_tokenizer) as backend:
-            probe = backend.encode("probe", "probe")
-        side = probe.sequence_ids
-        if 0 not in side or 1 not in side or side.index(0) > side.index(1):
-            raise UserError(f"{name}: does not encode pairs as question, context: use another")
-        question = side.index(0)
-        between = question + side.count(0)
-        context = side.index(1)
-        after = context + side.count(1)
-        if question == 0:
-            raise UserError(
-                f"{name}: puts no token in front of the question, where 'no answer' is predicted: "
-                "use a tokenizer of the BERT, RoBERTa, XLM-R or DeBERTa kind"
-            )
-        uses_types = "token_type_ids" in tokenizer.model_input_names and any(probe.type_ids)
-        if uses_types and probe.type_ids != [int(p >= context) for p in range(len(probe.ids))]:
-            raise UserError(f"{name}: token types {probe.type_ids} are of an unknown pattern")
-        ids = probe.ids
-        return cls(
-            tuple(ids[:question]),
-            tuple(ids[between:context]),
-            tuple(ids[after:]),
-            uses_types,
-            tokenizer.pad_token_id,
-        )
-
-
-def ragged(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The indices of many runs after one another: starts[0], starts[0] + 1, … int64."""
-    ends = np.cumsum(lengths, dtype=np.int64)
-    total = int(ends[-1]) if len(ends) else 0
-    return np.repeat(starts - (ends - lengths), lengths) + np.arange(total)
-
-
-def _starts(lengths: Any) -> np.ndarray:
-    """Offsets of runs of the given lengths: int64, one more than lengths."""
-    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-
-
-@dataclass
-class _Tokens:
-    """The tokens of several texts after one another. starts int64 (n + 1,), ids int32 (tokens,),
-    offsets int32 (tokens, 2) in characters."""
-
-    starts: np.ndarray
-    ids: np.ndarray
-    offsets: np.ndarray
-
-    @classmethod
-    def encode(cls, backend: Any, texts: list[str], limit: int | None = None) -> _Tokens:
-        encodings = backend.encode_batch(texts, add_special_tokens=False)
-        ids = [np.array(e.ids[:limit], dtype=np.int32) for e in encodings]
-        pairs = [np.array(e.offsets[:limit], dtype=np.int32).reshape(-1, 2) for e in encodings]
-        starts = _starts([len(i) for i in ids])
-        empty = np.empty(0, dtype=np.int32)
-        return cls(
-            starts, np.concatenate([empty, *ids]), np.concatenate([empty.reshape(0, 2), *pairs])
-        )
-
-    def without_leading_blanks(self, texts: list[str]) -> _Tokens:
-        """Moves the first character past blanks, which some tokenizers count to a word's token.
-
-        A token of blanks alone keeps its characters.
-        """
-        code = np.frombuffer("".join(texts).encode("utf-32-le"), dtype=np.uint32)
-        blank = np.isin(code, _BLANKS)
-        # Number of the next character that is not blank, for each character.
-        solid = np.where(blank, len(code), np.arange(len(code)))
-        solid = np.append(np.minimum.accumulate(solid[::-1])[::-1], len(code))
-        base = np.repeat(_starts([len(t) for t in texts])[:-1], np.diff(self.starts))
-        first = solid[self.offsets[:, 0] + base] - base
-        keep = first >= self.offsets[:, 1]
-        self.offsets[:, 0] = np.where(keep, self.offsets[:, 0], first)
-        return self
 
 
 @dataclass
@@ -175,7 +54,7 @@ class Cutter:
             for batch in _batches(examples):
                 yield self._batch(backend, batch)
 
-    def _contexts(self, backend: Any, batch: list[Example]) -> tuple[_Tokens, ...]:
+    def _contexts(self, backend: Any, batch: list[Example]) -> tuple[Tokens, ...]:
         """Tokenises the batch's new contexts and recalls its old ones.
 
         Returns the tokens of the contexts at hand; which of these each question has; their
@@ -194,7 +73,7 @@ class Cutter:
                     if known is None:
                         texts.append(last)
             rows.append(name)
-        tokens = _Tokens.encode(backend, texts).without_leading_blanks(texts)
+        tokens = Tokens.encode(backend, texts).exact(texts)
         for i, name in enumerate(new):
             self._known[name] = len(self._known)
             self._spooled.append(self._spooled[-1] + int(tokens.starts[i + 1] - tokens.starts[i]))
@@ -204,8 +83,8 @@ class Cutter:
         numbers = np.array([self._known[name] for name in order], dtype=np.int32)
         if old:
             recalled = [self._recall(self._known[name]) for name in old]
-            tokens = _Tokens(
-                _starts([*np.diff(tokens.starts), *map(len, recalled)]),
+            tokens = Tokens(
+                starts_of([*np.diff(tokens.starts), *map(len, recalled)]),
                 np.concatenate([tokens.ids, *(r[:, 0] for r in recalled)]),
                 np.concatenate([tokens.offsets, *(r[:, 1:] for r in recalled)]),
             )
@@ -222,11 +101,11 @@ class Cutter:
         contexts, local, numbers, fresh = self._contexts(backend, batch)
         # One token more than is kept tells which questions were cut.
         limit = self.max_query_length
-        questions = _Tokens.encode(backend, [e.question for e in batch], limit + 1)
+        questions = Tokens.encode(backend, [e.question for e in batch], limit + 1)
         asked = np.minimum(np.diff(questions.starts), limit)
         counts["truncated_questions"] += int((np.diff(questions.starts) > limit).sum())
         kept = ragged(questions.starts[:-1], asked)
-        questions = _Tokens(_starts(asked), questions.ids[kept], questions.offsets[kept])
+        questions = Tokens(starts_of(asked), questions.ids[kept], questions.offsets[kept])
         first, last, trainable = self._labels(batch, contexts, local)
 
         size = np.diff(contexts.starts)[local]
@@ -255,7 +134,7 @@ class Cutter:
         id_bytes = [e.id.encode() for e in batch]
         arrays = {
             "input_ids": ids,
-            "window_start": counts["tokens"] + _starts(lengths)[1:],
+            "window_start": counts["tokens"] + starts_of(lengths)[1:],
             "lengths": lengths,
             "question": counts["questions"] + q,
             "context": numbers[local[q]],
@@ -269,7 +148,7 @@ class Cutter:
             "question_offsets": questions.offsets,
             "context_token_start": counts["context_tokens"] + contexts.starts[1 : fresh + 1],
             "context_offsets": contexts.offsets[:new_tokens],
-            "question_id_start": self._id_bytes + _starts([len(b) for b in id_bytes])[1:],
+            "question_id_start": self._id_bytes + starts_of([len(b) for b in id_bytes])[1:],
             "question_id_bytes": np.frombuffer(b"".join(id_bytes), dtype=np.uint8),
         }
         self._id_bytes += sum(map(len, id_bytes))
@@ -282,7 +161,7 @@ class Cutter:
         return arrays
 
     def _labels(
-        self, batch: list[Example], contexts: _Tokens, local: np.ndarray
+        self, batch: list[Example], contexts: Tokens, local: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """First and last token of each question's first answer, counted in its context.
 

@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 
 from kdfast.errors import UserError
-from kdfast.squad.cutting import Cutter, Template, whole_texts
-from kdfast.squad.records import Example, fingerprint, iter_examples
+from kdfast.squad.cutting import Cutter
+from kdfast.squad.examples import Example
+from kdfast.squad.records import fingerprint, iter_examples
+from kdfast.squad.template import Template, whole_texts
 from kdfast.squad.windows import ARRAYS, Windows, open_windows, write_header
 
 FORMAT = 1  # part of every key: raise it when files or meaning change

@@ -11,6 +11,7 @@ from kdfast.errors import UserError
 
 _CHUNK = 1 << 20  # characters read at once; doubled while one record needs more
 _BLANK = " \t\r\n"
+_NUMERIC = "0123456789.eE+-"
 _DECODER = json.JSONDecoder()
 
 
@@ -66,8 +67,9 @@ class _Cursor:
             except RecursionError:
                 raise self.fault("nested too deeply", self.at) from None
             else:
-                # A number that touches the end of the buffer may go on behind it.
-                if end < len(self.text) or self.ended:
+                # A number may go on behind the end of the buffer, as "-1." or "2e+" would.
+                cut = isinstance(value, int | float) and not self.text[end:].strip(_NUMERIC)
+                if self.ended or not cut:
                     self.at = end
                     return value
             self._more()

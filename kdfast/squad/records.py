@@ -4,66 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from kdfast.errors import UserError
+from kdfast.squad.examples import Answer, Example, Place, locate
+from kdfast.squad.forms import article_examples, row_example
 from kdfast.squad.json_items import json_items
 
-NEARBY = 200  # characters around the stated place in which a misplaced answer is looked for
+__all__ = ["Answer", "Example", "Place", "fingerprint", "iter_examples", "locate", "read_examples"]
 
 _FLAT = {"context", "question", "answers"}  # any of these tells a flat record from an article
 _FILE_LIKE = re.compile(r"^[/~.]|\\|/.*/|\.(json|jsonl|ndjson|parquet|csv|txt|gz)$", re.IGNORECASE)
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    text: str
-    start: int  # characters from the start of the context
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One question. `answers` is None where unlabelled and () where it has no answer."""
-
-    id: str
-    title: str
-    question: str
-    context: str
-    answers: tuple[Answer, ...] | None
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where an answer stands: context[start:end], without outer blanks."""
-
-    start: int
-    end: int
-    moved: bool  # True where the record named another place
-
-
-def locate(context: str, answer: Answer) -> Place | None:
-    """Finds an answer in its context.
-
-    The text, less its outer blanks, counts as being where the record says (its blanks counted or
-    not). Otherwise it is taken from elsewhere if it occurs exactly once among the places that
-    start at most NEARBY characters away from the stated one. None: not found, not unique, or
-    blank.
-    """
-    text = answer.text.strip()
-    if not text:
-        return None
-    stated = answer.start + len(answer.text) - len(answer.text.lstrip())
-    for start in (stated, answer.start):
-        if context.startswith(text, start):
-            return Place(start, start + len(text), moved=False)
-    low, high = max(0, stated - NEARBY), stated + NEARBY + len(text)
-    start = context.find(text, low, high)
-    if start < 0 or context.find(text, start + 1, high) >= 0:
-        return None
-    return Place(start, start + len(text), moved=True)
 
 
 def read_examples(source: str, *, split: str | None = None) -> list[Example]:
@@ -155,20 +108,22 @@ def _examples(source: str, split: str | None) -> Iterator[tuple[str, Example]]:
     path = _path(source)
     if path is None:
         rows = enumerate(_load_dataset(source, split))
-        yield from ((f"{source}: row {n}", _row(f"{source}: row {n}", row)) for n, row in rows)
+        yield from (
+            (f"{source}: row {n}", row_example(f"{source}: row {n}", row)) for n, row in rows
+        )
         return
     try:
         if path.suffix.lower() == ".parquet":
             for number, row in enumerate(_parquet_rows(path)):
                 where = f"{path}: row {number}"
-                yield where, _row(where, row)
+                yield where, row_example(where, row)
             return
         for place, item in json_items(path):
             where = f"{path}: {place}"
             if isinstance(item, dict) and "paragraphs" not in item and not _FLAT.isdisjoint(item):
-                yield where, _row(where, item)
+                yield where, row_example(where, item)
             else:
-                yield from _article(where, item)
+                yield from article_examples(where, item)
     except OSError as error:
         raise _unreadable(path, error) from None
     except UnicodeDecodeError:
@@ -186,110 +141,3 @@ def _parquet_rows(path: Path) -> Iterator[dict]:
     except pyarrow.ArrowInvalid as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: not a Parquet file ({reason}): write it again") from None
-
-
-def _article(where: str, article: Any) -> Iterator[tuple[str, Example]]:
-    """The questions of one entry of the official form's `data`."""
-    title = _field(where, article, "title", str, default="")
-    if title:
-        where = f'{where} ("{title}")'
-    for i, paragraph in enumerate(_field(where, article, "paragraphs", list)):
-        at_paragraph = f"{where}, paragraphs[{i}]"
-        context = _text(at_paragraph, paragraph, "context")
-        for j, qa in enumerate(_field(at_paragraph, paragraph, "qas", list)):
-            at = f"{at_paragraph}, qas[{j}]"
-            yield at, _example(at, qa, title, context)
-
-
-def _row(where: str, row: Any) -> Example:
-    """The question of one flat record."""
-    title = _field(where, row, "title", str, default="")
-    return _example(where, row, title, _text(where, row, "context"))
-
-
-def _example(where: str, record: Any, title: str, context: str) -> Example:
-    name = _field(where, record, "id", (str, int))
-    where = f'{where} (id "{name}")'
-    question = _field(where, record, "question", str)
-    _encodable(where, "question", question)
-    impossible = _field(where, record, "is_impossible", bool, default=False)
-    # A question marked impossible may list plausible answers; it has no answer.
-    answers = () if impossible else _answers(where, record)
-    for answer in answers or ():
-        if not 0 <= answer.start < len(context):
-            raise UserError(
-                f"{where}: answer_start {answer.start} lies outside its context of {len(context)} "
-                "characters: correct it, or leave the question out"
-            )
-    return Example(str(name), title, question, context, answers)
-
-
-def _answers(where: str, record: dict) -> tuple[Answer, ...] | None:
-    """Reads a list of {text, answer_start}, or {text: [...], answer_start: [...]}."""
-    raw = record.get("answers")
-    if raw is None:
-        return None
-    if isinstance(raw, dict):
-        texts = _field(f"{where}, answers", raw, "text", list)
-        starts = _field(f"{where}, answers", raw, "answer_start", list)
-        if len(texts) != len(starts):
-            raise UserError(
-                f"{where}: answers has {len(texts)} text but {len(starts)} answer_start: "
-                "give one of each per answer"
-            )
-        pairs: Iterable = [
-            {"text": t, "answer_start": s} for t, s in zip(texts, starts, strict=True)
-        ]
-    elif isinstance(raw, list):
-        pairs = raw
-    else:
-        raise UserError(
-            f"{where}: answers is {type(raw).__name__}: give a list of text and answer_start"
-        )
-    found = []
-    for number, pair in enumerate(pairs):
-        at = f"{where}, answers[{number}]"
-        text = _field(at, pair, "text", str)
-        found.append(Answer(text, _field(at, pair, "answer_start", int)))
-    return tuple(found)
-
-
-def _text(where: str, record: Any, key: str) -> str:
-    """A context: a string that is not blank."""
-    text = _field(where, record, key, str)
-    if not text.strip():
-        raise UserError(f"{where}: its {key} is empty: give a text, or leave the record out")
-    _encodable(where, key, text)
-    return text
-
-
-def _encodable(where: str, key: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{where}: its {key} holds half a surrogate pair at character {error.start}: "
-            "write the character whole"
-        ) from None
-
-
-_REQUIRED = object()
-
-
-def _field(where: str, record: Any, key: str, kind: Any, default: Any = _REQUIRED) -> Any:
-    """record[key], of the given type. A field with a default may be absent or null."""
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: {type(record).__name__} where an object with {key!r} belongs")
-    value = record.get(key)
-    if value is None and default is not _REQUIRED:
-        return default
-    if key not in record:
-        present = ", ".join(map(str, record)) or "nothing"
-        raise UserError(f"{where}: no {key!r} (it has {present}): add it")
-    wrong_bool = isinstance(value, bool) and kind is not bool
-    if wrong_bool or not isinstance(value, kind):
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        wanted = " or ".join(k.__name__ for k in kinds)
-        found = "null" if value is None else type(value).__name__
-        raise UserError(f"{where}: {key!r} is {found}: give {wanted}")
-    return value

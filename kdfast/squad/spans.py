@@ -90,8 +90,6 @@ def _top_of_block(start, end, count, group, shape, longest, combine):
     groups, n = shape
     width = start.shape[1]
     longest = min(longest, width)
-    if longest == 0:
-        return found
     with np.errstate(invalid="ignore"):
         peak = combine(start, _running_maximum(end, longest))
     peak[np.arange(width) >= count[:, None]] = -np.inf

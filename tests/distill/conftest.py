@@ -1,0 +1,65 @@
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from kdfast.distill import models
+from kdfast.distill.config import TrainConfig
+from kdfast.distill.optim import Updater, make_optimizer
+from kdfast.distill.step import Stepper
+from kdfast.squad import features
+from tests import corpora, readers
+
+
+@pytest.fixture
+def setup(tmp_path):
+    """A function that makes a Stepper on a tiny reader and corpus, with made-up teacher logits.
+
+    What is None in `changes` of the model's dropouts stays at the class's default of 0.1.
+    """
+
+    def make(*, precision="no", dtype=torch.float32, dropout=0.0, teacher=True, **changes):
+        name = readers.save(
+            tmp_path / "student",
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
+        )
+        source = corpora.write(tmp_path / "train.json")
+        settings = {
+            "train_file": source,
+            "output_dir": str(tmp_path / "out"),
+            "learning_rate": 1e-3,
+            "embeds_dropout_prob": dropout,
+            "max_seq_length": 200,
+            **({} if teacher else {"distillation_loss_weight": 0.0}),
+            **changes,
+        }
+        config = TrainConfig(**settings)
+        loaded = models.load_reader(
+            name, "--student", embeds_dropout_prob=config.embeds_dropout_prob
+        )
+        windows = features.prepare(
+            source, loaded.tokenizer, max_seq_length=200, cache_dir=tmp_path / "cache"
+        )
+        model = loaded.model.to(dtype)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10) if precision == "fp16" else None
+        optimizer = make_optimizer(model, config.weight_decay)
+        updater = Updater(model, optimizer, scaler, config.max_grad_norm)
+        draw = np.random.default_rng(5)
+        logits = draw.normal(0, 3, (len(windows.input_ids), 2)).astype(np.float16)
+        stepper = Stepper(
+            config,
+            model,
+            updater,
+            windows,
+            logits if teacher else None,
+            torch.device("cpu"),
+            precision,
+            total_steps=10,
+        )
+        return types.SimpleNamespace(
+            stepper=stepper, model=model, updater=updater, windows=windows, loaded=loaded
+        )
+
+    return make

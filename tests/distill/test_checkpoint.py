@@ -1,0 +1,113 @@
+import errno
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from kdfast.distill import checkpoint
+from kdfast.distill.checkpoint import Progress
+from kdfast.errors import UserError
+
+IDENTITY = {"seed": 1, "windows": "abc"}
+
+
+def save(run, folder, steps, identity=IDENTITY, limit=2):
+    progress = Progress(steps=steps, best_f1=50.0)
+    return checkpoint.save_checkpoint(
+        folder, run.model, run.loaded.tokenizer, run.updater, progress, identity, limit
+    )
+
+
+def train(run, first, last):
+    return [run.stepper.run(step, np.arange(step, step + 8)) for step in range(first, last)]
+
+
+def state_of(run):
+    tensors = dict(run.model.named_parameters())
+    for name, parameter in list(tensors.items()):
+        for key, value in run.updater.optimizer.state[parameter].items():
+            tensors[f"{name}|{key}"] = value
+    return tensors
+
+
+@pytest.mark.parametrize("precision", ["no", "fp16"])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(setup, tmp_path, precision):
+    whole = setup(precision=precision, dropout=0.1)
+    train(whole, 0, 3)
+    if precision == "fp16":  # so that the scaler's state matters: the next steps overflow
+        scaler = whole.updater.scaler
+        scaler.load_state_dict({**scaler.state_dict(), "scale": 2.0**24})
+    folder = save(whole, tmp_path, 3)
+    wanted = train(whole, 3, 7)
+
+    resumed = setup(precision=precision, dropout=0.1)
+    torch.rand(5)
+    progress = checkpoint.load_checkpoint(folder, resumed.model, resumed.updater, IDENTITY)
+    assert progress == Progress(steps=3, best_f1=50.0)
+    assert str(train(resumed, 3, 7)) == str(wanted)  # as text, for the norms that are NaN
+    assert (precision == "fp16") == any(report.skipped for report in wanted)
+    ours, theirs = state_of(resumed), state_of(whole)
+    assert ours.keys() == theirs.keys() and any("exp_avg_sq" in name for name in ours)
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+    assert resumed.updater.updates == whole.updater.updates
+    if precision == "fp16":
+        assert resumed.updater.scaler.state_dict() == whole.updater.scaler.state_dict()
+
+
+def test_only_the_last_ones_are_kept(setup, tmp_path):
+    run = setup()
+    for steps in (2, 9, 10, 11):
+        save(run, tmp_path, steps)
+    names = [path.name for path in checkpoint.list_checkpoints(tmp_path)]
+    assert names == ["checkpoint-10", "checkpoint-11"]
+    assert sorted(path.name for path in tmp_path.glob("checkpoint*")) == names
+    assert checkpoint.find_checkpoint("last", tmp_path).name == "checkpoint-11"
+
+
+def test_a_checkpoint_holds_no_pickle(setup, tmp_path):
+    run = setup()
+    train(run, 0, 1)
+    suffixes = {path.suffix for path in save(run, tmp_path, 1).iterdir()}
+    assert suffixes == {".json", ".safetensors"}
+
+
+def test_another_run_is_refused_with_what_differs(setup, tmp_path):
+    run = setup()
+    folder = save(run, tmp_path, 1)
+    with pytest.raises(UserError, match=r"seed \(1 -> 2\)"):
+        checkpoint.load_checkpoint(folder, run.model, run.updater, {**IDENTITY, "seed": 2})
+
+
+def test_torn_or_absent_checkpoints_are_named(setup, tmp_path):
+    run = setup()
+    train(run, 0, 1)
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        checkpoint.find_checkpoint("last", tmp_path)
+    with pytest.raises(UserError, match=r"trainer_state.json"):
+        checkpoint.load_checkpoint(tmp_path, run.model, run.updater, IDENTITY)
+    folder = save(run, tmp_path, 1)
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        folder = save(run, tmp_path, 1)
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: len(content) // 2])
+        with pytest.raises(UserError, match="cannot be read"):
+            checkpoint.load_checkpoint(folder, run.model, run.updater, IDENTITY)
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(setup, tmp_path, monkeypatch):
+    run = setup()
+    first = save(run, tmp_path, 1)
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "write_json", full)
+    with pytest.raises(UserError, match=r"disk is full.*resume_from_checkpoint last"):
+        save(run, tmp_path, 2)
+    monkeypatch.undo()
+    assert checkpoint.find_checkpoint("last", tmp_path) == first
+    assert json.loads((first / "trainer_state.json").read_text())["steps"] == 1
+    assert save(run, tmp_path, 2) == checkpoint.find_checkpoint("last", tmp_path)

@@ -1,0 +1,295 @@
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer
+
+from kdfast import evaluate, train
+from tests import corpora, readers
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """Folders and files of a small run, and `run(**flags)`, which calls the program."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    class World:
+        path = tmp_path
+        output = tmp_path / "out"
+        teacher = readers.save(tmp_path / "teacher", layers=4, seed=1)
+        student = readers.save(tmp_path / "student", seed=2)
+        train_file = corpora.write(tmp_path / "train.json", 20)
+        validation_file = corpora.write(tmp_path / "dev.json", 5)
+
+        def flags(self, **changes):
+            values = {
+                "teacher": self.teacher,
+                "student": self.student,
+                "train_file": self.train_file,
+                "validation_file": self.validation_file,
+                "output_dir": self.output,
+                "cache_dir": tmp_path / "cache",
+                "max_steps": 6,
+                "train_batch_size": 8,
+                "max_seq_length": 200,
+                "learning_rate": 1e-2,
+                **changes,
+            }
+            flags = []
+            for name, value in values.items():
+                if value is True:
+                    flags.append(f"--{name}")
+                elif value is not None:
+                    flags += [f"--{name}", str(value)]
+            return flags
+
+        def run(self, **changes):
+            return train.main(self.flags(**changes))
+
+    return World()
+
+
+def log_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
+
+
+def test_from_files_to_a_hugging_face_folder(world, capsys):
+    assert world.run(eval_steps=3, save_steps=3, report_to="tensorboard") == 0
+    out = world.output
+    assert AutoModelForQuestionAnswering.from_pretrained(out).num_labels == 2
+    assert AutoTokenizer.from_pretrained(out)("a b")["input_ids"]
+    names = {path.name for path in out.iterdir()}
+    assert {"best", "checkpoint-3", "checkpoint-6", "tensorboard", "run.json"} <= names
+    record = json.loads((out / "run.json").read_text())
+    assert record["config"]["train_batch_size"] == 8 and record["steps"] == 6
+    assert record["versions"]["torch"] == torch.__version__ and record["hardware"]["cpu"]
+    assert record["metrics"]["total"] == 10 and record["train_windows_per_second"] > 0
+    log = log_of(out)
+    assert [line["step"] for line in log if "step" in line] == list(range(6))
+    assert [line["evaluated_after"] for line in log if "evaluated_after" in line] == [3, 6]
+    steps = [line for line in log if "step" in line]
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert "temperature: 1.5" in capsys.readouterr().out
+
+    # The whole of the second run's preparation comes from the cache.
+    assert world.run(output_dir=world.path / "again") == 0
+    assert "Teacher logits: cache" in capsys.readouterr().out
+    assert [line for line in log_of(world.path / "again") if "step" in line] == steps
+
+
+def test_evaluate_gives_the_figures_of_the_run(world, capsys):
+    assert world.run() == 0
+    capsys.readouterr()
+    folder = world.path / "eval"
+    arguments = ["--cache_dir", str(world.path / "cache"), "--output_dir", str(folder)]
+    data = ["--data", world.validation_file, *arguments]
+    model = ["--model", str(world.output), "--max_seq_length", "200"]
+    assert evaluate.main(model + data) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((world.output / "run.json").read_text())["metrics"]
+    assert printed == json.loads((folder / "metrics.json").read_text())
+    for name in ("predictions", "nbest_predictions", "null_odds"):
+        assert len(json.loads((folder / f"{name}.json").read_text())) == 10
+
+    files = ["--predictions", str(folder / "predictions.json")]
+    odds = ["--null_odds", str(folder / "null_odds.json"), "--null_threshold", "0"]
+    assert evaluate.main([*files, *odds, "--data", world.validation_file]) == 0
+    scored = json.loads(capsys.readouterr().out)
+    for name in ("exact", "f1", "HasAns_f1", "NoAns_exact"):
+        assert scored[name] == printed[name]
+    assert evaluate.main([*files, "--data", world.validation_file]) == 0
+    assert "best_f1" not in json.loads(capsys.readouterr().out)
+
+
+def test_a_threshold_turns_answers_into_none(world, capsys):
+    data = ["--data", world.validation_file, "--cache_dir", str(world.path / "cache")]
+    found = {}
+    for threshold in ("-1e9", "0", "1e9"):
+        model = ["--model", world.student, "--max_seq_length", "200"]
+        evaluate.main([*model, *data, f"--null_threshold={threshold}"])
+        found[threshold] = json.loads(capsys.readouterr().out)
+    assert found["-1e9"]["exact"] == 50.0 and found["-1e9"]["HasAns_exact"] == 0.0
+    assert found["1e9"]["NoAns_exact"] == 0.0
+
+
+def test_students_of_some_layers_and_the_undistilled_baseline(world):
+    changes = {"student": None, "student_layers": "0,3"}
+    assert world.run(**changes) == 0
+    distilled = json.loads((world.output / "config.json").read_text())
+    assert distilled["num_hidden_layers"] == 2
+    plain = world.path / "plain"
+    assert world.run(**changes, output_dir=plain, distillation_loss_weight=0) == 0
+    steps = [line for line in log_of(plain) if "step" in line]
+    assert all(line["soft"] == 0 for line in steps)
+    assert all(line["loss"] == pytest.approx(line["hard"]) for line in steps)
+
+
+def test_a_resumed_run_ends_as_the_uninterrupted_one(world, capsys):
+    assert world.run(save_steps=2, save_total_limit=5, eval_steps=2) == 0
+    cut = world.path / "cut"
+    shutil.copytree(world.output, cut)
+    for name in ("checkpoint-4", "checkpoint-6"):
+        shutil.rmtree(cut / name)
+    flags = {"output_dir": cut, "save_steps": 2, "eval_steps": 2, "save_total_limit": 5}
+    assert world.run(**flags, resume_from_checkpoint="last") == 0
+    assert "after step 2" in capsys.readouterr().out
+    whole, resumed = (load_file(d / "model.safetensors") for d in (world.output, cut))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert log_of(cut) == log_of(world.output)
+    # A complete run, resumed, is what it was.
+    assert world.run(**flags, resume_from_checkpoint="last") == 0
+    assert log_of(cut) == log_of(world.output)
+    assert json.loads((cut / "run.json").read_text())["metrics"]["total"] == 10
+
+
+def test_the_best_model_can_change_places_with_the_last(world):
+    assert world.run(eval_steps=1, load_best_model_at_end=True) == 0
+    evaluations = [line for line in log_of(world.output) if "evaluated_after" in line]
+    best, top, last = (
+        load_file(world.output / part / "model.safetensors") for part in ("best", ".", "last")
+    )
+    name = "qa_outputs.weight"
+    assert torch.equal(best[name], top[name])
+    scores = [line["f1"] for line in evaluations]
+    assert torch.equal(top[name], last[name]) == (scores[-1] > max(scores[:-1]))
+
+
+def test_unlabelled_questions_are_distilled(world, capsys):
+    source = corpora.write(world.path / "bare.json", 20, labelled=False)
+    assert world.run(train_file=source) == 0
+    assert "20 of 40 questions have no answers key" in capsys.readouterr().out
+    assert (
+        world.run(
+            train_file=source,
+            output_dir=world.path / "plain",
+            distillation_loss_weight=0,
+            teacher=None,
+        )
+        == 0
+    )
+    assert "20 unlabelled windows are left out" in capsys.readouterr().out
+
+
+def test_overwrite_deletes_an_earlier_run_and_nothing_else(world, capsys):
+    assert world.run(save_steps=1, max_steps=2) == 0
+    (world.output / "notes.txt").write_text("mine")
+    assert world.run() == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert world.run(overwrite=True, validation_file=None) == 0
+    names = {path.name for path in world.output.iterdir()}
+    assert "notes.txt" in names and not names & {"best", "checkpoint-1", "checkpoint-2"}
+    foreign = world.path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("mine")
+    assert world.run(output_dir=foreign, overwrite=True) == 2
+    assert "something else" in capsys.readouterr().err
+    assert [path.name for path in foreign.iterdir()] == ["thesis.txt"]
+
+
+FAULTS = {
+    "no teacher": ({"teacher": None}, "--teacher is missing"),
+    "no student": ({"student": None}, "--student is missing"),
+    "no data": ({"train_file": None}, "--train_file is missing"),
+    "no output": ({"output_dir": None}, "--output_dir is missing"),
+    "both cuts": (
+        {"gradient_accumulation_steps": 2, "max_tokens_per_micro_batch": 99},
+        "exclude each other",
+    ),
+    "both starts": ({"overwrite": True, "resume_from_checkpoint": "last"}, "exclude each other"),
+    "eval without data": ({"validation_file": None, "eval_steps": 2}, "needs --validation_file"),
+    "temperature": ({"temperature": 0}, "--temperature is 0.0"),
+    "infinite": ({"learning_rate": "inf"}, "--learning_rate is inf"),
+    "weight": ({"distillation_loss_weight": 1.5}, "from 0 to 1"),
+    "layers": ({"student_layers": "3,1"}, "rising layer numbers"),
+    "layer words": ({"student_layers": "first"}, "rising layer numbers"),
+    "layers not there": ({"student_layers": "0,7"}, "has layers 0 to 1"),
+    "too long": ({"max_seq_length": 500}, "reads 402 tokens"),
+    "stride": ({"doc_stride": 300}, "--doc_stride 300"),
+    "no file": ({"train_file": "nowhere.json"}, "nowhere.json"),
+    "no model": ({"student": "nowhere/nothing"}, "--student nowhere/nothing"),
+    "nothing to resume": ({"resume_from_checkpoint": "last"}, "does not exist"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_users_mistake_is_one_sentence(world, capsys, fault):
+    changes, words = FAULTS[fault]
+    assert world.run(**changes) == 2
+    captured = capsys.readouterr()
+    message = captured.err.strip().splitlines()[-1]
+    assert message.startswith("error: ") and words in message
+    assert "Traceback" not in captured.err
+    assert not any(world.output.glob("*")) if world.output.exists() else True
+
+
+def test_a_teacher_of_another_tokenizer_is_refused(world, capsys):
+    other = readers.save(world.path / "other", "roberta")
+    assert world.run(teacher=other) == 2
+    assert "different tokenizers" in capsys.readouterr().err
+
+
+def test_a_teacher_without_a_head_is_refused(world, capsys):
+    other = readers.save(world.path / "other", head=False)
+    assert world.run(teacher=other) == 2
+    assert "no question-answering head" in capsys.readouterr().err
+
+
+def test_a_student_without_a_head_gets_a_new_one(world, capsys):
+    other = readers.save(world.path / "other", head=False)
+    assert world.run(student=other) == 0
+    assert "a new one is drawn" in capsys.readouterr().out
+
+
+def test_a_teacher_with_nan_names_the_question(world, capsys):
+    model = AutoModelForQuestionAnswering.from_pretrained(world.teacher)
+    with torch.no_grad():
+        model.qa_outputs.bias[0] = np.nan
+    model.save_pretrained(world.teacher)
+    assert world.run() == 2
+    assert "not finite in fp16 for question" in capsys.readouterr().err
+
+
+def test_an_output_folder_that_cannot_be_made(world, capsys):
+    assert world.run(output_dir="/proc/kdfast") == 2
+    assert "cannot be written" in capsys.readouterr().err
+    assert world.run(output_dir=world.train_file) == 2
+    assert "is a file" in capsys.readouterr().err
+
+
+def test_a_resumed_run_must_be_the_same(world, capsys):
+    assert world.run(save_steps=2) == 0
+    assert world.run(save_steps=2, resume_from_checkpoint="last", temperature=2.0) == 2
+    assert "temperature (1.5 -> 2.0)" in capsys.readouterr().err
+    other = corpora.write(world.path / "other.json", 21)
+    shutil.copy(other, world.train_file)
+    assert world.run(save_steps=2, resume_from_checkpoint="last") == 2
+    assert "windows (" in capsys.readouterr().err
+
+
+def test_the_command_line_exits_with_2(world):
+    command = [sys.executable, "-m", "kdfast.train", *world.flags(train_file="nowhere.json")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.strip().startswith("error: ") and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["covidqa_long_dev.json", "xquad_zh.json", "squad2_dev.json"])
+def test_real_files(world, name):
+    """One article of each: thousands of words in a context, no spaces, unanswerable questions."""
+    data = json.loads(corpora.shared(name).read_text(encoding="utf-8"))
+    article = data["data"][0]
+    article["paragraphs"] = article["paragraphs"][:3]
+    source = world.path / name
+    source.write_text(json.dumps({"data": [article]}), encoding="utf-8")
+    changes = {"train_file": source, "validation_file": source, "max_steps": 1}
+    assert world.run(**changes, doc_stride=100, max_seq_length=300) == 0
+    questions = sum(len(paragraph["qas"]) for paragraph in article["paragraphs"])
+    record = json.loads((world.output / "run.json").read_text())
+    assert record["metrics"]["total"] == questions > 3
+    assert record["train_windows"] > (20 * questions if "covid" in name else questions)
