@@ -183,6 +183,10 @@ def test_gradients_are_clipped_after_unscaling(setup):
         report = run.stepper.run(0, np.arange(8))
         scale = 1.0 if precision == "no" else 2.0**10
         assert report.grad_norm == pytest.approx(gradient_.norm().item() / scale, rel=1e-4)
+        # Adam's first mean is a tenth of the gradient that it was given.
+        moments = [state["exp_avg"] for state in run.updater.optimizer.state.values()]
+        given = torch.cat([each.flatten() for each in moments]).norm().item() / 0.1
+        assert given == pytest.approx(1e-3, rel=1e-3)
         norms[precision] = report.grad_norm
     assert norms["fp16"] == pytest.approx(norms["no"], rel=1e-2)
 

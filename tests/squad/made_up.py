@@ -1,14 +1,12 @@
 """Made-up examples, and helpers that tests of windows share."""
 
 import random
-from pathlib import Path
 
 import numpy as np
 
 from kdfast.squad import windows
 from kdfast.squad.records import Answer, Example
 
-DATA = Path(__file__).parents[3] / "shared" / "data"
 SMALL = {"max_seq_length": 48, "max_query_length": 24, "doc_stride": 7}
 
 TEXT = (

@@ -52,6 +52,8 @@ def test_a_window_above_the_budget_stands_alone():
 def test_equal_lengths_keep_their_order():
     batches = cut_by_tokens(np.array([9, 4, 7, 1]), np.array([10, 10, 10, 10]), 20)
     assert [list(batch) for batch in batches] == [[9, 4], [7, 1]]
+    many = np.random.default_rng(0).permutation(500)
+    assert list(np.concatenate(cut_by_tokens(many, np.full(500, 10), 50))) == list(many)
 
 
 def test_even_cuts():

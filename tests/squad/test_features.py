@@ -12,7 +12,8 @@ import pytest
 from kdfast.errors import UserError
 from kdfast.squad import cutting, features, windows
 from kdfast.squad.features import prepare, tokenizer_key, windows_of
-from tests.squad.made_up import DATA, SMALL, assert_same_windows, random_examples
+from tests.corpora import shared
+from tests.squad.made_up import SMALL, assert_same_windows, random_examples
 from tests.tokenizers import FAMILIES, of_family
 
 
@@ -195,9 +196,7 @@ def test_a_cache_folder_that_cannot_be(tmp_path, source):
 
 def test_bytes_on_disk(tmp_path):
     """At most 12 per real token together with the teacher's four (two fp16 logits)."""
-    path = DATA / "newwiki_dev.json"
-    if not path.exists():
-        pytest.skip("newwiki_dev.json is not beside this checkout, in ../shared/data")
+    path = shared("newwiki_dev.json")
     w = prepare(str(path), of_family("bert"), cache_dir=tmp_path)
     stored = sum(p.stat().st_size for p in tmp_path.rglob("*") if p.is_file())
     assert stored <= 8 * len(w.input_ids)

@@ -7,16 +7,15 @@ import pytest
 
 from kdfast.squad.features import windows_of
 from kdfast.squad.records import Answer, Example, read_examples
-from tests.squad.made_up import DATA, SMALL, characters, random_examples
+from tests.corpora import shared
+from tests.squad.made_up import SMALL, characters, random_examples
 from tests.tokenizers import FAMILIES, of_family
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_real_answers_come_back_from_their_labels(family):
     for name in ("xquad_zh", "covidqa_long_dev", "newwiki_dev"):
-        path = DATA / f"{name}.json"
-        if not path.exists():
-            pytest.skip(f"{name}.json is not beside this checkout, in ../shared/data")
+        path = shared(f"{name}.json")
         examples = read_examples(str(path))[:150]
         w = windows_of(examples, of_family(family))
         inside = np.flatnonzero(w.start_positions > 0)
@@ -121,6 +120,17 @@ def test_spans_map_back_to_the_exact_characters(family, answer):
     low, high = w.char_span(0, w.start_positions[0], w.end_positions[0])
     assert unicodedata.normalize("NFC", context[low:high]) == unicodedata.normalize("NFC", answer)
     assert context[low:high] == answer
+
+
+def test_only_a_mark_that_no_token_holds_is_added_to_the_one_before():
+    context = "cafe\u0301 ok"
+    example = Example("a", "", "what", context, ())
+    held = characters(windows_of([example], of_family("roberta")), 0)
+    assert [3, 4] in held.tolist()
+    assert [4, 5] in held.tolist()
+    loose = characters(windows_of([example], of_family("deberta_v2")), 0)
+    assert [3, 5] in loose.tolist()
+    assert 4 not in loose[:, 0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -10,7 +10,8 @@ from kdfast.squad import cutting
 from kdfast.squad.features import tokenizer_key, windows_of
 from kdfast.squad.records import Example, read_examples
 from kdfast.squad.template import Template
-from tests.squad.made_up import DATA, SMALL, assert_same_windows, characters, random_examples
+from tests.corpora import shared
+from tests.squad.made_up import SMALL, assert_same_windows, characters, random_examples
 from tests.tokenizers import FAMILIES, of_family
 
 
@@ -70,9 +71,7 @@ def test_windows_equal_the_usual_route_on_real_files():
     settings = {"max_seq_length": 384, "max_query_length": 160, "doc_stride": 128}
     draw = random.Random(0)
     for family, name, number in (("bert", "covidqa_long_dev", 3), ("roberta", "xquad_zh", 40)):
-        path = DATA / f"{name}.json"
-        if not path.exists():
-            pytest.skip(f"{name}.json is not beside this checkout, in ../shared/data")
+        path = shared(f"{name}.json")
         examples = draw.sample(read_examples(str(path)), number)
         w = assert_same_as_hf(of_family(family), examples, settings)
         assert len(w) > number
