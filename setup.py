@@ -9,7 +9,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["kdfast", "kdfast.*"]),
-    package_data={"kdfast.demo": ["teacher/*"]},
+    package_data={"kdfast.demo": ["*.yaml", "domains/*.yaml", "teacher/*"]},
     install_requires=[
         "torch>=2.5",
         "triton>=3.1; platform_system == 'Linux' and platform_machine == 'x86_64'",
@@ -17,6 +17,8 @@ setup(
         "transformers>=5.0",
         "datasets>=4.0",
         "safetensors>=0.5",
+        "huggingface_hub>=1.0",
+        "pyyaml>=6.0",
         "tqdm>=4.66",
     ],
     extras_require={

@@ -1,0 +1,95 @@
+"""What `python -m kdfast.train` does without arguments: the main job on the embedded default."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from kdfast.demo import SETTINGS, TEACHER, corpus
+from kdfast.distill import models, scoring
+from kdfast.distill.config import TrainConfig
+from kdfast.distill.precision import pick_device, resolve
+from kdfast.squad import features, records
+
+HOME = Path("kdfast-demo")
+FIGURES = ("exact", "f1", "HasAns_exact", "HasAns_f1", "NoAns_f1")
+
+
+def tour(train: Callable[[TrainConfig], dict], home: Path = HOME, seed: int = 42) -> list[dict]:
+    """Distil the embedded teacher, train the same student without it, and print one table.
+
+    train: kdfast.train.train. Everything is written below `home`: the generated corpus, the cache,
+    and both students. Returns the table's rows, with the figures of the evaluations unrounded.
+    """
+    train_file, validation_file = corpus.write_corpus(home / "corpus")
+    common = {
+        **SETTINGS,
+        "teacher": str(TEACHER),
+        "train_file": str(train_file),
+        "validation_file": str(validation_file),
+        "cache_dir": str(home / "cache"),
+        "overwrite": True,
+        "seed": seed,
+    }
+    print("\n1 of 3: the student learns from the teacher and from the gold spans", flush=True)
+    distilled = TrainConfig(output_dir=str(home / "distilled"), **common)
+    learned = train(distilled)
+    print("\n2 of 3: the same student learns from the gold spans alone", flush=True)
+    without = {**common, "distillation_loss_weight": 0.0}
+    plain = train(TrainConfig(output_dir=str(home / "undistilled"), **without))
+    print("\n3 of 3: the teacher is evaluated", flush=True)
+    rows = [
+        {"reader": "teacher", **score_teacher(distilled)},
+        {"reader": "student, distilled", **row(learned)},
+        {"reader": "student, gold spans alone", **row(plain)},
+    ]
+    print(table(rows), flush=True)
+    return rows
+
+
+def score_teacher(config: TrainConfig) -> dict:
+    """The teacher's row: it answers the same validation questions in the same way."""
+    device = pick_device()
+    loaded = models.load_reader(config.teacher, "--teacher")
+    windows = features.prepare(
+        config.validation_file,
+        loaded.tokenizer,
+        split="validation",
+        max_seq_length=config.max_seq_length,
+        max_query_length=config.max_query_length,
+        doc_stride=config.doc_stride,
+        cache_dir=config.cache_path,
+    )
+    validation = scoring.Validation(
+        windows=windows,
+        examples=records.read_examples(config.validation_file),
+        max_answer_length=config.max_answer_length,
+        n_best_size=config.n_best_size,
+    )
+    precision = resolve(config.mixed_precision, device)
+    result = validation.score(loaded.model.to(device), device, precision)
+    return row(
+        {
+            "metrics": result.metrics,
+            "student_parameters": sum(each.numel() for each in loaded.model.parameters()),
+            "eval_windows_per_second": result.windows_per_second,
+        }
+    )
+
+
+def row(record: dict) -> dict:
+    """A row of the table from what run.json holds."""
+    return {
+        **{name: record["metrics"][name] for name in FIGURES},
+        "parameters": record["student_parameters"],
+        "windows/s": record["eval_windows_per_second"],
+    }
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as a Markdown table."""
+    head = ("", "EM", "F1", "HasAns EM", "HasAns F1", "NoAns F1", "parameters", "windows/s")
+    lines = [f"| {' | '.join(head)} |", f"|:--{'|--:' * (len(head) - 1)}|"]
+    for each in rows:
+        cells = [each["reader"], *(f"{each[name]:.1f}" for name in FIGURES)]
+        cells += [f"{each['parameters']:,}", f"{each['windows/s']:.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n" + "\n".join(lines) + "\n"
