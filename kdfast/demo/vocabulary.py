@@ -17,8 +17,8 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from kdfast.demo.corpus import domains
 from kdfast.demo.names import NAME_WORDS, UNITS, word_lists
+from kdfast.demo.templates import domains
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 

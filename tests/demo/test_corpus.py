@@ -8,19 +8,19 @@ from itertools import pairwise
 
 import pytest
 
-from kdfast.demo.corpus import domains, passages, write_corpus
+from kdfast.demo.corpus import write_corpus
 from kdfast.demo.names import SIDES, side_of
+from kdfast.demo.passages import passages
+from kdfast.demo.templates import domains
 from kdfast.squad.records import read_examples
 
 # Words that say nothing about what is asked or told.
-FUNCTION_WORDS = frozenset(
-    re.findall(
-        r"\w+",
-        """a an and are at be by can could did do does for from go had has have he her him his how in
-    into is it its made make many much no not of on one or out over she that the their them there
-    they this to up was were what when where which who whom whose with year""",
-    )
-)
+FUNCTION_WORDS = """
+a an and are at be by can could did do does for from go had has have he her him his how in into is
+it its made make many much no not of on one or out over she that the their them there they this to
+up was were what when where which who whom whose with year
+"""
+FUNCTION_WORDS = frozenset(re.findall(r"\w+", FUNCTION_WORDS))
 
 
 @pytest.fixture(scope="module")
@@ -106,16 +106,16 @@ def test_both_kinds_of_unanswerable_question_occur(side):
 def test_the_sides_share_no_name_and_no_passage():
     drawn, texts = {}, {}
     for name in SIDES:
-        found, drawn[name] = passages(name, 10_000, seed=1)
+        found, drawn[name] = passages(name, 3_000, seed=1)
         texts[name] = {passage.text for passage in found}
         assert len(texts[name]) == len(found)
         assert {side_of(each) for each in drawn[name]} == {name}
-        # The names really are those in the text, not only those on the list.
+        # Most of the drawn names stand in the text: rivers and rejected draws need not.
         joined = " ".join(texts[name]).lower()
-        assert sum(each in joined for each in drawn[name]) > 0.95 * len(drawn[name])
+        assert sum(each in joined for each in drawn[name]) > 0.8 * len(drawn[name])
     assert not drawn["train"] & drawn["validation"]
     assert not texts["train"] & texts["validation"]
-    assert min(map(len, drawn.values())) > 500
+    assert min(map(len, drawn.values())) > 300
 
 
 def test_validation_names_do_not_occur_in_training_passages():
