@@ -65,6 +65,10 @@ class BuildRows(build_ext):
         try:
             flags, names = architecture_flags(nvcc)
             compiled = Path(self.build_temp) / "kd_rows_cuda.o"
+            read = [CUDA_SOURCE, *glob("csrc/*.h"), "setup.py"]
+            newest = max(Path(name).stat().st_mtime for name in read)
+            if not self.force and compiled.exists() and compiled.stat().st_mtime > newest:
+                return compiled, library_directories(nvcc)
             compiled.parent.mkdir(parents=True, exist_ok=True)
             run = [nvcc, "-std=c++17", "-O3", *flags, "-Xcompiler", "-fPIC,-fvisibility=hidden"]
             run += ["-DKDFAST_CUDA=1", f'-DKD_CUDA_ARCHITECTURES="{names}"']

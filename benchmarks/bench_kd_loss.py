@@ -7,7 +7,6 @@ both and writes the gradient, and a copy of n bytes moves 2n.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import pytest
 import torch
@@ -71,10 +70,9 @@ def split_loss(student: Tensor, teacher: Tensor, start: Tensor, end: Tensor) -> 
     return plain_loss(*pairs, start, end)
 
 
-@cache
-def compiled(function: Callable, dtype: torch.dtype) -> Callable:
-    """Compiled once for all shapes of a dtype: dynamic, as a reader's batches are."""
-    return torch.compile(function, fullgraph=True, dynamic=True)
+def compiled(function: Callable) -> Callable:
+    """Compiled for the shapes of one cell: its best, though a reader's batches differ in shape."""
+    return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 def liger_loss(student: Tensor, teacher: Tensor, start: Tensor, end: Tensor) -> Tensor:
@@ -160,13 +158,17 @@ class Cell:
         for name, (form, function) in plain.items():
             functions[f"eager {name}"] = form, function
             if with_compiled:
-                functions[f"compile {name}"] = form, compiled(function, self.dtype)
+                functions[f"compile {name}"] = form, compiled(function)
         if self.device != "cpu" and liger_is_installed():
             functions["liger"] = "interleaved", liger_loss
         return functions
 
     def gate(self, functions: dict[str, tuple[str, Callable]]) -> None:
-        """Every loss and gradient against the reference in fp64."""
+        """Every loss and gradient against the reference in fp64.
+
+        Ours as closely as fp32 allows. The baselines a hundred times less so: compiled, they add
+        up 4,096 positions one by one.
+        """
         exact = self.student.double().requires_grad_()
         arguments = (exact, self.teacher.double(), self.start, self.end)
         expected = fused_kd_loss(*arguments, backend="reference", **SETTINGS)
@@ -180,8 +182,9 @@ class Cell:
             limits = torch.finfo(self.dtype)
             allowed = limits.eps / 2 * slope.abs() + limits.smallest_normal * limits.eps
             error = (gradient.double() - slope).abs() - allowed
-            assert (loss.detach() - expected).abs() <= 1e-5 * expected.abs(), name
-            assert error.max() <= 1e-6 * slope.abs().max(), name
+            relative = 1e-6 if name.split()[0] in backends.NAMES else 1e-4
+            assert (loss.detach() - expected).abs() <= 10 * relative * expected.abs(), name
+            assert error.max() <= relative * slope.abs().max(), name
 
 
 def with_gradient(device: str, function: Callable, leaves: list[Tensor], arguments: tuple):
@@ -312,7 +315,7 @@ def test_the_gate_can_fail():
     cell = Cell("cpu", (8, 384), torch.float32)
 
     def moved(student, *others):
-        return plain_loss(student + torch.eye(384)[:, :2] * 1e-2, *others)
+        return plain_loss(student + torch.eye(384)[:, :2] * 1e-1, *others)
 
     with pytest.raises(AssertionError, match="moved"):
         cell.gate({"moved": ("interleaved", moved)})
@@ -327,6 +330,9 @@ def test_kd_loss(device, capsys):
     times, memory, threads = [], [], []
     for shape in SHAPES:
         for dtype in DTYPES:
+            with capsys.disabled():
+                print(f"{shape[0]} x {shape[1]} {dtype}", flush=True)
+            torch._dynamo.reset()  # each guard of another cell's code would cost a baseline time
             cell = Cell(device, shape, dtype)
             functions = cell.losses(with_compiled=True)
             cell.gate(functions)

@@ -192,7 +192,7 @@ def draw(report: dict, path: Path) -> None:
         ("#d08c3c", "#8a4f10"),
         "",
     )
-    right.set_title("% of the speed of a bare memory copy", fontsize=11, loc="left")
+    right.set_title("kernels: % of the speed of a memory copy", fontsize=11, loc="left")
     right.legend(frameon=False, ncols=2, loc="upper left")
     for axes in (left, right):
         axes.set_ylim(0, 1.22 * axes.get_ylim()[1])

@@ -75,7 +75,8 @@ kd::Logits logits_of(int64_t start, int64_t end, const py::tuple& strides,
     logits.stride_l[head] = checked_stride(integer(PyTuple_GET_ITEM(of, 1), what), length, what);
   }
   if (one) {
-    const int64_t stride = checked_stride(integer(PyTuple_GET_ITEM(strides.ptr(), 2), what), 2, what);
+    const int64_t given = integer(PyTuple_GET_ITEM(strides.ptr(), 2), what);
+    const int64_t stride = checked_stride(given, 2, what);
     logits.head[1] = static_cast<const char*>(logits.head[0]) + stride * bytes;
   } else {
     logits.head[1] = address(end, bytes, what);

@@ -261,7 +261,8 @@ KD_FN Floats exp2(Floats t) {
   const __m512 scale = _mm512_castsi512_ps(_mm512_add_epi32(root, _mm512_slli_epi32(n, 18)));
   const __m512 slope =
       _mm512_fmadd_ps(_mm512_set1_ps(0.2402265965938568f), r, _mm512_set1_ps(0.6931573152542114f));
-  return (Floats::Values)_mm512_maskz_fmadd_ps(is_positive(t), scale, _mm512_mul_ps(slope, r), scale);
+  const __m512 rest = _mm512_mul_ps(slope, r);
+  return (Floats::Values)_mm512_maskz_fmadd_ps(is_positive(t), scale, rest, scale);
 }
 
 KD_FN Floats load_part(const float* from, int count, float rest) {
@@ -297,7 +298,8 @@ KD_FN Doubles log2_normal(Doubles x) {
   const Doubles square = y * y;
   Doubles p(1.0 / 21);
   for (int k = 19; k >= 1; k -= 2) p = fma(p, square, Doubles(1.0 / k));
-  return fma(p * y, Doubles(2 * kLog2E), Doubles(__builtin_convertvector(n - 1023, Doubles::Values)));
+  const Doubles exponent(__builtin_convertvector(n - 1023, Doubles::Values));
+  return fma(p * y, Doubles(2 * kLog2E), exponent);
 }
 
 // log2 of `count` numbers, in place.
