@@ -1,6 +1,129 @@
-"""Package metadata of kdfast."""
+"""Package metadata of kdfast, and the build of csrc into kdfast._C.
 
+The C++ rows need a C++17 compiler, the CUDA rows an nvcc of CUDA 11.8 or newer. Whatever is
+missing is left out, with a sentence: without nvcc _C has the CPU rows only, and without a C++
+compiler there is no _C, and kdfast computes in PyTorch, or on a GPU in Triton. No torch is needed
+to build.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+from glob import glob
+from pathlib import Path
+
+from pybind11.setup_helpers import Pybind11Extension
 from setuptools import find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+CUDA_SOURCE = "csrc/kd_rows_cuda.cu"
+# Volta, Turing, Ampere (A100, then the rest), Hopper, Blackwell; newer ones take the PTX.
+CUDA_ARCHITECTURES = (70, 75, 80, 86, 90, 100)
+
+
+def say(sentence: str) -> None:
+    print(f"kdfast: {sentence}", flush=True)
+
+
+class BuildRows(build_ext):
+    """build_ext that compiles the .cu with nvcc and survives every compiler that fails."""
+
+    def build_extension(self, extension) -> None:
+        cuda = self.cuda_object()
+        if cuda is not None:
+            compiled, library_dirs = cuda
+            extension.define_macros.append(("KDFAST_CUDA", "1"))
+            extension.extra_objects.append(str(compiled))
+            extension.library_dirs += library_dirs
+            extension.libraries += ["cudart_static", "rt", "dl"]
+        try:
+            super().build_extension(extension)
+        # distutils wraps what a compiler does in a dozen classes; none may stop the install.
+        except Exception as error:
+            say(f"{extension.name} is left out, as the C++ build failed: {error}")
+            say("the losses will be computed in PyTorch, or in Triton on a GPU")
+
+    def copy_extensions_to_source(self) -> None:
+        built = [
+            extension
+            for extension in self.extensions
+            if Path(self.get_ext_fullpath(extension.name)).exists()
+            or Path(self.build_lib, self.get_ext_filename(extension.name)).exists()
+        ]
+        self.extensions, everything = built, self.extensions
+        super().copy_extensions_to_source()
+        self.extensions = everything
+
+    def cuda_object(self) -> tuple[Path, list[str]] | None:
+        """The compiled .cu and the directories of CUDA's libraries; None, said, without."""
+        home = os.environ.get("CUDA_HOME")
+        nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+        if nvcc is None:
+            say("no nvcc on the PATH (or in CUDA_HOME): building the CPU part only")
+            return None
+        try:
+            flags, names = architecture_flags(nvcc)
+            compiled = Path(self.build_temp) / "kd_rows_cuda.o"
+            read = [CUDA_SOURCE, *glob("csrc/*.h"), "setup.py"]
+            newest = max(Path(name).stat().st_mtime for name in read)
+            if not self.force and compiled.exists() and compiled.stat().st_mtime > newest:
+                return compiled, library_directories(nvcc)
+            compiled.parent.mkdir(parents=True, exist_ok=True)
+            run = [nvcc, "-std=c++17", "-O3", *flags, "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+            run += ["-DKDFAST_CUDA=1", f'-DKD_CUDA_ARCHITECTURES="{names}"']
+            ask([*run, "-c", CUDA_SOURCE, "-o", str(compiled)])
+            return compiled, library_directories(nvcc)
+        except (OSError, subprocess.CalledProcessError) as error:
+            said = getattr(error, "stderr", None) or str(error)
+            say(f"nvcc failed, building the CPU part only: {said.strip()}")
+            return None
+
+
+def ask(command: list[str]) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def architecture_flags(nvcc: str) -> tuple[list[str], str]:
+    """nvcc's flags for the architectures it can target, and their names; says what it cannot."""
+    known = {
+        kind: {int(number) for number in re.findall(rf"^{kind}_(\d+)$", ask([nvcc, option]), re.M)}
+        for kind, option in (("sm", "--list-gpu-code"), ("compute", "--list-gpu-arch"))
+    }
+    version = re.search(r"release ([\d.]+)", ask([nvcc, "--version"]))
+    built = [number for number in CUDA_ARCHITECTURES if number in known["sm"] & known["compute"]]
+    for number in CUDA_ARCHITECTURES:
+        if number not in built:
+            name = f"CUDA {version[1]}" if version else nvcc
+            remedy = ": a V100 needs a CUDA 12.x nvcc" if number == 70 else ""
+            say(f"sm_{number} is left out, as {name} cannot target it{remedy}")
+    if not built:
+        raise OSError(f"{nvcc} targets none of {CUDA_ARCHITECTURES}")
+    flags = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in built]
+    flags.append(f"-gencode=arch=compute_{built[-1]},code=compute_{built[-1]}")
+    names = f"{','.join(map(str, built))}+PTX"
+    say(f"building CUDA rows for sm {names}")
+    return flags, names
+
+
+def library_directories(nvcc: str) -> list[str]:
+    """Where nvcc links from: it says so when asked what it would do."""
+    asked = subprocess.run(
+        [nvcc, "--dryrun", CUDA_SOURCE], check=True, capture_output=True, text=True
+    )
+    line = re.search(r"LIBRARIES=(.*)", asked.stdout + asked.stderr)
+    found = re.findall(r'-L"?([^"\s]+)', line[1]) if line else []
+    return [directory for directory in found if Path(directory).is_dir()]
+
+
+rows = Pybind11Extension(
+    "kdfast._C",
+    sorted(glob("csrc/*.cpp")),
+    depends=[*sorted(glob("csrc/*.h")), CUDA_SOURCE],
+    cxx_std=17,
+    extra_compile_args=["-O3", "-Wall", "-Wextra", "-pthread"],
+    extra_link_args=["-pthread"],
+)
 
 setup(
     name="kdfast",
@@ -10,6 +133,8 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["kdfast", "kdfast.*"]),
     package_data={"kdfast.demo": ["*.yaml", "domains/*.yaml", "teacher/*"]},
+    ext_modules=[rows],
+    cmdclass={"build_ext": BuildRows},
     install_requires=[
         "torch>=2.5",
         "triton>=3.1; platform_system == 'Linux' and platform_machine == 'x86_64'",
@@ -28,6 +153,10 @@ setup(
             "pytest-benchmark>=5.0",
             "hypothesis>=6.100",
             "ruff>=0.12",
+            # They compile the CUDA source for a V100 where there is no CUDA 12 toolkit.
+            "nvidia-cuda-nvrtc-cu12>=12.9; platform_system == 'Linux'",
+            "nvidia-cuda-runtime-cu12>=12.9; platform_system == 'Linux'",
+            "nvidia-cuda-cccl-cu12>=12.9; platform_system == 'Linux'",
             "tensorboard>=2.16",
         ],
     },

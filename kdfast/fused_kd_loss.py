@@ -1,15 +1,14 @@
 """The distillation loss of extractive question answering: function, module, and the lower door."""
 
-import math
-
 import torch
 from torch import Tensor, nn
 
-from kdfast.backends import choose
+from kdfast import reference
+from kdfast.arguments import Logits, check_name, check_settings, check_tensors
+from kdfast.backends import choose, choose_while_tracing
+from kdfast.kd_rows import HARD, NO_TRANSFORMS, SOFT, KDRows, is_seen
 
-Logits = Tensor | tuple[Tensor, Tensor]
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+REDUCTIONS = ("mean", "sum", "none")
 
 
 def fused_kd_loss(
@@ -44,33 +43,27 @@ def fused_kd_loss(
         The hard term is the mean of the cross-entropies of start and end, without a temperature.
         Where C is -inf its probability is 0 and the position adds 0 to either soft term.
     reduction: "mean" divides by B, always (B = 0: NaN, as in torch); "sum"; "none" returns (B,).
-    backend: None chooses by the tensor; "reference" is the plain-PyTorch specification.
+    backend: None chooses by the tensor: "native" where it is built for the device, else "triton"
+        on a GPU, else "reference", the plain-PyTorch specification. `python -m kdfast.doctor` says
+        which are usable. All may be compiled by torch.compile and run under autocast; only
+        "reference" can be differentiated twice and runs inside torch.func transforms.
 
     Returns fp32, or fp64 for an fp64 student; the student's gradient has the student's dtype. A
     term of weight 0 is left out even where it is infinite. Other non-finite logits that take part
     give a non-finite loss, never an error.
 
-    Raises ValueError: for a teacher that requires grad, and for whatever is not as said above.
+    Raises ValueError: for a teacher that requires grad, for a backend that is not usable here,
+        and for whatever is not as said above.
 
     Source: Haystack 1.26 ("haystack"), run_squad_w_distillation.py of HF's research ("hf").
     """
-    _check_name("reduction", reduction, ("mean", "sum", "none"))
-    row_loss, _ = kd_loss_rows(
-        student_logits,
-        teacher_logits,
-        start_positions,
-        end_positions,
-        temperature=temperature,
-        distillation_loss_weight=distillation_loss_weight,
-        distillation_loss=distillation_loss,
-        convention=convention,
-        mask=mask,
-        backend=backend,
+    check_name("reduction", reduction, REDUCTIONS)
+    loss = _compute(
+        *(student_logits, teacher_logits, start_positions, end_positions, mask),
+        *(temperature, distillation_loss_weight, distillation_loss, convention),
+        *(backend, None if reduction == "none" else reduction),
     )
-    if reduction == "none":
-        return row_loss.sum(1)
-    total = row_loss.sum()
-    return total / row_loss.shape[0] if reduction == "mean" else total
+    return loss[0].sum(1) if reduction == "none" else loss
 
 
 def kd_loss_rows(
@@ -95,32 +88,10 @@ def kd_loss_rows(
 
     Both are fp32, or fp64 for an fp64 student. Raises ValueError as `fused_kd_loss` does.
     """
-    _check_settings(temperature, distillation_loss_weight, distillation_loss, convention)
-    first = _check_logits("student", student)
-    shape = tuple(first.shape[:2])
-    if shape[1] == 0:
-        raise ValueError("the student's logits have L = 0 positions, expected at least one")
-    if teacher is not None:
-        _check_teacher(teacher, first)
-    elif distillation_loss_weight > 0:
-        raise ValueError(
-            f"teacher logits are None with distillation_loss_weight {distillation_loss_weight}, "
-            "expected logits, or weight 0 to train on positions alone"
-        )
-    for name, positions in (("start_positions", start_positions), ("end_positions", end_positions)):
-        _check_beside(name, positions, (torch.int64, torch.int32), shape[:1], first)
-    if mask is not None:
-        _check_beside("mask", mask, (torch.bool,), shape, first)
-    return choose(first, backend).kd_loss_rows(
-        student,
-        teacher,
-        start_positions,
-        end_positions,
-        temperature=temperature,
-        distillation_loss_weight=distillation_loss_weight,
-        distillation_loss=distillation_loss,
-        convention=convention,
-        mask=mask,
+    return _compute(
+        *(student, teacher, start_positions, end_positions, mask),
+        *(temperature, distillation_loss_weight, distillation_loss, convention),
+        *(backend, None),
     )
 
 
@@ -138,8 +109,8 @@ class FusedKDLoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        _check_settings(temperature, distillation_loss_weight, distillation_loss, convention)
-        _check_name("reduction", reduction, ("mean", "sum", "none"))
+        check_settings(temperature, distillation_loss_weight, distillation_loss, convention)
+        check_name("reduction", reduction, REDUCTIONS)
         self.temperature = temperature
         self.distillation_loss_weight = distillation_loss_weight
         self.distillation_loss = distillation_loss
@@ -178,97 +149,59 @@ class FusedKDLoss(nn.Module):
         )
 
 
-def _check_name(argument: str, given: str, known: tuple[str, ...]) -> None:
-    if given not in known:
-        raise ValueError(f"{argument} is {given!r}, expected one of {', '.join(map(repr, known))}")
-
-
-def _check_settings(
-    temperature: float, distillation_loss_weight: float, distillation_loss: str, convention: str
-) -> None:
-    for argument, given in (
-        ("temperature", temperature),
-        ("distillation_loss_weight", distillation_loss_weight),
-    ):
-        # A tensor would have to be read, which makes the host wait for the device.
-        if not isinstance(given, (float, int)):
-            raise ValueError(f"{argument} is a {type(given).__name__}, expected a Python float")
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature is {temperature}, expected a finite number above 0")
-    if not 0 <= distillation_loss_weight <= 1:
-        raise ValueError(
-            f"distillation_loss_weight is {distillation_loss_weight}, expected 0 to 1 inclusive"
+def _compute(
+    student: Logits,
+    teacher: Logits | None,
+    start_positions: Tensor,
+    end_positions: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    distillation_loss_weight: float,
+    distillation_loss: str,
+    convention: str,
+    backend: str | None,
+    reduction: str | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The scalar of a reduction, or for None (row_loss, row_parts): both doors lead here."""
+    check_settings(temperature, distillation_loss_weight, distillation_loss, convention)
+    first = check_tensors(
+        student, teacher, start_positions, end_positions, mask, distillation_loss_weight
+    )
+    is_traced = torch.compiler.is_compiling()
+    if is_traced:
+        chosen = choose_while_tracing(first.device, first.dtype, backend)
+    else:
+        chosen = choose(first, backend)
+        if chosen != "reference" and torch._C._are_functorch_transforms_active():
+            raise RuntimeError(NO_TRANSFORMS)
+    divisor = None if reduction is None else first.shape[0] if reduction == "mean" else 1
+    if chosen == "reference":
+        row_loss, row_parts = reference.kd_loss_rows(
+            student,
+            teacher,
+            start_positions,
+            end_positions,
+            temperature=temperature,
+            distillation_loss_weight=distillation_loss_weight,
+            distillation_loss=distillation_loss,
+            convention=convention,
+            mask=mask,
         )
-    _check_name("distillation_loss", distillation_loss, ("kl_div", "mse"))
-    _check_name("convention", convention, ("haystack", "hf"))
-
-
-def _check_logits(whose: str, logits: Logits) -> Tensor:
-    """The first tensor of the logits, whose first two dimensions are (B, L)."""
-    form = "expected one (B, L, 2) tensor or a (start, end) pair of (B, L) tensors"
-    is_pair = isinstance(logits, (tuple, list))
-    tensors = logits if is_pair else (logits,)
-    if len(tensors) != (2 if is_pair else 1) or not all(isinstance(t, Tensor) for t in tensors):
-        kinds = ", ".join(type(tensor).__name__ for tensor in tensors)
-        raise ValueError(f"the {whose}'s logits are {f'({kinds})' if is_pair else kinds}, {form}")
-    for tensor in tensors:
-        if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
-            what = "a nested tensor" if tensor.is_nested else f"{tensor.layout} on {tensor.device}"
-            raise ValueError(f"the {whose}'s logits are {what}, expected dense tensors with data")
-        if tensor.dtype not in FLOATS:
-            raise ValueError(
-                f"the {whose}'s logits are {tensor.dtype}, expected float16, bfloat16, float32 "
-                "or float64"
-            )
-    first, last = tensors[0], tensors[-1]
-    one = not is_pair and first.dim() == 3 and first.shape[2] == 2
-    two = is_pair and first.dim() == 2 and first.shape == last.shape
-    if not (one or two):
-        shapes = " and ".join(str(tuple(tensor.shape)) for tensor in tensors)
-        raise ValueError(f"the {whose}'s logits have shape {shapes}, {form}")
-    if first.dtype != last.dtype or first.device != last.device:
-        raise ValueError(
-            f"the {whose}'s start logits are {first.dtype} on {first.device} and its end logits "
-            f"{last.dtype} on {last.device}, expected the same for both"
-        )
-    return first
-
-
-def _check_teacher(teacher: Logits, student: Tensor) -> None:
-    first = _check_logits("teacher", teacher)
-    if first.shape[:2] != student.shape[:2]:
-        raise ValueError(
-            f"the teacher's logits have (B, L) = {tuple(first.shape[:2])}, expected the student's "
-            f"{tuple(student.shape[:2])}"
-        )
-    if first.device != student.device:
-        raise ValueError(
-            f"the teacher's logits are on {first.device}, expected the student's {student.device}"
-        )
-    if any(logits.requires_grad for logits in ((first,) if first is teacher else teacher)):
-        raise ValueError(
-            "the teacher's logits require grad, expected logits computed under torch.no_grad() "
-            "or detached"
-        )
-
-
-def _check_beside(
-    argument: str,
-    given: Tensor,
-    dtypes: tuple[torch.dtype, ...],
-    shape: tuple[int, ...],
-    student: Tensor,
-) -> None:
-    """A tensor that stands beside the student's logits: its dtype, shape, layout and device."""
-    is_tensor = isinstance(given, Tensor)
-    if not is_tensor or given.dtype not in dtypes or given.shape != shape:
-        what = f"{given.dtype} of shape {tuple(given.shape)}" if is_tensor else type(given).__name__
-        raise ValueError(
-            f"{argument} is {what}, expected {' or '.join(map(str, dtypes))} of shape {shape}"
-        )
-    if given.layout != torch.strided:
-        raise ValueError(f"{argument} is {given.layout}, expected a dense tensor")
-    if given.device != student.device:
-        raise ValueError(
-            f"{argument} is on {given.device}, expected the student's {student.device}"
-        )
+        return (row_loss, row_parts) if divisor is None else row_loss.sum() / divisor
+    tensors = (
+        *((student, None) if isinstance(student, Tensor) else student),
+        *(teacher if isinstance(teacher, (tuple, list)) else (teacher, None)),
+        *(start_positions, end_positions, mask),
+    )
+    kind = 0 if distillation_loss == "kl_div" else 1
+    soft_scale = 1.0 if kind == 0 and convention == "haystack" else 0.5
+    settings = (temperature, distillation_loss_weight, kind, soft_scale)
+    if is_traced or is_seen(first):
+        row_loss, row_stats = torch.ops.kdfast.kd_rows(*tensors, *settings, chosen)
+        if divisor is not None:
+            return row_loss.sum() / divisor
+    elif divisor is not None:
+        return KDRows.apply(chosen, settings, divisor, *tensors)
+    else:
+        row_loss, row_stats = KDRows.apply(chosen, settings, None, *tensors)
+    return row_loss, row_stats[..., SOFT : HARD + 1]

@@ -1,0 +1,351 @@
+"""The loss against what it replaces: the formula in eager PyTorch, and the same compiled.
+
+Every cell is gated first: loss and gradient of each contender agree with the reference in fp64.
+The limit is a copy that moves the same bytes: forward reads student and teacher, backward reads
+both and writes the gradient, and a copy of n bytes moves 2n.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kdfast import backends, fused_kd_loss
+from kdfast.kd_rows import backward, forward
+
+from . import kd_loss_report
+from .rounds import clock, machine, run_rounds
+
+SHAPES = [(batch, length) for length in (384, 512, 4096) for batch in (8, 80, 1024)]
+DTYPES = [torch.float32, torch.float16]
+TEMPERATURE, WEIGHT = 2.0, 0.75
+SETTINGS = {"temperature": TEMPERATURE, "distillation_loss_weight": WEIGHT}
+STEPS = ("forward", "backward", "both")
+MOVED = {"forward": 2, "backward": 3, "both": 5}  # tensors of (B, L, 2)
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def usable(device: str) -> list[str]:
+    """Backends to time there. (Triton's interpreter, on a CPU, is no contender.)"""
+    names = ("native",) if device == "cpu" else ("native", "triton")
+    return [name for name in names if backends.why_not(name, torch.empty(0, device=device)) is None]
+
+
+def plain_loss(student, teacher, start, end) -> Tensor:
+    """Haystack's formula with torch's own functions, softmax and sums in fp32.
+
+    student, teacher: (B, L, 2), or pairs of (B, L) as Hugging Face's models split them.
+    """
+    if isinstance(student, Tensor):
+        s, c = student.float(), teacher.float()
+        soft = F.kl_div(
+            torch.log_softmax(s / TEMPERATURE, 1),
+            torch.softmax(c / TEMPERATURE, 1),
+            reduction="batchmean",
+        )
+        hard = F.cross_entropy(s[..., 0], start) + F.cross_entropy(s[..., 1], end)
+    else:
+        soft = hard = 0.0
+        for s, c, target in zip(student, teacher, (start, end), strict=True):
+            s, c = s.float(), c.float()
+            soft = soft + F.kl_div(
+                torch.log_softmax(s / TEMPERATURE, 1),
+                torch.softmax(c / TEMPERATURE, 1),
+                reduction="batchmean",
+            )
+            hard = hard + F.cross_entropy(s, target)
+    return WEIGHT * TEMPERATURE**2 * soft + (1 - WEIGHT) * hard / 2
+
+
+def split_loss(student: Tensor, teacher: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    """plain_loss after the split and the contiguous copies of Hugging Face's models."""
+    pairs = [
+        [head.squeeze(-1).contiguous() for head in logits.split(1, -1)]
+        for logits in (student, teacher)
+    ]
+    return plain_loss(*pairs, start, end)
+
+
+def compiled(function: Callable) -> Callable:
+    """Compiled for the shapes of one cell: its best, though a reader's batches differ in shape."""
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def liger_loss(student: Tensor, teacher: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    """Liger-Kernel's KLDiv and cross-entropy on the 2B rows."""
+    from liger_kernel.transformers import LigerCrossEntropyLoss, LigerKLDIVLoss
+
+    batch, length, _ = student.shape
+    s = student.float().transpose(1, 2).reshape(2 * batch, length)
+    c = teacher.float().transpose(1, 2).reshape(2 * batch, length)
+    soft = LigerKLDIVLoss(reduction="sum")(
+        torch.log_softmax(s / TEMPERATURE, 1), torch.softmax(c / TEMPERATURE, 1)
+    )
+    hard = LigerCrossEntropyLoss(reduction="sum")(s, torch.stack((start, end), 1).flatten())
+    return (WEIGHT * TEMPERATURE**2 * soft + (1 - WEIGHT) * hard / 2) / batch
+
+
+def liger_is_installed() -> bool:
+    try:
+        import liger_kernel.transformers  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+class Empty(torch.autograd.Function):
+    """What autograd and Python cost a function that does nothing with the same tensors."""
+
+    @staticmethod
+    def forward(ctx, student, teacher, start, end, loss, gradient):
+        ctx.save_for_backward(student, teacher, start, end, gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx, _grad):
+        return ctx.saved_tensors[4], None, None, None, None, None
+
+
+@dataclass
+class Cell:
+    """The inputs of one group of contenders."""
+
+    device: str
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+    def __post_init__(self):
+        batch, length = self.shape
+        generator = torch.Generator().manual_seed(batch * length)
+        logits = 2 * torch.randn(2, batch, length, 2, generator=generator)
+        positions = torch.randint(0, length, (2, batch), generator=generator).to(self.device)
+        self.student, self.teacher = logits.to(self.device, self.dtype).unbind(0)
+        self.start, self.end = positions.unbind(0)
+        self.pairs = [
+            [head.contiguous() for head in logits.unbind(2)]
+            for logits in (self.student, self.teacher)
+        ]
+
+    def inputs(self, form: str):
+        """Leaves of the student in a form, and the arguments made of them."""
+        student, teacher = (
+            (self.student, self.teacher) if form == "interleaved" else map(tuple, self.pairs)
+        )
+        leaves = [student] if form == "interleaved" else list(student)
+        leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+        logits = leaves[0] if form == "interleaved" else tuple(leaves)
+        return leaves, (logits, teacher, self.start, self.end)
+
+    def losses(self, with_compiled: bool) -> dict[str, tuple[str, Callable]]:
+        """Name -> (form of the input, the loss)."""
+        functions = {}
+        for name in usable(self.device):
+            for form in ("interleaved", "contiguous"):
+
+                def public(*arguments, name=name):
+                    return fused_kd_loss(*arguments, backend=name, **SETTINGS)
+
+                functions[f"{name} {form}"] = form, public
+        plain = {
+            "interleaved": ("interleaved", plain_loss),
+            "split": ("interleaved", split_loss),
+            "contiguous": ("contiguous", plain_loss),
+        }
+        for name, (form, function) in plain.items():
+            functions[f"eager {name}"] = form, function
+            if with_compiled:
+                functions[f"compile {name}"] = form, compiled(function)
+        if self.device != "cpu" and liger_is_installed():
+            functions["liger"] = "interleaved", liger_loss
+        return functions
+
+    def gate(self, functions: dict[str, tuple[str, Callable]]) -> None:
+        """Every loss and gradient against the reference in fp64.
+
+        Ours as closely as fp32 allows. The baselines a hundred times less so: compiled, they add
+        up 4,096 positions one by one.
+        """
+        exact = self.student.double().requires_grad_()
+        arguments = (exact, self.teacher.double(), self.start, self.end)
+        expected = fused_kd_loss(*arguments, backend="reference", **SETTINGS)
+        [slope] = torch.autograd.grad(expected, exact)
+        for name, (form, function) in functions.items():
+            leaves, arguments = self.inputs(form)
+            loss = function(*arguments)
+            gradients = torch.autograd.grad(loss, leaves)
+            gradient = torch.stack(gradients, 2) if len(leaves) == 2 else gradients[0]
+            # One rounding of the gradient to its dtype; fp32 inside.
+            limits = torch.finfo(self.dtype)
+            allowed = limits.eps / 2 * slope.abs() + limits.smallest_normal * limits.eps
+            error = (gradient.double() - slope).abs() - allowed
+            relative = 1e-6 if name.split()[0] in backends.NAMES else 1e-4
+            assert (loss.detach() - expected).abs() <= 10 * relative * expected.abs(), name
+            assert error.max() <= relative * slope.abs().max(), name
+
+
+def with_gradient(device: str, function: Callable, leaves: list[Tensor], arguments: tuple):
+    """A contender of two steps: forward, and backward."""
+
+    def contender():
+        started = clock(device)
+        loss = function(*arguments)
+        between = clock(device)
+        torch.autograd.grad(loss, leaves)
+        return between - started, clock(device) - between
+
+    return contender
+
+
+def rows_alone(cell: Cell, name: str, form: str):
+    """The backend without autograd: what the kernels and their launch cost."""
+    _, (student, teacher, *beside) = cell.inputs(form)
+    heads = [
+        (logits, None) if isinstance(logits, Tensor) else logits for logits in (student, teacher)
+    ]
+    tensors = (*heads[0], *heads[1], *beside, None)
+    settings = (TEMPERATURE, WEIGHT, 0, 1.0)
+    batch = cell.shape[0]
+    gradient = torch.full((), 1 / batch, device=cell.device).expand(batch, 2)
+
+    @torch.no_grad()
+    def contender():
+        started = clock(cell.device)
+        _, row_stats = forward(name, settings, None, *tensors)
+        between = clock(cell.device)
+        backward(name, settings, None, gradient, *tensors, row_stats)
+        return between - started, clock(cell.device) - between
+
+    return contender
+
+
+def copies(cell: Cell):
+    """Copies that move the bytes of forward, and of backward."""
+    elements = cell.student.numel()
+    source = torch.zeros(2 * elements, dtype=cell.dtype, device=cell.device)
+    target = torch.zeros_like(source)
+    halves = [(target[: n * elements // 2], source[: n * elements // 2]) for n in (2, 3)]
+
+    def contender():
+        moments = [clock(cell.device)]
+        for to, of in halves:
+            to.copy_(of)
+            moments.append(clock(cell.device))
+        return moments[1] - moments[0], moments[2] - moments[1]
+
+    return contender
+
+
+def contenders(cell: Cell, functions: dict) -> dict[str, Callable]:
+    group = {}
+    for name, (form, function) in functions.items():
+        group[name] = with_gradient(cell.device, function, *cell.inputs(form))
+    for name in usable(cell.device):
+        for form in ("interleaved", "contiguous"):
+            group[f"{name} {form} rows alone"] = rows_alone(cell, name, form)
+    leaves, arguments = cell.inputs("interleaved")
+    nothing = (torch.zeros((), device=cell.device), torch.zeros_like(cell.student))
+    group["empty function"] = with_gradient(
+        cell.device, Empty.apply, leaves, (*arguments, *nothing)
+    )
+    group["copy"] = copies(cell)
+    return group
+
+
+def extra_memory(cell: Cell, function: Callable, form: str) -> int:
+    """Bytes alive at the peak of forward and backward, beyond inputs and gradient."""
+    leaves, arguments = cell.inputs(form)
+    gradient = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+    if cell.device != "cpu":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        torch.autograd.grad(function(*arguments), leaves)
+        return torch.cuda.max_memory_allocated() - before - gradient
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        gradients = torch.autograd.grad(function(*arguments), leaves)
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    alive = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    del gradients
+    return peak - gradient
+
+
+def two_threads(cell: Cell, name: str) -> dict[str, Callable]:
+    """The rows alone on one thread and on two."""
+    alone = rows_alone(cell, name, "interleaved")
+
+    def on(threads):
+        def contender():
+            torch.set_num_threads(threads)
+            moments = alone()
+            torch.set_num_threads(1)
+            return moments
+
+        return contender
+
+    return {"1": on(1), "2": on(2)}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16"])
+@pytest.mark.parametrize("shape", SHAPES[:-1], ids=lambda shape: "x".join(map(str, shape)))
+def test_gate(shape, dtype, device):
+    if not usable(device):
+        pytest.skip(f"native: {backends.why_not('native', torch.empty(0, device=device))}")
+    cell = Cell(device, shape, dtype)  # the largest is gated where it is timed: it takes seconds
+    cell.gate(cell.losses(with_compiled=False))
+
+
+def test_the_gate_can_fail():
+    cell = Cell("cpu", (8, 384), torch.float32)
+
+    def moved(student, *others):
+        return plain_loss(student + torch.eye(384)[:, :2] * 1e-1, *others)
+
+    with pytest.raises(AssertionError, match="moved"):
+        cell.gate({"moved": ("interleaved", moved)})
+
+
+@pytest.mark.timed
+@pytest.mark.parametrize("device", DEVICES)
+def test_kd_loss(device, capsys):
+    if not usable(device):
+        pytest.skip(f"native: {backends.why_not('native', torch.empty(0, device=device))}")
+    found = machine(device)
+    times, memory, threads = [], [], []
+    for shape in SHAPES:
+        for dtype in DTYPES:
+            with capsys.disabled():
+                print(f"{shape[0]} x {shape[1]} {dtype}", flush=True)
+            torch._dynamo.reset()  # each guard of another cell's code would cost a baseline time
+            cell = Cell(device, shape, dtype)
+            functions = cell.losses(with_compiled=True)
+            cell.gate(functions)
+            taken = run_rounds(contenders(cell, functions))
+            times += kd_loss_report.rows_of(cell, taken)
+            if shape == (80, 384):
+                for name, (form, function) in functions.items():
+                    extra = extra_memory(cell, function, form)
+                    memory.append({"contender": name, "dtype": str(dtype)[6:], "bytes": extra})
+            if device == "cpu" and dtype == torch.float32 and shape[0] >= 80:
+                taken = run_rounds(two_threads(cell, "native"), seconds=3.0)
+                threads.append(kd_loss_report.scaling_of(cell, taken))
+    report = {"machine": found, "times": times, "memory": memory, "threads": threads}
+    written = kd_loss_report.write(report, device)
+    with capsys.disabled():
+        print("", *kd_loss_report.text(report), *written, sep="\n")

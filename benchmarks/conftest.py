@@ -1,0 +1,30 @@
+"""`pytest benchmarks/ --benchmark` times; without the option only the gates run."""
+
+from pathlib import Path
+
+import pytest
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--benchmark",
+        action="store_true",
+        help="time what benchmarks/ has, once its results have proved equal",
+    )
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "timed: runs with --benchmark only")
+
+
+def pytest_collect_file(file_path: Path, parent):
+    if file_path.name.startswith("bench_") and file_path.suffix == ".py":
+        return pytest.Module.from_parent(parent, path=file_path)
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--benchmark"):
+        return
+    timed = [item for item in items if item.get_closest_marker("timed")]
+    items[:] = [item for item in items if item not in timed]
+    config.hook.pytest_deselected(items=timed)

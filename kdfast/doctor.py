@@ -1,0 +1,188 @@
+"""`python -m kdfast.doctor`: what computes the loss on this machine, and why the rest does not.
+
+Prints a page to paste into an issue. Reads versions and devices, runs every usable backend once on
+a few windows, changes nothing. Exits with 0 whatever it finds.
+"""
+
+import argparse
+import os
+import platform
+import re
+import shutil
+import subprocess
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+import kdfast
+from kdfast import backends, fused_kd_loss
+
+VOLTA = (
+    "A V100 (sm_70) needs torch 2.14 or older from PyTorch's cu126 index: CUDA 13 has no sm_70, "
+    "and torch 2.15 has no cu126. To build csrc for it, take the nvcc of a CUDA 12.x."
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m kdfast.doctor", description=__doc__)
+    parser.parse_args(arguments)
+    print("\n".join(page()))
+    return 0
+
+
+def page() -> list[str]:
+    lines = ["Software"]
+    lines += table(software())
+    lines += ["", "Hardware"]
+    lines += table(hardware())
+    for device in devices():
+        lines += ["", f"The loss of tensors on {device}"]
+        lines += table(verdicts(device))
+    lines += ["", VOLTA, *faults()]
+    return lines
+
+
+def table(rows: list[tuple[str, str]]) -> list[str]:
+    return [f"  {name:<14}{text}" for name, text in rows]
+
+
+def software() -> list[tuple[str, str]]:
+    cuda = torch.version.cuda
+    return [
+        ("kdfast", kdfast.__version__),
+        ("Python", f"{platform.python_version()} on {platform.platform()}"),
+        ("torch", f"{torch.__version__}, {f'CUDA {cuda}' if cuda else 'built without CUDA'}"),
+        ("triton", installed("triton")),
+        ("transformers", installed("transformers")),
+        ("nvcc", nvcc() or "not found"),
+        ("driver", driver() or "no NVIDIA driver found"),
+    ]
+
+
+def installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def nvcc() -> str | None:
+    """The release of the CUDA compiler on PATH."""
+    found = re.search(r"release ([\d.]+)", output_of("nvcc", "--version"))
+    return found and found[1]
+
+
+def driver() -> str | None:
+    query = ("--query-gpu=driver_version", "--format=csv,noheader")
+    return ", ".join(sorted(set(output_of("nvidia-smi", *query).split()))) or None
+
+
+def output_of(*command: str) -> str:
+    """Standard output of a program; empty where it is missing or fails."""
+    if shutil.which(command[0]) is None:
+        return ""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def hardware() -> list[tuple[str, str]]:
+    rows = [("processor", f"{processor()}, {os.cpu_count()} cores")]
+    rows += [("threads", f"{torch.get_num_threads()} used by torch")]
+    if not torch.cuda.is_available():
+        why = "no CUDA device is found" if torch.version.cuda else "this torch has no CUDA"
+        return [*rows, ("GPU", f"none: {why}")]
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        memory = card.total_memory / 2**30
+        rows.append(("GPU", f"{card.name}, sm_{card.major}{card.minor}, {memory:.0f} GiB"))
+    return rows
+
+
+def processor() -> str:
+    """The processor's name as the system has it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = re.findall(r"model name\s*:\s*(.+)", file.read())
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def devices() -> list[str]:
+    return ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+
+
+def verdicts(device: str) -> list[tuple[str, str]]:
+    """For each backend: usable, or the sentence why not; and which one is taken."""
+    tensor = torch.empty(0, device=device)
+    rows = []
+    for name in ("native", "triton", "reference"):
+        refused = backends.why_not(name, tensor)
+        rows.append((name, f"not usable: {refused}" if refused else trial(name, device)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a fallback is what this page is about
+        return [*rows, ("taken", backends.choose(tensor, None))]
+
+
+def trial(name: str, device: str) -> str:
+    """What comes of a small call: its largest difference from the reference on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 4, 33, 2, generator=generator)
+    positions = torch.arange(4)
+    results = []
+    for backend, where in ((name, device), ("reference", "cpu")):
+        logits = student.to(where).requires_grad_()
+        targets = positions.to(where)
+        try:
+            loss = fused_kd_loss(logits, teacher.to(where), targets, targets, backend=backend)
+            slope = torch.autograd.grad(loss, logits)[0]
+        except Exception as error:
+            first_line = str(error).splitlines()[0] if str(error) else ""
+            return f"fails: {type(error).__name__}: {first_line}"
+        results.append(torch.cat([loss.detach()[None], slope.flatten()]).cpu())
+    difference = (results[0] - results[1]).abs().max().item()
+    if difference > 1e-5 or difference != difference:
+        return f"wrong: differs from the reference by {difference:.1g}"
+    return f"usable{how(name, device)}, within {difference:.0e} of the reference on a small batch"
+
+
+def how(name: str, device: str) -> str:
+    """The code path of the native rows."""
+    if name != "native":
+        return ""
+    native = backends.load("native")
+    if device == "cpu":
+        return f" ({[isa for isa in native.ISAS[1:] if native.has_isa(isa)][-1]})"
+    return f" (built for {native.built_architectures()})"
+
+
+def faults() -> list[str]:
+    """What is known to be wrong with this machine's combination of card, torch and nvcc."""
+    found = []
+    listed = torch.cuda.get_arch_list() if torch.cuda.is_available() else []
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        if listed and not any(runs_on(arch, major, minor) for arch in listed):
+            found.append(
+                f"This torch has no code for cuda:{index} (sm_{major}{minor}): it was built for "
+                f"{', '.join(listed)}."
+            )
+    release = nvcc()
+    if release and int(release.split(".")[0]) >= 13:
+        found.append(f"The nvcc here is {release}: it builds csrc for sm_75 and newer.")
+    return found
+
+
+def runs_on(arch: str, major: int, minor: int) -> bool:
+    """Whether code for `arch` ("sm_75", or the PTX "compute_90") runs on sm_{major}{minor}."""
+    number = int(re.sub(r"\D", "", arch))
+    is_same_major = number // 10 == major or arch.startswith("compute")
+    return is_same_major and number <= 10 * major + minor
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,198 @@
+"""Rows for autograd and torch.compile, around whatever backend computes them.
+
+Eager calls go through one autograd.Function straight to the backend: a library op costs several
+times what the call inside it does. What traces (torch.compile, make_fx, FakeTensorMode) would
+lose such a call, and gets two library ops with the same gradient.
+"""
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from kdfast.backends import load
+
+SOFT, HARD = 5, 6  # where row_stats holds the two parts of a row
+
+ONCE = (
+    "kdfast's loss can be differentiated once; backend='reference' can be differentiated again, "
+    "for a gradient penalty or a Hessian"
+)
+NO_TRANSFORMS = (
+    "kdfast's loss does not run inside torch.func transforms (vmap, grad, jvp, ...): it takes "
+    "whole batches and ordinary autograd; backend='reference' runs inside them"
+)
+
+
+class KDRows(torch.autograd.Function):
+    """apply(backend, settings, divisor, student, student_end, teacher, teacher_end,
+    start_positions, end_positions, mask)
+
+    The name of a backend, (temperature, weight, kind, soft_scale), and what the backend's forward
+    takes (see kdfast.backends); one (B, L, 2) tensor of logits has no `_end`. With a divisor: the
+    sum of all row losses over it, a scalar; reducing here saves two nodes of the graph. With None:
+    row_loss (B, 2) and row_stats (B, 2, 8).
+    """
+
+    @staticmethod
+    def forward(ctx, backend, settings, divisor, *tensors):
+        loss, row_stats = forward(backend, settings, divisor, *tensors)
+        ctx.save_for_backward(*tensors, row_stats)
+        ctx.call = backend, settings, divisor
+        if divisor is not None:
+            return loss
+        ctx.mark_non_differentiable(row_stats)
+        ctx.set_materialize_grads(False)
+        return loss, row_stats
+
+    @staticmethod
+    def backward(ctx, grad, _grad_of_stats=None):
+        saved = ctx.saved_tensors
+        if grad is None:
+            return (None,) * 10
+        first, last = backward(*ctx.call, grad, *saved)
+        if torch.is_grad_enabled():  # create_graph=True
+            first = Once.apply(first, grad, saved[0], saved[1])
+            last = last if last is None else Once.apply(last, grad, saved[0], saved[1])
+        return None, None, None, first, last, None, None, None, None, None
+
+
+def forward(
+    backend: str,
+    settings: tuple[float, float, int, float],
+    divisor: int | None,
+    student: Tensor,
+    student_end: Tensor | None,
+    teacher: Tensor | None,
+    teacher_end: Tensor | None,
+    start_positions: Tensor,
+    end_positions: Tensor,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """A backend's forward, its arguments as KDRows has them."""
+    temperature, weight, kind, soft_scale = settings
+    return load(backend).forward(
+        student if student_end is None else (student, student_end),
+        teacher if teacher_end is None else (teacher, teacher_end),
+        (start_positions, end_positions),
+        mask,
+        temperature=temperature,
+        weight=weight,
+        kind=kind,
+        soft_scale=soft_scale,
+        divisor=divisor,
+    )
+
+
+def backward(
+    backend: str,
+    settings: tuple[float, float, int, float],
+    divisor: int | None,
+    grad: Tensor,
+    student: Tensor,
+    student_end: Tensor | None,
+    teacher: Tensor | None,
+    teacher_end: Tensor | None,
+    start_positions: Tensor,
+    end_positions: Tensor,
+    mask: Tensor | None,
+    row_stats: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """A backend's backward: the student's gradient, the second None for one tensor."""
+    temperature, weight, kind, soft_scale = settings
+    grads = load(backend).backward(
+        grad,
+        student if student_end is None else (student, student_end),
+        teacher if teacher_end is None else (teacher, teacher_end),
+        (start_positions, end_positions),
+        mask,
+        row_stats,
+        temperature=temperature,
+        weight=weight,
+        kind=kind,
+        soft_scale=soft_scale,
+        interleaved=student_end is None,
+        divisor=divisor,
+    )
+    return (grads, None) if student_end is None else grads
+
+
+class Once(torch.autograd.Function):
+    """A gradient, unchanged, that refuses to be differentiated with respect to `sources`."""
+
+    @staticmethod
+    def forward(ctx, gradient: Tensor, *sources: Tensor | None) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> NoReturn:
+        raise RuntimeError(ONCE)
+
+
+def is_seen(tensor: Tensor) -> bool:
+    """Whether more than torch.compile watches the call: fake tensors, subclasses, make_fx."""
+    kind = type(tensor)
+    return (kind is not Tensor and kind is not torch.nn.Parameter) or is_in_torch_dispatch_mode()
+
+
+TENSORS = (
+    "Tensor student, Tensor? student_end, Tensor? teacher, Tensor? teacher_end, "
+    "Tensor start_positions, Tensor end_positions, Tensor? mask"
+)
+SETTINGS = "float temperature, float weight, int kind, float soft_scale, str backend"
+
+torch.library.define("kdfast::kd_rows", f"({TENSORS}, {SETTINGS}) -> (Tensor, Tensor)")
+torch.library.define(
+    "kdfast::kd_rows_backward",
+    f"(Tensor grad_row_loss, {TENSORS}, Tensor row_stats, {SETTINGS}) -> Tensor[]",
+)
+
+
+@torch.library.impl("kdfast::kd_rows", "default")
+def _(*arguments):
+    return forward(arguments[-1], arguments[-5:-1], None, *arguments[:-5])
+
+
+@torch.library.impl("kdfast::kd_rows_backward", "default")
+def _(*arguments):
+    first, last = backward(arguments[-1], arguments[-5:-1], None, *arguments[:-5])
+    return [first] if last is None else [first, last]
+
+
+@torch.library.register_fake("kdfast::kd_rows")
+def _(student, *_others):
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    batch = student.shape[0]
+    return (
+        student.new_empty((batch, 2), dtype=dtype),
+        student.new_empty((batch, 2, 8), dtype=dtype),
+    )
+
+
+@torch.library.register_fake("kdfast::kd_rows_backward")
+def _(_grad_row_loss, student, student_end, *_others):
+    return [s.new_empty(s.shape) for s in (student, student_end) if s is not None]
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:7], output[1])
+    ctx.settings = inputs[7:]
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, _grad_of_stats):
+    saved = ctx.saved_tensors
+    if grad is None:
+        return (None,) * 12
+    grads = torch.ops.kdfast.kd_rows_backward(grad, *saved, *ctx.settings)
+    return grads[0], grads[1] if saved[1] is not None else None, *(None,) * 10
+
+
+def _refuse(ctx, *_grads):
+    raise RuntimeError(ONCE)
+
+
+torch.library.register_autograd("kdfast::kd_rows", _backward, setup_context=_save)
+torch.library.register_autograd("kdfast::kd_rows_backward", _refuse)

@@ -1,0 +1,87 @@
+"""The page of `python -m kdfast.doctor`, on this machine and on ones that are broken."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kdfast import backends, doctor
+
+
+@pytest.fixture
+def page(capsys):
+    def run():
+        assert doctor.main([]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+def replace_native(monkeypatch, **functions):
+    imported = backends._imported
+    native = SimpleNamespace(ISAS=("best", "portable"), has_isa=lambda isa: True, **functions)
+    monkeypatch.setattr(
+        backends, "_imported", lambda name: (native, None) if name == "native" else imported(name)
+    )
+
+
+def test_program():
+    run = [sys.executable, "-m", "kdfast.doctor"]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    for word in ("torch", torch.__version__, "triton", "transformers", "driver", "nvcc", "sm_70"):
+        assert word in done.stdout
+    assert "The loss of tensors on cpu" in done.stdout
+    assert "torch 2.14 or older" in done.stdout
+    assert "cu126" in done.stdout
+
+
+def test_every_backend_has_a_verdict(page):
+    lines = page().splitlines()
+    block = lines[lines.index("The loss of tensors on cpu") + 1 :][:4]
+    assert [line.split()[0] for line in block] == ["native", "triton", "reference", "taken"]
+    for line, name in zip(block, ("native", "triton", "reference"), strict=False):
+        refused = backends.why_not(name, torch.empty(0))
+        assert (f"not usable: {refused}" if refused else "usable") in line
+    assert block[3].split()[1] == backends.choose(torch.empty(0), None)
+
+
+def test_an_extension_that_is_not_there(monkeypatch, page):
+    replace_native(monkeypatch, why_not=lambda tensor: "the extension is gone")
+    text = page()
+    assert "native        not usable: the extension is gone" in text
+    assert "taken         reference" in text
+
+
+def test_a_backend_that_breaks_or_is_wrong_is_named(monkeypatch, page):
+    def breaks(*arguments, **settings):
+        raise OSError("illegal instruction\nat 0x0")
+
+    replace_native(monkeypatch, why_not=lambda tensor: None, forward=breaks)
+    assert "native        fails: OSError: illegal instruction\n" in page()
+
+    def wrong(student, *arguments, **settings):
+        return torch.ones(len(student), 2), torch.ones(len(student), 2, 8)
+
+    def gradient(grad, student, *arguments, **settings):
+        return torch.zeros_like(student)
+
+    replace_native(monkeypatch, why_not=lambda tensor: None, forward=wrong, backward=gradient)
+    assert "native        wrong: differs from the reference by" in page()
+
+
+def test_a_volta_card_and_a_torch_without_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 0))
+    monkeypatch.setattr(doctor, "nvcc", lambda: "13.0")
+    old_torch, new_nvcc = doctor.faults()
+    assert "no code for cuda:0 (sm_70)" in old_torch
+    assert "13.0: it builds csrc for sm_75 and newer" in new_nvcc
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_70"])
+    monkeypatch.setattr(doctor, "nvcc", lambda: "12.6")
+    assert doctor.faults() == []
