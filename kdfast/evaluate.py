@@ -67,7 +67,9 @@ def main(argv: list[str] | None = None) -> int:
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     parser = HfArgumentParser(EvaluateConfig, prog="python -m kdfast.evaluate", description=__doc__)
-    config = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)[0]
+    config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
     try:
         evaluate(config)
     except UserError as error:
@@ -81,6 +83,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     config.check()
     output = open_folder(config.output_dir)
     examples = records.read_examples(config.data, split="validation")
+    metrics.gold_answers(examples)  # data that cannot be scored are refused before a model runs
     if config.model is not None:
         result = answer(config, examples)
         scores = result.metrics

@@ -20,10 +20,10 @@ from kdfast.distill.feed import forward_tokens
 from kdfast.distill.log import Clock, TrainLog
 from kdfast.distill.optim import Updater, make_optimizer
 from kdfast.distill.precision import pick_device, resolve, teacher_precision
-from kdfast.distill.record import describe_machine, open_output, write_run
+from kdfast.distill.record import describe_machine, open_output, remove_run, write_run
 from kdfast.distill.step import Stepper
 from kdfast.errors import UserError
-from kdfast.squad import features, records
+from kdfast.squad import features, metrics, records
 from kdfast.squad.batches import TrainingOrder
 
 
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; go on with --resume_from_checkpoint last", file=sys.stderr)
+        print("stopped; checkpoints of --save_steps, if any, are whole", file=sys.stderr)
         return 130
     return 0
 
@@ -51,7 +51,10 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str]) -> TrainConfig:
     """Flags to settings. Unknown flags and values end the program with argparse's own message."""
     parser = HfArgumentParser(TrainConfig, prog="python -m kdfast.train", description=__doc__)
-    return parser.parse_args_into_dataclasses(argv)[0]
+    config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    return config
 
 
 def train(config: TrainConfig) -> dict:
@@ -83,6 +86,8 @@ def train(config: TrainConfig) -> dict:
         progress = checkpoint.load_checkpoint(folder, model, updater, identity)
         say(f"Resumed from {folder} after step {progress.steps}.")
 
+    if config.overwrite:  # not before all that the run needs has proved good
+        remove_run(output)
     stepper = Stepper(config, model, updater, windows, teacher_logits, device, precision, total)
     log = TrainLog(output, progress.steps, config.report_to == "tensorboard")
     say(f"{total} steps of {config.train_batch_size} windows.")
@@ -117,6 +122,13 @@ def train(config: TrainConfig) -> dict:
                         config.save_total_limit,
                     )
     log.close()
+    if updater.updates == 0:
+        raise UserError(
+            "No step reached the weights, as every gradient was not finite: check the student's "
+            "weights, or lower --learning_rate."
+        )
+    if updater.updates < progress.steps:
+        say(f"{progress.steps - updater.updates} of {progress.steps} steps were skipped.")
     if validation and evaluation is None:  # a run that was complete already
         evaluation = validation.score(model, device, precision)
 
@@ -249,9 +261,11 @@ def load_validation(config: TrainConfig, student: models.Loaded) -> scoring.Vali
     """The set of --validation_file, or None without one."""
     if config.validation_file is None:
         return None
+    examples = records.read_examples(config.validation_file, split="validation")
+    metrics.gold_answers(examples)  # a set that cannot be scored is refused before training
     return scoring.Validation(
         windows=prepare(config, student, config.validation_file, "validation"),
-        examples=records.read_examples(config.validation_file, split="validation"),
+        examples=examples,
         max_answer_length=config.max_answer_length,
         n_best_size=config.n_best_size,
     )

@@ -115,7 +115,8 @@ def test_a_threshold_turns_answers_into_none(world, capsys):
         evaluate.main([*model, *data, f"--null_threshold={threshold}"])
         found[threshold] = json.loads(capsys.readouterr().out)
     assert found["-1e9"]["exact"] == 50.0 and found["-1e9"]["HasAns_exact"] == 0.0
-    assert found["1e9"]["NoAns_exact"] == 0.0
+    # A guess such as "." is no answer, once its punctuation is gone.
+    assert found["1e9"]["NoAns_exact"] < 50.0
 
 
 def test_students_of_some_layers_and_the_undistilled_baseline(world):
@@ -293,3 +294,41 @@ def test_real_files(world, name):
     record = json.loads((world.output / "run.json").read_text())
     assert record["metrics"]["total"] == questions > 3
     assert record["train_windows"] > (20 * questions if "covid" in name else questions)
+
+
+def test_a_folder_that_the_run_reads_is_never_written(world, capsys):
+    before = Path(world.teacher, "model.safetensors").read_bytes()
+    for flags in ({"overwrite": True}, {"resume_from_checkpoint": "last"}):
+        assert world.run(output_dir=world.teacher, **flags) == 2
+        assert "which the run would overwrite" in capsys.readouterr().err
+    assert Path(world.teacher, "model.safetensors").read_bytes() == before
+
+
+def test_overwrite_keeps_the_earlier_run_until_the_inputs_prove_good(world):
+    assert world.run(save_steps=2) == 0
+    before = sorted(path.name for path in world.output.iterdir())
+    assert world.run(overwrite=True, train_file="nowhere.json") == 2
+    assert sorted(path.name for path in world.output.iterdir()) == before
+
+
+def test_a_validation_set_without_answers_is_refused_before_training(world, capsys):
+    bare = corpora.write(world.path / "bare.json", 3, labelled=False)
+    assert world.run(validation_file=bare) == 2
+    captured = capsys.readouterr()
+    assert "cannot be scored" in captured.err and "steps of" not in captured.out
+
+
+def test_a_run_that_learned_nothing_says_so(world, capsys):
+    model = AutoModelForQuestionAnswering.from_pretrained(world.student)
+    with torch.no_grad():
+        model.qa_outputs.bias[0] = np.nan
+    model.save_pretrained(world.student)
+    assert world.run(validation_file=None) == 2
+    assert "No step reached the weights" in capsys.readouterr().err
+
+
+def test_an_unknown_flag_is_named(world, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*world.flags(), "--foo", "3"])
+    assert stopped.value.code == 2
+    assert "--foo" in capsys.readouterr().err

@@ -21,13 +21,21 @@ PACKAGES = ("kdfast", "torch", "triton", "transformers", "datasets", "tokenizers
 
 
 def open_output(config: TrainConfig) -> Path:
-    """The run's folder, created, or emptied of an earlier run under --overwrite.
+    """The run's folder, created if missing; under --overwrite it may hold an earlier run.
 
     Raises UserError for a folder that holds anything else, or that cannot be written.
     """
     output = Path(config.output_dir).expanduser()
     if output.exists() and not output.is_dir():
         raise UserError(f"--output_dir {output} is a file: name a folder.")
+    for name in ("teacher", "student", "train_file", "validation_file"):
+        given = getattr(config, name)
+        read = Path(given).expanduser().resolve() if given else None
+        if read and read.exists() and output.resolve() in (read, *read.parents):
+            raise UserError(
+                f"--output_dir {output} holds --{name} {given}, which the run would overwrite: "
+                "name another folder."
+            )
     if config.resume_from_checkpoint:
         if not output.is_dir():
             raise UserError(
@@ -40,7 +48,7 @@ def open_output(config: TrainConfig) -> Path:
                 f"--output_dir {output} is not empty: name another, or add --overwrite, or "
                 "--resume_from_checkpoint last."
             )
-        _remove_run(output)
+        check_is_run(output)
     try:
         output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output):
@@ -52,13 +60,17 @@ def open_output(config: TrainConfig) -> Path:
     return output
 
 
-def _remove_run(output: Path) -> None:
-    """Delete what an earlier run wrote beside its model, and nothing else."""
+def check_is_run(output: Path) -> None:
+    """Raise UserError unless `output` is the folder of an earlier run."""
     if not (output / RUN_FILE).is_file() and not (output / LOG_FILE).is_file():
         raise UserError(
             f"--output_dir {output} holds something else than a run of this program, which "
             "--overwrite does not delete: name another folder."
         )
+
+
+def remove_run(output: Path) -> None:
+    """Delete what an earlier run wrote beside its model, and nothing else."""
     for folder in [*list_checkpoints(output), *(output / n for n in ("best", "last"))]:
         shutil.rmtree(folder, ignore_errors=True)
     shutil.rmtree(output / TENSORBOARD_FOLDER, ignore_errors=True)

@@ -8,6 +8,7 @@ micro-batches that are safe, so that a killed pass goes on where it stopped.
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -98,35 +99,45 @@ def fill_cache(
     tokens = len(windows.input_ids)
     partial = cache_dir / "teacher" / f"{source.key}.partial"
     try:
-        header = _start(partial, source, tokens, max_tokens)
-        batches = cut_by_tokens(
-            np.arange(len(windows.lengths)), windows.lengths, header["max_tokens"]
-        )
-        done = read_json_object(partial / "progress.json").get("batches", 0)
-        progress(sum(len(batch) for batch in batches[:done]))
-        logits = np.memmap(partial / "logits.bin", dtype=np.float16, mode="r+", shape=(tokens, 2))
-        saved_at = time.monotonic()
-        passes = forward_windows(model, windows, batches[done:], device, AUTOCAST[source.precision])
-        for indices, rows in passes:
-            with np.errstate(over="ignore"):
-                half = rows.astype(np.float16)
-            _check_finite(half, windows, indices)
-            logits[flat_positions(windows, indices)] = half
-            done += 1
-            progress(len(indices))
-            if time.monotonic() - saved_at > SECONDS_BETWEEN_SAVES:
-                _save_progress(partial, logits, done)
-                saved_at = time.monotonic()
-        _save_progress(partial, logits, done)
-        del logits
-        finished = cache_dir / "teacher" / source.key
-        os.replace(partial, finished)
-        (finished / "progress.json").unlink()
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        # Another run that makes the same cache is waited for, and its cache taken.
+        with partial.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            cached = open_cache(cache_dir, source, tokens)
+            if cached is not None:
+                return cached
+            _fill(partial, source, model, windows, device, max_tokens, progress)
     except OSError as error:
         raise _disk_error(partial, error) from error
     cached = open_cache(cache_dir, source, tokens)
     assert cached is not None
     return cached
+
+
+def _fill(partial, source, model, windows, device, max_tokens, progress) -> None:
+    tokens = len(windows.input_ids)
+    header = _start(partial, source, tokens, max_tokens)
+    batches = cut_by_tokens(np.arange(len(windows.lengths)), windows.lengths, header["max_tokens"])
+    done = read_json_object(partial / "progress.json").get("batches", 0)
+    progress(sum(len(batch) for batch in batches[:done]))
+    logits = np.memmap(partial / "logits.bin", dtype=np.float16, mode="r+", shape=(tokens, 2))
+    saved_at = time.monotonic()
+    passes = forward_windows(model, windows, batches[done:], device, AUTOCAST[source.precision])
+    for indices, rows in passes:
+        with np.errstate(over="ignore"):
+            half = rows.astype(np.float16)
+        _check_finite(half, windows, indices)
+        logits[flat_positions(windows, indices)] = half
+        done += 1
+        progress(len(indices))
+        if time.monotonic() - saved_at > SECONDS_BETWEEN_SAVES:
+            _save_progress(partial, logits, done)
+            saved_at = time.monotonic()
+    _save_progress(partial, logits, done)
+    del logits
+    finished = partial.with_suffix("")
+    os.replace(partial, finished)
+    (finished / "progress.json").unlink()
 
 
 def _header(source: Source, tokens: int) -> dict:
