@@ -153,6 +153,7 @@ setup(
             "pytest-benchmark>=5.0",
             "hypothesis>=6.100",
             "ruff>=0.12",
+            "matplotlib>=3.8",
             # They compile the CUDA source for a V100 where there is no CUDA 12 toolkit.
             "nvidia-cuda-nvrtc-cu12>=12.9; platform_system == 'Linux'",
             "nvidia-cuda-runtime-cu12>=12.9; platform_system == 'Linux'",

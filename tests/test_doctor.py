@@ -64,7 +64,7 @@ def test_a_backend_that_breaks_or_is_wrong_is_named(monkeypatch, page):
     assert "native        fails: OSError: illegal instruction\n" in page()
 
     def wrong(student, *arguments, **settings):
-        return torch.ones(len(student), 2), torch.ones(len(student), 2, 8)
+        return torch.ones(()), torch.ones(len(student), 2, 8)
 
     def gradient(grad, student, *arguments, **settings):
         return torch.zeros_like(student)
