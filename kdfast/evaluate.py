@@ -1,6 +1,7 @@
 """`python -m kdfast.evaluate`: score a reader, or a file of predictions, as SQuAD 2.0 does."""
 
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from kdfast.distill import models, scoring
 from kdfast.distill.config import flag
 from kdfast.distill.precision import pick_device, resolve
 from kdfast.errors import UserError
-from kdfast.files import write_json
+from kdfast.files import make_writable, write_json
 from kdfast.squad import answers, features, metrics, records
 
 
@@ -51,6 +52,8 @@ class EvaluateConfig:
             raise UserError("Give either --model or --predictions, and not both.")
         if self.null_odds and self.predictions is None:
             raise UserError("--null_odds goes with --predictions: leave it out with --model.")
+        if self.null_threshold is not None and math.isnan(self.null_threshold):
+            raise UserError("--null_threshold is nan: give a number.")
         for name in (
             "max_seq_length",
             "max_query_length",
@@ -75,6 +78,8 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
@@ -146,28 +151,31 @@ def read_object(name: str, role: str, kind: type) -> dict:
         content = json.loads(Path(name).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{role} {name} cannot be read ({error.strerror}): check it.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{role} {name} is not JSON ({error}): give a JSON object.") from error
     if not isinstance(content, dict):
         raise UserError(f"{role} {name} is not a JSON object of question ids: give one.")
     for key, value in content.items():
-        good = isinstance(value, str) if kind is str else isinstance(value, (int, float))
-        if not good or isinstance(value, bool):
-            what = "a text" if kind is str else "a number"
+        if kind is str:
+            good, what = isinstance(value, str), "a text"
+        else:
+            good = type(value) in (int, float) and -1e308 < value < 1e308
+            what = "a finite number"
+        if not good:
             raise UserError(f"{role} {name} holds {value!r} for question {key}: give {what}.")
     return content
 
 
 def open_folder(name: str | None) -> Path | None:
-    """--output_dir, created; None without one."""
+    """--output_dir, created and writable; None without one."""
     if name is None:
         return None
     folder = Path(name).expanduser()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_writable(folder)
     except OSError as error:
         raise UserError(
-            f"--output_dir {folder} cannot be created ({error.strerror}): name another."
+            f"--output_dir {folder} cannot be written ({error.strerror}): name another."
         ) from error
     return folder
 

@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             from kdfast.demo.tour import tour
 
-            tour(train)
+            tour()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -63,6 +63,9 @@ def train(config: TrainConfig) -> dict:
     device = pick_device()
     precision = resolve(config.mixed_precision, device)
     output = open_output(config)
+    resumed_from = None
+    if config.resume_from_checkpoint:
+        resumed_from = checkpoint.find_checkpoint(config.resume_from_checkpoint, output)
     say_config(config, device, precision)
 
     student = load_student(config)
@@ -81,10 +84,11 @@ def train(config: TrainConfig) -> dict:
     identity = {name: getattr(config, name) for name in OBJECTIVE}
     identity |= {"windows": windows.key, "teacher_cache": teacher_key, "precision": precision}
     progress = checkpoint.Progress()
-    if config.resume_from_checkpoint:
-        folder = checkpoint.find_checkpoint(config.resume_from_checkpoint, output)
-        progress = checkpoint.load_checkpoint(folder, model, updater, identity)
-        say(f"Resumed from {folder} after step {progress.steps}.")
+    if resumed_from:
+        progress = checkpoint.load_checkpoint(resumed_from, model, updater, identity)
+        if not (output / "best").is_dir():
+            progress.best_f1 = None
+        say(f"Resumed from {resumed_from} after step {progress.steps}.")
 
     if config.overwrite:  # not before all that the run needs has proved good
         remove_run(output)
@@ -106,9 +110,7 @@ def train(config: TrainConfig) -> dict:
                     evaluation = validation.score(model, device, precision)
                     log.evaluation(progress.steps, evaluation.metrics)
                     bar.write(f"step {progress.steps}: {scoring.line(evaluation.metrics)}")
-                    if progress.best_f1 is None or evaluation.metrics["f1"] > progress.best_f1:
-                        progress.best_f1 = evaluation.metrics["f1"]
-                        checkpoint.replace_model(output / "best", model, student.tokenizer)
+                    keep_best(output, model, student.tokenizer, progress, evaluation)
             if config.save_steps and due(progress.steps, config.save_steps, total):
                 with clock.stopped():
                     log.flush()
@@ -131,6 +133,7 @@ def train(config: TrainConfig) -> dict:
         say(f"{progress.steps - updater.updates} of {progress.steps} steps were skipped.")
     if validation and evaluation is None:  # a run that was complete already
         evaluation = validation.score(model, device, precision)
+        keep_best(output, model, student.tokenizer, progress, evaluation)
 
     place_models(config, output, model, student.tokenizer)
     record = {
@@ -269,6 +272,20 @@ def load_validation(config: TrainConfig, student: models.Loaded) -> scoring.Vali
         max_answer_length=config.max_answer_length,
         n_best_size=config.n_best_size,
     )
+
+
+def keep_best(
+    output: Path,
+    model: models.SpanModel,
+    tokenizer,
+    progress: checkpoint.Progress,
+    evaluation: scoring.Evaluation,
+) -> None:
+    """Put the model into best/ where no evaluation before had a better f1."""
+    f1 = evaluation.metrics["f1"]
+    if progress.best_f1 is None or f1 > progress.best_f1:
+        progress.best_f1 = f1
+        checkpoint.replace_model(output / "best", model, tokenizer)
 
 
 def place_models(config: TrainConfig, output: Path, model: models.SpanModel, tokenizer) -> None:

@@ -59,7 +59,10 @@ def test_missing_and_unknown_predictions_are_said(files, capsys):
         ("{", None, "is not JSON"),
         ([], None, "not a JSON object"),
         ({"q0": 3}, None, "give a text"),
-        (RIGHT, {"q0": "high"}, "give a number"),
+        (RIGHT, {"q0": "high"}, "give a finite number"),
+        (RIGHT, {**dict.fromkeys(RIGHT, 0.0), "q0": float("inf")}, "give a finite number"),
+        (RIGHT, {**dict.fromkeys(RIGHT, 0.0), "q0": 10**400}, "give a finite number"),
+        ("[" * 100_000, None, "is not JSON"),
         (None, {"q0": 1.0}, "either --model or --predictions"),
     ],
 )
@@ -74,6 +77,6 @@ def test_flags_that_contradict(files, capsys, tmp_path):
     assert evaluate.main(["--predictions", "p"]) == 2
     assert "--data is missing" in capsys.readouterr().err
     assert files(RIGHT, "--output_dir", "/proc/kdfast") == 2
-    assert "cannot be created" in capsys.readouterr().err
+    assert "cannot be written" in capsys.readouterr().err
     assert evaluate.main(["--data", "d.json", "--predictions", str(tmp_path / "no")]) == 2
     assert "d.json" in capsys.readouterr().err

@@ -332,3 +332,20 @@ def test_an_unknown_flag_is_named(world, capsys):
         train.main([*world.flags(), "--foo", "3"])
     assert stopped.value.code == 2
     assert "--foo" in capsys.readouterr().err
+
+
+def test_a_run_that_finds_no_best_model_makes_one(world):
+    assert world.run(save_steps=2, eval_steps=2) == 0
+    shutil.rmtree(world.output / "best")
+    flags = {"resume_from_checkpoint": "last", "load_best_model_at_end": True}
+    assert world.run(save_steps=2, eval_steps=2, **flags) == 0
+    names = {path.name for path in world.output.iterdir()}
+    assert {"best", "last", "model.safetensors"} <= names
+
+
+def test_nothing_to_resume_is_said_before_the_teacher_runs(world, capsys):
+    assert world.run(max_steps=1) == 0
+    shutil.rmtree(world.path / "cache")
+    assert world.run(max_steps=1, resume_from_checkpoint="last") == 2
+    assert "holds no checkpoint" in capsys.readouterr().err
+    assert not (world.path / "cache/teacher").exists()

@@ -1,22 +1,21 @@
 """What `python -m kdfast.train` does without arguments: the main job on the embedded default."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from kdfast.demo import SETTINGS, TEACHER, corpus
-from kdfast.distill import models, scoring
+from kdfast.distill import models
 from kdfast.distill.config import TrainConfig
 from kdfast.distill.precision import pick_device, resolve
-from kdfast.squad import features, records
+from kdfast.train import load_validation, train
 
 HOME = Path("kdfast-demo")
 FIGURES = ("exact", "f1", "HasAns_exact", "HasAns_f1", "NoAns_f1")
 
 
-def tour(train: Callable[[TrainConfig], dict], home: Path = HOME, seed: int = 42) -> list[dict]:
+def tour(home: Path = HOME, seed: int = 42) -> list[dict]:
     """Distil the embedded teacher, train the same student without it, and print one table.
 
-    train: kdfast.train.train. Everything is written below `home`: the generated corpus, the cache,
+    Everything is written below `home`: the generated corpus, the cache,
     and both students. Returns the table's rows, with the figures of the evaluations unrounded.
     """
     train_file, validation_file = corpus.write_corpus(home / "corpus")
@@ -49,23 +48,8 @@ def score_teacher(config: TrainConfig) -> dict:
     """The teacher's row: it answers the same validation questions in the same way."""
     device = pick_device()
     loaded = models.load_reader(config.teacher, "--teacher")
-    windows = features.prepare(
-        config.validation_file,
-        loaded.tokenizer,
-        split="validation",
-        max_seq_length=config.max_seq_length,
-        max_query_length=config.max_query_length,
-        doc_stride=config.doc_stride,
-        cache_dir=config.cache_path,
-    )
-    validation = scoring.Validation(
-        windows=windows,
-        examples=records.read_examples(config.validation_file),
-        max_answer_length=config.max_answer_length,
-        n_best_size=config.n_best_size,
-    )
     precision = resolve(config.mixed_precision, device)
-    result = validation.score(loaded.model.to(device), device, precision)
+    result = load_validation(config, loaded).score(loaded.model.to(device), device, precision)
     return row(
         {
             "metrics": result.metrics,

@@ -56,8 +56,9 @@ def save_checkpoint(
     identity: dict[str, Any],
     limit: int,
 ) -> Path:
-    """Write output_dir/checkpoint-STEPS beside, sync, rename, and delete all but the last `limit`.
+    """Write output_dir/checkpoint-STEPS beside, sync, rename, and keep the last `limit` up to it.
 
+    Later ones, of a run that was resumed from before them, are deleted: this run passes them anew.
     identity: the config and the keys of data and teacher, which a resumed run must share.
     """
     target = output_dir / f"checkpoint-{progress.steps}"
@@ -80,7 +81,9 @@ def save_checkpoint(
         os.replace(beside, target)
     except OSError as error:
         raise _write_error(beside, error) from error
-    for old in list_checkpoints(output_dir)[:-limit]:
+    checkpoints = list_checkpoints(output_dir)
+    passed = checkpoints.index(target) + 1
+    for old in [*checkpoints[passed:], *checkpoints[:passed][:-limit]]:
         shutil.rmtree(old)
     return target
 
@@ -90,7 +93,8 @@ def load_checkpoint(
 ) -> Progress:
     """Put weights, optimizer and scaler back. Raises UserError if it is of another run, or torn."""
     state = read_json_object(folder / STATE_FILE)
-    if state.get("format") != FORMAT:
+    parts = ("identity", "steps", "updates", "best_f1", "scaler")
+    if state.get("format") != FORMAT or any(part not in state for part in parts):
         raise UserError(
             f"--resume_from_checkpoint {folder} holds no {STATE_FILE} of format {FORMAT}: "
             "name a checkpoint-STEP folder of this program."
@@ -107,6 +111,8 @@ def load_checkpoint(
         weights = load_file(folder / "model.safetensors")
         tensors = load_file(folder / OPTIMIZER_FILE)
         model.reader.load_state_dict(weights)
+        if state["updates"] and not tensors:
+            raise ValueError(f"{OPTIMIZER_FILE} is empty")
         _restore_optimizer(model, updater, tensors)
     except Exception as error:  # safetensors has its own error type for a torn file
         raise UserError(
@@ -153,6 +159,8 @@ def _restore_optimizer(
     model: SpanModel, updater: Updater, tensors: dict[str, torch.Tensor]
 ) -> None:
     parameters = dict(model.reader.named_parameters())
+    if tensors and {name.rsplit("|", 1)[0] for name in tensors} != set(parameters):
+        raise ValueError(f"{OPTIMIZER_FILE} lacks some of the model's parameters")
     for full_name, value in tensors.items():
         name, key = full_name.rsplit("|", 1)
         parameter = parameters[name]

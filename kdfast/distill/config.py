@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,6 +99,8 @@ class TrainConfig:
                 "--teacher is missing: name one, or give --distillation_loss_weight 0 "
                 "to train on gold spans alone."
             )
+        if self.report_to == "tensorboard" and find_spec("tensorboard") is None:
+            raise UserError("--report_to tensorboard needs a package: pip install tensorboard.")
         if self.student is None and (self.teacher is None or self.student_layers is None):
             raise UserError(
                 "--student is missing: name one, or give --teacher and --student_layers "
@@ -170,10 +173,6 @@ class TrainConfig:
     @property
     def cache_path(self) -> Path:
         return Path(self.cache_dir).expanduser()
-
-    def differences(self, other: dict[str, Any], names: tuple[str, ...]) -> list[str]:
-        """The names whose value here is not the one in `other`, a saved config."""
-        return [name for name in names if getattr(self, name) != other.get(name)]
 
 
 # What a resumed run must share with the run that it continues.

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from kdfast.distill.step import StepReport
-from kdfast.errors import UserError
 
 LOG_FILE = "train_log.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -27,12 +26,8 @@ class TrainLog:
         self.file.writelines(json.dumps(line) + "\n" for line in kept)
         self.writer = None
         if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise UserError(
-                    "--report_to tensorboard needs a package: pip install tensorboard."
-                ) from error
+            from torch.utils.tensorboard import SummaryWriter
+
             self.writer = SummaryWriter(str(output_dir / TENSORBOARD_FOLDER), purge_step=steps)
 
     def step(self, report: StepReport) -> None:

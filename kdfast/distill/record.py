@@ -3,7 +3,6 @@
 import os
 import platform
 import shutil
-import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from kdfast.distill.checkpoint import list_checkpoints
 from kdfast.distill.config import TrainConfig
 from kdfast.distill.log import LOG_FILE, TENSORBOARD_FOLDER
 from kdfast.errors import UserError
-from kdfast.files import write_json
+from kdfast.files import make_writable, write_json
 
 RUN_FILE = "run.json"
 PACKAGES = ("kdfast", "torch", "triton", "transformers", "datasets", "tokenizers", "numpy")
@@ -50,9 +49,7 @@ def open_output(config: TrainConfig) -> Path:
             )
         check_is_run(output)
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output):
-            pass
+        make_writable(output)
     except OSError as error:
         raise UserError(
             f"--output_dir {output} cannot be written ({error.strerror}): name another."

@@ -114,7 +114,16 @@ def fill_cache(
     return cached
 
 
-def _fill(partial, source, model, windows, device, max_tokens, progress) -> None:
+def _fill(
+    partial: Path,
+    source: Source,
+    model: SpanModel,
+    windows: Windows,
+    device: torch.device,
+    max_tokens: int,
+    progress: Callable[[int], None],
+) -> None:
+    """The pass itself: into `partial`, renamed at its end."""
     tokens = len(windows.input_ids)
     header = _start(partial, source, tokens, max_tokens)
     batches = cut_by_tokens(np.arange(len(windows.lengths)), windows.lengths, header["max_tokens"])

@@ -29,7 +29,8 @@ def row_example(where: str, row: Any) -> Example:
 
 
 def _example(where: str, record: Any, title: str, context: str) -> Example:
-    name = _field(where, record, "id", (str, int))
+    name = str(_field(where, record, "id", (str, int)))
+    _encodable(where, "id", name)
     where = f'{where} (id "{name}")'
     question = _field(where, record, "question", str)
     _encodable(where, "question", question)
@@ -42,7 +43,7 @@ def _example(where: str, record: Any, title: str, context: str) -> Example:
                 f"{where}: answer_start {answer.start} lies outside its context of {len(context)} "
                 "characters: correct it, or leave the question out"
             )
-    return Example(str(name), title, question, context, answers)
+    return Example(name, title, question, context, answers)
 
 
 def _answers(where: str, record: dict) -> tuple[Answer, ...] | None:

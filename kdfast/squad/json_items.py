@@ -64,6 +64,8 @@ class _Cursor:
             except json.JSONDecodeError as error:
                 if self.ended:
                     raise self.fault(error.msg, error.pos) from None
+            except ValueError as error:  # a number of more digits than Python reads
+                raise self.fault(str(error), self.at) from None
             except RecursionError:
                 raise self.fault("nested too deeply", self.at) from None
             else:

@@ -5,6 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from kdfast.distill import checkpoint
 from kdfast.distill.checkpoint import Progress
@@ -111,3 +112,25 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(setup, tmp_path, monkeypatch)
     assert checkpoint.find_checkpoint("last", tmp_path) == first
     assert json.loads((first / "trainer_state.json").read_text())["steps"] == 1
     assert save(run, tmp_path, 2) == checkpoint.find_checkpoint("last", tmp_path)
+
+
+def test_a_run_resumed_from_an_earlier_one_replaces_the_later_ones(setup, tmp_path):
+    run = setup()
+    for steps in (2, 5, 6):
+        save(run, tmp_path, steps, limit=9)
+    assert save(run, tmp_path, 3, limit=1).is_dir()
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["checkpoint-3"]
+
+
+def test_an_incomplete_optimizer_or_state_is_refused(setup, tmp_path):
+    run = setup()
+    train(run, 0, 1)
+    for kept in (0, 4):
+        folder = save(run, tmp_path, 1)
+        tensors = load_file(folder / "optimizer.safetensors")
+        save_file(dict(list(tensors.items())[:kept]), folder / "optimizer.safetensors")
+        with pytest.raises(UserError, match="cannot be read"):
+            checkpoint.load_checkpoint(folder, run.model, run.updater, IDENTITY)
+    (folder / "trainer_state.json").write_text('{"format": 1}')
+    with pytest.raises(UserError, match="holds no trainer_state"):
+        checkpoint.load_checkpoint(folder, run.model, run.updater, IDENTITY)

@@ -77,6 +77,7 @@ FLAT_FAULTS = {
     "context": (lambda r: r.pop("context"), ["no 'context'"]),
     "question": (lambda r: r.pop("question"), ["no 'question'"]),
     "id": (lambda r: r.pop("id"), ["no 'id'"]),
+    "half an id": (lambda r: _set(r, "id", "\ud800"), ["its id holds half"]),
     "no starts": (lambda r: _set(r, "answers", {"text": ["Rollo"]}), ["no 'answer_start'"]),
     "lengths": (
         lambda r: _set(r, "answers", {"text": ["Rollo"], "answer_start": []}),
@@ -116,6 +117,7 @@ def test_missing_column_of_parquet_names_what_there_is(tmp_path):
         ('{"data": []} x', "text after the end"),
         ('{"data" []}', "not JSON"),
         ("[" * 100_000, "not JSON"),
+        ('[{"id": ' + "1" * 5000 + "}]", "not JSON"),
         ('{"id": "a", "question": "?", "context": "b"} {', "not JSON"),
     ],
 )
