@@ -48,16 +48,6 @@ def normalize_answer(text: str) -> str:
     return " ".join(ARTICLES.sub(" ", text).split())
 
 
-def exact_match(gold: str, prediction: str) -> int:
-    """1 if both texts are the same after normalisation, else 0."""
-    return int(normalize_answer(gold) == normalize_answer(prediction))
-
-
-def f1(gold: str, prediction: str) -> float:
-    """F1 over the two bags of normalised, space-separated words; 1 if both are empty."""
-    return _bag_f1(normalize_answer(gold).split(), normalize_answer(prediction).split())
-
-
 def gold_answers(examples: Iterable) -> dict[str, tuple[str, ...]]:
     """Question id -> the texts of its gold answers, () where it has none; for `score`.
 
@@ -185,6 +175,7 @@ def _best_scores(answers: tuple[str, ...], prediction: str) -> tuple[int, float]
 
 
 def _bag_f1(gold: list[str], guess: list[str]) -> float:
+    """F1 over two bags of normalised words; 1 if both are empty."""
     if not gold or not guess:
         return int(gold == guess)
     same = sum((Counter(gold) & Counter(guess)).values())

@@ -9,8 +9,6 @@ import pytest
 
 from kdfast.errors import UserError
 from kdfast.squad.metrics import (
-    exact_match,
-    f1,
     gold_answers,
     normalize_answer,
     question_scores,
@@ -69,8 +67,9 @@ def test_normalisation(text, expected):
     ],
 )
 def test_pairs(gold, guess, exact, overlap):
-    assert exact_match(gold, guess) == exact
-    assert f1(gold, guess) == pytest.approx(float(overlap), abs=1e-15)
+    scores = question_scores({"q": (gold,)}, {"q": guess})
+    assert scores.exact == [exact]
+    assert scores.f1 == [pytest.approx(float(overlap), abs=1e-15)]
 
 
 GOLD = {
