@@ -14,12 +14,12 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.utils import logging as hf_logging
 
-from kdfast.distill import checkpoint, models, scoring, teacher
+from kdfast.distill import checkpoint, costs, models, scoring, teacher
 from kdfast.distill.config import OBJECTIVE, TrainConfig
-from kdfast.distill.feed import forward_tokens
-from kdfast.distill.log import Clock, TrainLog
+from kdfast.distill.feed import make_feed
+from kdfast.distill.log import Clock, TrainLog, progress_line
 from kdfast.distill.optim import Updater, make_optimizer
-from kdfast.distill.precision import pick_device, resolve, teacher_precision
+from kdfast.distill.precision import AUTOCAST, pick_device, resolve, teacher_precision
 from kdfast.distill.record import describe_machine, open_output, remove_run, write_run
 from kdfast.distill.step import Stepper
 from kdfast.errors import UserError
@@ -92,18 +92,46 @@ def train(config: TrainConfig) -> dict:
 
     if config.overwrite:  # not before all that the run needs has proved good
         remove_run(output)
-    stepper = Stepper(config, model, updater, windows, teacher_logits, device, precision, total)
+    forward = model.compiled() if config.torch_compile else model
+    multiple = models.COMPILED_WIDTH if config.torch_compile else 1
+    if config.gradient_checkpointing:
+        model.keep_no_activations()
+    work = costs.count_work(model)
+    if progress.rule is None:
+        trial = costs.Trial(model, forward, device, AUTOCAST[precision])
+        progress.rule = costs.choose_rule(config, work, trial)
+    feed = make_feed(windows, teacher_logits, device, multiple)
+    stepper = Stepper(
+        config,
+        model,
+        forward,
+        updater,
+        feed,
+        windows.lengths,
+        progress.rule,
+        device,
+        precision,
+        total,
+        multiple,
+    )
+    matmul_rate = costs.matmul_rate(device, AUTOCAST[precision] or torch.float32)
     log = TrainLog(output, progress.steps, config.report_to == "tensorboard")
     say(f"{total} steps of {config.train_batch_size} windows.")
     evaluation = None
-    clock = Clock()
+    clock = Clock(work, matmul_rate)
     with tqdm(total=total, initial=progress.steps, desc="train", unit="step") as bar:
         while progress.steps < total:
-            report = stepper.run(progress.steps, order.step(progress.steps))
-            progress.steps += 1
-            clock.add(report)
-            log.step(report)
-            bar.set_postfix_str(clock.line(report), refresh=False)
+            indices = order.step(progress.steps)
+            last = progress.steps + 1 == total
+            report = stepper.run(
+                progress.steps, indices, None if last else order.step(progress.steps + 1)
+            )
+            if stepper.rule != progress.rule:
+                bar.write(f"Out of memory: steps are now cut by {stepper.rule}.")
+            progress.steps, progress.rule = progress.steps + 1, stepper.rule
+            speed = clock.add(report, windows.lengths[indices])
+            log.step(report, speed)
+            bar.set_postfix_str(progress_line(report, speed), refresh=False)
             bar.update()
             if validation and due(progress.steps, config.eval_steps, total):
                 with clock.stopped():
@@ -145,9 +173,9 @@ def train(config: TrainConfig) -> dict:
         "steps": progress.steps,
         "updates": updater.updates,
         "teacher_cache": teacher_key,
-        "train_windows_per_second": clock.windows_per_second,
-        "train_tokens_per_second": clock.tokens_per_second,
-        "padding_share": clock.padding_share,
+        "cuts": asdict(progress.rule),
+        "matmul_flops_per_second": matmul_rate,
+        "train_speed": asdict(clock.speed()) if clock.speed() else None,
         "metrics": None if evaluation is None else evaluation.metrics,
         "eval_windows_per_second": None if evaluation is None else evaluation.windows_per_second,
         "best_f1": progress.best_f1,
@@ -227,7 +255,7 @@ def cached_teacher(
             loaded.model.to(device),
             windows,
             device,
-            forward_tokens(device),
+            costs.forward_tokens(device),
             bar.update,
         )
     return logits, source.key

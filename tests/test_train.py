@@ -2,6 +2,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from kdfast import evaluate, train
+from kdfast.distill import costs, step
+from kdfast.distill.log import Speed
 from tests import corpora, readers
 
 
@@ -56,7 +59,10 @@ def world(tmp_path, monkeypatch):
 
 
 def log_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
+    """The lines of a run's log, without what a clock decides."""
+    lines = map(json.loads, (folder / "train_log.jsonl").read_text().splitlines())
+    clock = {each.name for each in fields(Speed)}
+    return [{k: v for k, v in line.items() if k not in clock} for line in lines]
 
 
 def test_from_files_to_a_hugging_face_folder(world, capsys):
@@ -69,7 +75,7 @@ def test_from_files_to_a_hugging_face_folder(world, capsys):
     record = json.loads((out / "run.json").read_text())
     assert record["config"]["train_batch_size"] == 8 and record["steps"] == 6
     assert record["versions"]["torch"] == torch.__version__ and record["hardware"]["cpu"]
-    assert record["metrics"]["total"] == 10 and record["train_windows_per_second"] > 0
+    assert record["metrics"]["total"] == 10 and record["train_speed"]["windows_per_second"] > 0
     log = log_of(out)
     assert [line["step"] for line in log if "step" in line] == list(range(6))
     assert [line["evaluated_after"] for line in log if "evaluated_after" in line] == [3, 6]
@@ -349,3 +355,35 @@ def test_nothing_to_resume_is_said_before_the_teacher_runs(world, capsys):
     assert world.run(max_steps=1, resume_from_checkpoint="last") == 2
     assert "holds no checkpoint" in capsys.readouterr().err
     assert not (world.path / "cache/teacher").exists()
+
+
+def test_measured_costs_are_kept_and_never_measured_again(world, monkeypatch):
+    flags = {"measure_costs": True, "max_steps": 4, "save_steps": 2}
+    assert world.run(**flags) == 0
+    whole = json.loads((world.output / "run.json").read_text())
+    kept = json.loads((world.output / "checkpoint-2" / "trainer_state.json").read_text())
+    assert whole["cuts"] == kept["cuts"] and whole["cuts"]["per_token"] > 0
+    shutil.rmtree(world.output / "checkpoint-4")
+    monkeypatch.setattr(costs, "measured_rule", None)
+    assert world.run(**flags, resume_from_checkpoint="last") == 0
+    assert json.loads((world.output / "run.json").read_text())["cuts"] == whole["cuts"]
+
+
+def test_a_budget_that_memory_halved_is_kept(world, monkeypatch, capsys):
+    accumulate = step.Stepper.accumulate
+
+    def little_memory(self, *arguments):
+        if self.rule.max_tokens > 300:
+            raise MemoryError
+        return accumulate(self, *arguments)
+
+    monkeypatch.setattr(step.Stepper, "accumulate", little_memory)
+    flags = {"max_steps": 4, "save_steps": 2}
+    assert world.run(**flags) == 0
+    assert "Out of memory: steps are now cut by" in capsys.readouterr().err
+    halved = json.loads((world.output / "run.json").read_text())["cuts"]["max_tokens"]
+    assert halved <= 300
+    monkeypatch.undo()
+    shutil.rmtree(world.output / "checkpoint-4")
+    assert world.run(**flags, resume_from_checkpoint="last") == 0
+    assert json.loads((world.output / "run.json").read_text())["cuts"]["max_tokens"] == halved

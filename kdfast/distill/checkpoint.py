@@ -4,7 +4,7 @@ import errno
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,23 @@ from kdfast.distill.models import SpanModel
 from kdfast.distill.optim import Updater
 from kdfast.errors import UserError
 from kdfast.files import read_json_object, sync_folder, write_json
+from kdfast.squad.batches import CutRule
 
-FORMAT = 1
+FORMAT = 2
 STATE_FILE = "trainer_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 
 
 @dataclass
 class Progress:
-    """Where a run stands. steps: attempted so far; best_f1: of the evaluations so far, or None."""
+    """Where a run stands. steps: attempted so far; best_f1: of the evaluations so far, or None.
+
+    rule: how its steps are cut, None before the first.
+    """
 
     steps: int = 0
     best_f1: float | None = None
+    rule: CutRule | None = None
 
 
 def save_model(folder: Path, model: SpanModel, tokenizer) -> None:
@@ -72,6 +77,7 @@ def save_checkpoint(
             "steps": progress.steps,
             "updates": updater.updates,
             "best_f1": progress.best_f1,
+            "cuts": None if progress.rule is None else asdict(progress.rule),
             "scaler": None if updater.scaler is None else updater.scaler.state_dict(),
             "identity": identity,
         }
@@ -93,7 +99,7 @@ def load_checkpoint(
 ) -> Progress:
     """Put weights, optimizer and scaler back. Raises UserError if it is of another run, or torn."""
     state = read_json_object(folder / STATE_FILE)
-    parts = ("identity", "steps", "updates", "best_f1", "scaler")
+    parts = ("identity", "steps", "updates", "best_f1", "cuts", "scaler")
     if state.get("format") != FORMAT or any(part not in state for part in parts):
         raise UserError(
             f"--resume_from_checkpoint {folder} holds no {STATE_FILE} of format {FORMAT}: "
@@ -121,7 +127,8 @@ def load_checkpoint(
     if updater.scaler is not None:
         updater.scaler.load_state_dict(state["scaler"])
     updater.updates = state["updates"]
-    return Progress(steps=state["steps"], best_f1=state["best_f1"])
+    rule = None if state["cuts"] is None else CutRule(**state["cuts"])
+    return Progress(steps=state["steps"], best_f1=state["best_f1"], rule=rule)
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:

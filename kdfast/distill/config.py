@@ -57,7 +57,10 @@ class TrainConfig:
     max_steps: int = flag(-1, "Stop after so many optimizer steps; overrides the epochs if > 0.")
     train_batch_size: int = flag(80, "Windows in one optimizer step, whatever the hardware.")
     max_tokens_per_micro_batch: int | None = flag(
-        None, "Padded tokens in one forward pass. Default: 768 on a CPU, 16384 on a GPU."
+        None, "Padded tokens in a micro-batch. Default: 768 on a CPU, what fits on a GPU."
+    )
+    measure_costs: bool = flag(
+        False, "Measure what micro-batches cost, instead of assuming it, to place the cuts."
     )
     gradient_accumulation_steps: int | None = flag(
         None, "Cut each step into so many equal micro-batches instead of by tokens."
@@ -69,6 +72,10 @@ class TrainConfig:
     embeds_dropout_prob: float = flag(0.1, "Dropout between the encoder and the span head.")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(
         None, "Default: fp16 on a GPU, no on a CPU."
+    )
+    torch_compile: bool = flag(False, "Compile the student; widths are then multiples of 8.")
+    gradient_checkpointing: bool = flag(
+        False, "Keep no activations inside a layer: less memory, a third more work."
     )
     seed: int = flag(42, "Keys the order of the data, dropout and a new head.")
 
@@ -111,6 +118,7 @@ class TrainConfig:
         for one, other in (
             ("overwrite", "resume_from_checkpoint"),
             ("gradient_accumulation_steps", "max_tokens_per_micro_batch"),
+            ("gradient_accumulation_steps", "measure_costs"),
         ):
             if getattr(self, one) and getattr(self, other):
                 raise UserError(f"--{one} and --{other} exclude each other: give one of them.")

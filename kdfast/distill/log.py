@@ -4,13 +4,30 @@ import json
 import math
 import time
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+
+from kdfast.distill.costs import Work
 from kdfast.distill.step import StepReport
 
 LOG_FILE = "train_log.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast steps ran. Tokens are real ones; padding_share: padding of what was computed.
+
+    matmul_share: operations in the matrix products of the real tokens, forward and backward, of
+    those that the device does in that time in large products of that type.
+    """
+
+    windows_per_second: float
+    tokens_per_second: float
+    padding_share: float
+    matmul_share: float
 
 
 class TrainLog:
@@ -30,12 +47,14 @@ class TrainLog:
 
             self.writer = SummaryWriter(str(output_dir / TENSORBOARD_FOLDER), purge_step=steps)
 
-    def step(self, report: StepReport) -> None:
+    def step(self, report: StepReport, speed: Speed) -> None:
         """Log a step, from values that are on the host already."""
-        self._write(asdict(report))
+        self._write(asdict(report) | asdict(speed))
         if self.writer:
             for name in ("loss", "soft", "hard", "grad_norm", "lr"):
                 self.writer.add_scalar(f"train/{name}", getattr(report, name), report.step)
+            for name, value in asdict(speed).items():
+                self.writer.add_scalar(f"speed/{name}", value, report.step)
 
     def evaluation(self, steps: int, metrics: dict[str, float]) -> None:
         """Log an evaluation after `steps` steps."""
@@ -80,21 +99,40 @@ def read_log(output_dir: Path, steps: int) -> list[dict]:
 
 
 class Clock:
-    """Seconds spent in training steps, and what they did; evaluation and saving do not count."""
+    """Seconds spent in training steps, and what they did; evaluation and saving do not count.
 
-    def __init__(self):
-        self.seconds = 0.0
-        self.windows = self.tokens = self.padded_tokens = 0
+    matmul_rate: operations a second of large matrix products in the run's type.
+    """
+
+    def __init__(self, work: Work, matmul_rate: float):
+        self.work = work
+        self.matmul_rate = matmul_rate
+        # Seconds, windows, tokens, padded tokens, operations.
+        self.sums = np.zeros(5)
         self._since = time.perf_counter()
 
-    def add(self, report: StepReport) -> None:
-        """Count a step that has just ended."""
+    def add(self, report: StepReport, lengths: np.ndarray) -> Speed:
+        """Count a step that has just ended, over windows of `lengths`; returns its own speed."""
         now = time.perf_counter()
-        self.seconds += now - self._since
+        operations = 3 * self.work.of(lengths)
+        spent = now - self._since
+        step = np.array([spent, report.windows, report.tokens, report.padded_tokens, operations])
         self._since = now
-        self.windows += report.windows
-        self.tokens += report.tokens
-        self.padded_tokens += report.padded_tokens
+        self.sums += step
+        return self._speed(step)
+
+    def speed(self) -> Speed | None:
+        """Of all steps so far; None before the first."""
+        return self._speed(self.sums) if self.sums[0] else None
+
+    def _speed(self, sums: np.ndarray) -> Speed:
+        seconds, windows, tokens, padded_tokens, operations = map(float, sums)
+        return Speed(
+            windows_per_second=windows / seconds,
+            tokens_per_second=tokens / seconds,
+            padding_share=1 - tokens / padded_tokens,
+            matmul_share=operations / seconds / self.matmul_rate,
+        )
 
     @contextmanager
     def stopped(self):
@@ -102,22 +140,11 @@ class Clock:
         yield
         self._since = time.perf_counter()
 
-    @property
-    def windows_per_second(self) -> float:
-        return self.windows / self.seconds if self.seconds else 0.0
 
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds if self.seconds else 0.0
-
-    @property
-    def padding_share(self) -> float:
-        return 1 - self.tokens / self.padded_tokens if self.padded_tokens else 0.0
-
-    def line(self, report: StepReport) -> str:
-        """What the progress bar shows."""
-        return (
-            f"loss {report.loss:.3f} soft {report.soft:.3f} hard {report.hard:.3f} "
-            f"lr {report.lr:.1e} {self.windows_per_second:.1f} windows/s"
-            + (" skipped" if report.skipped else "")
-        )
+def progress_line(report: StepReport, speed: Speed) -> str:
+    """What the progress bar shows."""
+    return (
+        f"loss {report.loss:.3f} soft {report.soft:.3f} hard {report.hard:.3f} "
+        f"lr {report.lr:.1e} {speed.windows_per_second:.1f} windows/s"
+        + (" skipped" if report.skipped else "")
+    )

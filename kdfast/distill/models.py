@@ -1,6 +1,7 @@
 """Readers: how they are loaded, cut down to some layers, and called."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +26,9 @@ SUPPORTED = (
     "roberta",
     "xlm-roberta",
 )
+# Of what torch.compile is given every width is a multiple: the tensor cores of a V100 take
+# half-precision products whose sizes are multiples of 8, and a compiled kernel its widest loads.
+COMPILED_WIDTH = 8
 # The files of a model folder that are read; weights in safetensors only, never a pickle.
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
@@ -62,6 +66,30 @@ class SpanModel(nn.Module):
         head = self.reader.qa_outputs
         with torch.autocast(hidden.device.type, enabled=False):
             return head(self.dropout(hidden.to(head.weight.dtype)))
+
+    def round_products(self, dtype: torch.dtype) -> None:
+        """Keep the encoder's linear layers in `dtype`, in place, for a model that no longer trains.
+
+        Under autocast to `dtype` the logits stay the same to the bit, and no call casts weights.
+        """
+        for module in self.reader.base_model.modules():
+            if isinstance(module, nn.Linear):
+                module.to(dtype)
+
+    def keep_no_activations(self) -> None:
+        """Gradient checkpointing: each layer's inside is computed anew in the backward pass."""
+        if not self.reader.supports_gradient_checkpointing:
+            raise UserError(
+                f"--gradient_checkpointing: {self.reader.config.model_type} has none in "
+                "transformers: leave the flag out."
+            )
+        # Its name since transformers 5.24, and before.
+        enable = getattr(self.reader, "activation_checkpointing_enable", None)
+        (enable or self.reader.gradient_checkpointing_enable)({"use_reentrant": False})
+
+    def compiled(self, backend: str = "inductor") -> Callable[..., torch.Tensor]:
+        """forward() by torch.compile, for any number and width of windows with few compilations."""
+        return torch.compile(self, dynamic=True, backend=backend)
 
 
 @dataclass

@@ -51,6 +51,12 @@ class Updater:
         """Accumulate the gradients of `loss`, scaled where there is a scaler."""
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
+    def drop(self) -> None:
+        """Forget the gradients of a step that could not be completed, and the memory they held."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.parameters[0].is_cuda:
+            torch.cuda.empty_cache()
+
     def update(self, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step with learning rate `rate`, and gradients set to None.
 

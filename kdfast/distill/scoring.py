@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kdfast.distill.feed import flat_positions, forward_tokens, forward_windows
+from kdfast.distill.costs import forward_tokens
+from kdfast.distill.feed import flat_positions, forward_windows
 from kdfast.distill.models import SpanModel
 from kdfast.distill.precision import AUTOCAST
 from kdfast.squad import answers, metrics

@@ -1,18 +1,19 @@
 """One optimizer step: micro-batches in, one update and one read out."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from kdfast.distill.config import TrainConfig
-from kdfast.distill.feed import micro_batch, train_tokens
+from kdfast.distill.feed import Feed, MicroBatch, padded_width
 from kdfast.distill.models import SpanModel
 from kdfast.distill.optim import Updater, learning_rate
 from kdfast.distill.precision import AUTOCAST
+from kdfast.errors import UserError
 from kdfast.fused_kd_loss import kd_loss_rows
-from kdfast.squad.batches import cut_by_tokens, cut_evenly
-from kdfast.squad.features import Windows
+from kdfast.squad.batches import CutRule
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class StepReport:
     """What one step did. loss, soft and hard are means over the step's windows.
 
     soft and hard are not weighted: loss = w * soft + (1 - w) * hard. skipped: a gradient was not
-    finite, and the weights stayed as they were.
+    finite, and the weights stayed as they were. max_tokens: what the micro-batches were cut by.
     """
 
     step: int
@@ -32,38 +33,51 @@ class StepReport:
     windows: int
     tokens: int
     padded_tokens: int
+    micro_batches: int
+    max_tokens: int
     skipped: bool
 
 
 class Stepper:
     """Runs steps of a training run; what a step does depends on its number and the weights alone.
 
-    teacher_logits: fp16 (tokens, 2), flat as windows.input_ids, or None without a teacher.
+    forward: the model, or what torch.compile made of it. lengths: int (W,), tokens of every
+    window that the feed has. rule: how a step is cut; it changes where memory does not suffice.
+    multiple: of which the feed makes every width one.
     """
 
     def __init__(
         self,
         config: TrainConfig,
         model: SpanModel,
+        forward: Callable[..., torch.Tensor],
         updater: Updater,
-        windows: Windows,
-        teacher_logits: np.ndarray | None,
+        feed: Feed,
+        lengths: np.ndarray,
+        rule: CutRule,
         device: torch.device,
         precision: str,
         total_steps: int,
+        multiple: int = 1,
     ):
         self.config = config
         self.model = model
+        self.forward = forward
         self.updater = updater
-        self.windows = windows
-        self.teacher_logits = teacher_logits
+        self.feed = feed
+        self.lengths = lengths
+        self.rule = rule
         self.device = device
         self.autocast = AUTOCAST[precision]
         self.total_steps = total_steps
-        self.max_tokens = config.max_tokens_per_micro_batch or train_tokens(device)
+        self.multiple = multiple
 
-    def run(self, step: int, indices: np.ndarray) -> StepReport:
-        """Optimizer step number `step` over the windows `indices`."""
+    def run(self, step: int, indices: np.ndarray, upcoming: np.ndarray | None = None) -> StepReport:
+        """Optimizer step number `step` over the windows `indices`.
+
+        upcoming: the windows of the next step, if there is one, to be made ready meanwhile.
+        Raises UserError where memory does not suffice for a window alone.
+        """
         self.model.train()
         rate = learning_rate(
             self.config.learning_rate,
@@ -71,12 +85,21 @@ class Stepper:
             self.total_steps,
             self.config.warmup_ratio,
         )
-        batches = self.cut(indices)
-        sums = self.accumulate(step, batches, len(indices))
+        sums = None
+        while sums is None:
+            batches = self.cut(indices)
+            try:
+                sums = self.accumulate(step, batches, len(indices), upcoming)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                error.__traceback__ = None  # its frames hold the step's tensors
+            if sums is None:
+                self.updater.drop()
+                self.rule = self.smaller(batches)
         norm, skipped = self.updater.update(rate)
         loss, soft, hard, norm, skipped = read_step(torch.cat([sums, torch.stack([norm, skipped])]))
         self.updater.updates += 1 - int(skipped)
-        lengths = self.windows.lengths
         return StepReport(
             step=step,
             loss=loss,
@@ -85,40 +108,61 @@ class Stepper:
             grad_norm=norm,
             lr=rate,
             windows=len(indices),
-            tokens=int(lengths[indices].sum()),
-            padded_tokens=sum(len(batch) * int(lengths[batch].max()) for batch in batches),
+            tokens=int(self.lengths[indices].sum()),
+            padded_tokens=sum(map(self.padded_tokens, batches)),
+            micro_batches=len(batches),
+            max_tokens=self.rule.max_tokens,
             skipped=bool(skipped),
         )
 
     def cut(self, indices: np.ndarray) -> list[np.ndarray]:
-        """The step's micro-batches: by tokens, or evenly where the config says how many."""
-        lengths = self.windows.lengths[indices]
-        if self.config.gradient_accumulation_steps is not None:
-            return cut_evenly(indices, lengths, self.config.gradient_accumulation_steps)
-        return cut_by_tokens(indices, lengths, self.max_tokens)
+        """The step's micro-batches."""
+        return self.rule.cut(indices, self.lengths[indices])
 
-    def accumulate(self, step: int, batches: list[np.ndarray], count: int) -> torch.Tensor:
+    def padded_tokens(self, batch: np.ndarray) -> int:
+        return len(batch) * padded_width(self.lengths[batch], self.multiple)
+
+    def smaller(self, batches: list[np.ndarray]) -> CutRule:
+        """The rule with half the room of what did not fit."""
+        if max(map(len, batches)) == 1:
+            raise UserError(
+                "There is not enough memory for a single window: give a smaller "
+                "--max_seq_length, --gradient_checkpointing, or a smaller student."
+            )
+        if self.rule.parts is not None:
+            return replace(self.rule, parts=2 * len(batches))
+        return replace(self.rule, max_tokens=max(map(self.padded_tokens, batches)) // 2)
+
+    def accumulate(
+        self,
+        step: int,
+        batches: list[np.ndarray],
+        count: int,
+        upcoming: np.ndarray | None = None,
+    ) -> torch.Tensor:
         """Accumulate the gradients of the micro-batches of a step of `count` windows.
 
         Returns (loss, soft, hard) of the step, each already divided by count, on the device.
         """
         sums = torch.zeros(3, device=self.device)
-        for number, indices in enumerate(batches):
-            seed_generators(self.config.seed, step, 0, number)
-            row_loss, row_parts = self.losses(indices)
-            loss = row_loss.sum() / count
-            self.updater.backward(loss)
-            parts = row_parts.sum(dim=(0, 1)) / count
-            sums += torch.cat([loss.detach()[None], parts]).float()
+        ready = self.feed.micro_batches(batches)
+        if upcoming is not None:
+            self.feed.expect(self.cut(upcoming))
+        # Around all of them: autocast forgets its half-precision weights at its end.
+        with self._autocast(self.autocast is not None):
+            for number, batch in enumerate(ready):
+                seed_generators(self.config.seed, step, 0, number)
+                logits = self.forward(**batch.inputs)
+                with self._autocast(False):
+                    row_loss, row_parts = self.losses(logits, batch)
+                    loss = row_loss.sum() / count
+                    self.updater.backward(loss)
+                parts = row_parts.sum(dim=(0, 1)) / count
+                sums += torch.cat([loss.detach()[None], parts]).float()
         return sums
 
-    def losses(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    def losses(self, logits: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """kd_loss_rows of one micro-batch; the mask is the real tokens."""
-        batch = micro_batch(self.windows, indices, self.device, self.teacher_logits)
-        with torch.autocast(
-            self.device.type, dtype=self.autocast, enabled=self.autocast is not None
-        ):
-            logits = self.model(**batch.inputs)
         return kd_loss_rows(
             logits,
             batch.teacher_logits,
@@ -131,6 +175,16 @@ class Stepper:
             mask=batch.mask,
             backend=None,
         )
+
+    def _autocast(self, enabled: bool) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.autocast, enabled=enabled)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the host under a limit, refused memory."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        "DefaultCPUAllocator" in str(error)
+    )
 
 
 def seed_generators(*key: int) -> None:

@@ -131,6 +131,8 @@ def _fill(
     progress(sum(len(batch) for batch in batches[:done]))
     logits = np.memmap(partial / "logits.bin", dtype=np.float16, mode="r+", shape=(tokens, 2))
     saved_at = time.monotonic()
+    if source.precision != "no":
+        model.round_products(AUTOCAST[source.precision])
     passes = forward_windows(model, windows, batches[done:], device, AUTOCAST[source.precision])
     for indices, rows in passes:
         with np.errstate(over="ignore"):

@@ -1,5 +1,6 @@
 """The order of training: which windows a step takes, and the micro-batches inside the step."""
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -29,9 +30,60 @@ class TrainingOrder:
         return self._shuffled[1][start : start + self.batch_size]
 
 
-def cut_by_tokens(windows: np.ndarray, lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
-    """Micro-batches of windows of like length, longest first, of at most max_tokens each.
+@dataclass(frozen=True)
+class CutRule:
+    """How a step is cut into micro-batches: all that it depends on beside the windows' lengths.
 
+    max_tokens: padded tokens in one micro-batch. A micro-batch of n windows of width L is taken to
+    last overhead + n L (per_token + per_token_width L) seconds, forward and backward. parts: cut
+    into so many equal micro-batches instead, or None.
+    """
+
+    max_tokens: int
+    overhead: float
+    per_token: float
+    per_token_width: float
+    parts: int | None = None
+
+    def cut(self, windows: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+        """The micro-batches of a step. windows: int array (n,); lengths: int array (n,)."""
+        if self.parts is not None:
+            return cut_evenly(windows, lengths, self.parts)
+        return cut_by_cost(windows, lengths, self)
+
+
+def cut_by_cost(windows: np.ndarray, lengths: np.ndarray, rule: CutRule) -> list[np.ndarray]:
+    """The micro-batches, longest windows first, whose costs under `rule` have the least sum.
+
+    A window longer than rule.max_tokens stands alone. Sorted by length, some best cut takes
+    neighbours, so the best sum of the first j windows is that of the first i < j plus the cost of
+    windows i to j - 1, whose width is the length of window i.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    widths = lengths[order].astype(np.float64)
+    window_cost = widths * (rule.per_token + rule.per_token_width * widths)
+    best = np.zeros(len(order) + 1)
+    begin = np.zeros(len(order) + 1, dtype=np.int64)  # of the last micro-batch of the first j
+    for end in range(1, len(order) + 1):
+        most = max(1, int(rule.max_tokens // max(1.0, widths[end - 1])))
+        first = max(0, end - most)
+        count = np.arange(end - first, 0, -1)
+        cost = best[first:end] + rule.overhead + count * window_cost[first:end]
+        cost[(count * widths[first:end] > rule.max_tokens) & (count > 1)] = np.inf
+        chosen = int(cost.argmin())
+        best[end], begin[end] = cost[chosen], first + chosen
+    batches = []
+    end = len(order)
+    while end:
+        batches.append(windows[order[begin[end] : end]])
+        end = begin[end]
+    return batches[::-1]
+
+
+def cut_by_tokens(windows: np.ndarray, lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
+    """Micro-batches of windows of like length, longest first, filled up to max_tokens each.
+
+    For a pass over a whole set, whose neighbours in the order of length hardly differ.
     windows: int array (n,); lengths: int array (n,), their tokens. A micro-batch costs its count
     times its longest window. A window longer than max_tokens stands alone. Windows of equal length
     keep their order, so the cuts depend on nothing else.

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from kdfast.distill import models
+from kdfast.distill import costs, feed, models
 from kdfast.distill.config import TrainConfig
 from kdfast.distill.optim import Updater, make_optimizer
+from kdfast.distill.precision import AUTOCAST
 from kdfast.distill.step import Stepper
 from kdfast.squad import features
 from tests import corpora, readers
@@ -48,13 +49,19 @@ def setup(tmp_path):
         updater = Updater(model, optimizer, scaler, config.max_grad_norm)
         draw = np.random.default_rng(5)
         logits = draw.normal(0, 3, (len(windows.input_ids), 2)).astype(np.float16)
+        device = torch.device("cpu")
+        if config.gradient_checkpointing:
+            model.keep_no_activations()
+        trial = costs.Trial(model, model, device, AUTOCAST[precision])
         stepper = Stepper(
             config,
             model,
+            model,
             updater,
-            windows,
-            logits if teacher else None,
-            torch.device("cpu"),
+            feed.HostFeed(windows, logits if teacher else None),
+            windows.lengths,
+            costs.choose_rule(config, costs.count_work(model), trial),
+            device,
             precision,
             total_steps=10,
         )

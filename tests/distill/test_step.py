@@ -1,10 +1,14 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kdfast.distill.feed import micro_batch
+from kdfast.distill import models
 from kdfast.distill.optim import learning_rate
+from kdfast.errors import UserError
 from kdfast.fused_kd_loss import fused_kd_loss
 
 
@@ -36,7 +40,7 @@ def test_every_split_has_the_gradient_of_the_padded_batch(setup, split, kind):
     ours, sums = gradient(run, batches)
     # The padded batch, through the public function alone.
     run.model.zero_grad()
-    batch = micro_batch(run.windows, indices, torch.device("cpu"), run.stepper.teacher_logits)
+    batch = run.stepper.feed.micro_batch(indices)
     config = run.stepper.config
     loss = fused_kd_loss(
         run.model(**batch.inputs),
@@ -135,15 +139,15 @@ def test_a_bad_gradient_never_reaches_the_weights(setup, precision):
     before, updates = weights(run), run.updater.updates
     scale = run.updater.scaler.get_scale() if precision == "fp16" else None
     steps = adam_steps(run)
-    good = run.stepper.teacher_logits
-    run.stepper.teacher_logits = np.full_like(good, np.nan)
+    good = run.stepper.feed.teacher_logits
+    run.stepper.feed.teacher_logits = np.full_like(good, np.nan)
     report = run.stepper.run(3, np.arange(8))
     assert report.skipped
     assert torch.equal(weights(run), before)
     assert run.updater.updates == updates and adam_steps(run) == steps
     if precision == "fp16":
         assert run.updater.scaler.get_scale() == scale / 2
-    run.stepper.teacher_logits = good
+    run.stepper.feed.teacher_logits = good
     report = run.stepper.run(4, np.arange(8))
     assert not report.skipped
     assert report.lr == learning_rate(1e-3, updates, 10, 0.2)
@@ -214,3 +218,95 @@ def test_one_update_is_adamw_with_decay_everywhere(setup):
 def test_without_a_teacher_the_gold_spans_are_all(setup):
     report = setup(teacher=False).stepper.run(0, np.arange(8))
     assert report.soft == 0.0 and report.loss == pytest.approx(report.hard)
+
+
+def refuse_above(run, max_tokens, error):
+    """Raises `error` amid the backward pass of the first layer, however often, above a budget."""
+
+    def hook(gradient):
+        if run.stepper.rule.parts is None and run.stepper.rule.max_tokens > max_tokens:
+            raise error
+
+    run.model.reader.base_model.encoder.layer[0].output.dense.weight.register_hook(hook)
+
+
+OUT_OF_MEMORY = {
+    "device": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB."),
+    "host": RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried"),
+    "python": MemoryError(),
+}
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_a_step_that_runs_out_of_memory_is_run_again_in_smaller_parts(setup, error):
+    run = setup(dropout=0.3, max_tokens_per_micro_batch=1000)
+    refuse_above(run, 300, OUT_OF_MEMORY[error])
+    run.stepper.run(0, np.arange(12))
+    report = run.stepper.run(1, np.arange(12))
+    assert run.stepper.rule.max_tokens <= 300 and report.micro_batches > 2
+    other = setup(dropout=0.3, max_tokens_per_micro_batch=run.stepper.rule.max_tokens)
+    other.stepper.run(0, np.arange(12))
+    assert other.stepper.run(1, np.arange(12)) == report
+    assert torch.equal(weights(run), weights(other))
+
+
+def test_memory_for_less_than_a_window_is_said(setup):
+    run = setup(max_tokens_per_micro_batch=1000)
+    refuse_above(run, 0, torch.OutOfMemoryError("CUDA out of memory."))
+    with pytest.raises(UserError, match="not enough memory for a single window"):
+        run.stepper.run(0, np.arange(12))
+
+
+def test_other_errors_are_not_taken_for_missing_memory(setup):
+    run = setup()
+    refuse_above(run, 0, RuntimeError("CUDA error: an illegal memory access was encountered"))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run.stepper.run(0, np.arange(12))
+
+
+def test_equal_parts_are_doubled_where_memory_does_not_suffice(setup):
+    run = setup(gradient_accumulation_steps=2)
+    tried = []
+
+    def hook(gradient):
+        tried.append(run.stepper.rule.parts)
+        if run.stepper.rule.parts < 8:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    run.model.reader.base_model.encoder.layer[0].output.dense.weight.register_hook(hook)
+    report = run.stepper.run(0, np.arange(12))
+    assert sorted(set(tried)) == [2, 4, 8] and report.micro_batches == 8
+
+
+def test_gradient_checkpointing_changes_no_gradient(setup):
+    gradients = []
+    for flag in (False, True):
+        run = setup(dropout=0.3, gradient_checkpointing=flag, dtype=torch.float64)
+        calls = []
+        inner = run.model.reader.base_model.encoder.layer[0].intermediate
+        inner.register_forward_hook(lambda *arguments, calls=calls: calls.append(1))
+        batches = run.stepper.cut(np.arange(12))
+        gradients.append(gradient(run, batches)[0])
+        assert len(calls) == (2 if flag else 1) * len(batches)
+    assert torch.equal(*gradients)
+
+
+def test_compiled_for_any_shape_in_a_handful_of_compilations(setup):
+    run = setup(dtype=torch.float64)
+    compiled = CompileCounter()
+    run.stepper.forward = run.model.compiled(compiled)
+    run.stepper.feed.multiple = run.stepper.multiple = models.COMPILED_WIDTH
+    everything = np.arange(len(run.windows))
+    eager = run.stepper.feed
+    shapes = set()
+    for max_tokens in (1, 100, 200, 300, 400, 700, 2000):
+        run.stepper.rule = replace(run.stepper.rule, max_tokens=max_tokens)
+        cuts = run.stepper.cut(everything)
+        shapes |= {batch.inputs["input_ids"].shape for batch in eager.micro_batches(cuts)}
+        ours, _ = gradient(run, cuts)
+        forward, run.stepper.forward = run.stepper.forward, run.model
+        whole, _ = gradient(run, cuts)
+        run.stepper.forward = forward
+        assert (ours - whole).norm() < 1e-10 * whole.norm()
+    assert len(shapes) > 12 and all(width % 8 == 0 for _, width in shapes)
+    assert compiled.frame_count <= 6

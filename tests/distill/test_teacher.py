@@ -2,15 +2,17 @@ import errno
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from kdfast.distill import models, teacher
-from kdfast.distill.feed import flat_positions, micro_batch
+from kdfast.distill.feed import HostFeed, flat_positions, forward_windows
 from kdfast.errors import UserError
 from kdfast.squad import features
+from kdfast.squad.batches import cut_by_tokens
 from tests import corpora, readers
 
 CPU = torch.device("cpu")
@@ -59,7 +61,7 @@ def direct(pass_):
     rows = np.zeros((pass_.tokens, 2), np.float16)
     for index in range(len(pass_.windows)):
         one = np.array([index])
-        batch = micro_batch(pass_.windows, one, CPU)
+        batch = HostFeed(pass_.windows, None).micro_batch(one)
         with torch.no_grad():
             logits = pass_.model(**batch.inputs)[0]
         rows[flat_positions(pass_.windows, one)] = logits.numpy().astype(np.float16)
@@ -202,3 +204,16 @@ def test_a_folder_that_cannot_be_written(pass_):
     (pass_.cache / "teacher").write_text("in the way")
     with pytest.raises(UserError, match="--cache_dir that is writable"):
         pass_.fill()
+
+
+def test_a_teacher_in_half_precision_has_the_bits_of_autocast(pass_):
+    source = replace(pass_.source, precision="bf16")
+    batches = cut_by_tokens(np.arange(len(pass_.windows)), pass_.windows.lengths, 300)
+    plain = np.zeros((pass_.tokens, 2), np.float16)
+    for indices, rows in forward_windows(pass_.model, pass_.windows, batches, CPU, torch.bfloat16):
+        plain[flat_positions(pass_.windows, indices)] = rows
+    filled = teacher.fill_cache(
+        pass_.cache, source, pass_.model, pass_.windows, CPU, max_tokens=300
+    )
+    assert torch.bfloat16 in {each.dtype for each in pass_.model.parameters()}
+    np.testing.assert_array_equal(filled, plain)

@@ -1,0 +1,100 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from kdfast.distill import costs, models
+from kdfast.distill.config import TrainConfig
+from kdfast.distill.models import SpanModel
+from tests import readers
+
+CPU = torch.device("cpu")
+
+
+def test_work_is_counted_by_the_formula_of_an_encoder():
+    reader, _ = readers.make("bert", layers=3, hidden_size=32, intermediate_size=128)
+    work = costs.count_work(SpanModel(reader))
+    # Four products of the width and two of the inner width a layer, and the head's two logits.
+    assert work.per_token == pytest.approx(2 * (3 * (4 * 32 * 32 + 2 * 32 * 128) + 2 * 32))
+    assert work.per_token_width == pytest.approx(3 * 4 * 32)
+    assert work.of(np.array([10, 20])) == pytest.approx(
+        30 * work.per_token + 500 * work.per_token_width
+    )
+
+
+@pytest.mark.parametrize("model_type", models.SUPPORTED)
+def test_work_is_counted_for_every_type(model_type):
+    reader, _ = readers.make(model_type)
+    work = costs.count_work(SpanModel(reader))
+    assert work.per_token > 0 and work.per_token_width > 0 and work.layers == 2
+
+
+WORK = costs.Work(per_token=2e7, per_token_width=1e4, layers=6, parameters=20_000_000)
+
+
+def test_the_fixed_rule_reads_no_clock(monkeypatch):
+    monkeypatch.setattr(costs.time, "perf_counter", None)
+    config = TrainConfig(train_file="f", output_dir="o")
+    rule = costs.choose_rule(config, WORK, costs.Trial(None, None, CPU, None))
+    assert rule == costs.fixed_rule(WORK, "cpu", 768)
+    assert rule.overhead > 0 and rule.per_token > 0 and rule.per_token_width > 0
+    parts = costs.choose_rule(
+        replace(config, gradient_accumulation_steps=4), WORK, costs.Trial(None, None, CPU, None)
+    )
+    assert parts.parts == 4
+
+
+def test_a_measurement_finds_the_coefficients_behind_the_times():
+    draw = np.random.default_rng(0)
+
+    def seconds(count, length):
+        noise = draw.uniform(1, 1.02)
+        return noise * (0.03 + count * length * (1e-4 + 2e-7 * length))
+
+    rule = costs.measured_rule(seconds, 384, 4096)
+    assert rule.max_tokens == 4096
+    found = [rule.overhead, rule.per_token, rule.per_token_width]
+    np.testing.assert_allclose(found, [0.03, 1e-4, 2e-7], rtol=0.15)
+
+
+def test_a_cost_that_times_deny_is_none_and_never_negative():
+    rule = costs.measured_rule(lambda count, length: 1e-4 * count * length**0.9, 384, 4096)
+    assert rule.per_token > 0
+    assert rule.overhead >= 0 and rule.per_token_width >= 0
+
+
+def test_a_trial_measures_the_model_and_leaves_no_gradient():
+    reader, _ = readers.make("bert")
+    model = SpanModel(reader)
+    trial = costs.Trial(model, model, CPU, torch.bfloat16)
+    assert trial.seconds(2, 16) > 0
+    assert all(each.grad is None for each in model.parameters())
+
+
+def test_the_budget_leaves_room():
+    constant, per_window, free = 1000, 50, 10_000
+    taken = []
+
+    def peak(count):
+        taken.append(count)
+        return constant + per_window * count
+
+    assert costs.find_budget(peak, free, 384) == (8000 - 1000) // 50 * 384
+    assert max(taken) <= 4
+    assert costs.find_budget(peak, 1010, 384) == 384
+    assert costs.find_budget(peak, 10**9, 384) == costs.GPU_TOKENS_AT_MOST
+
+
+def test_a_card_that_holds_few_windows_gets_one_at_a_time():
+    def peak(count):
+        if count > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return 100
+
+    assert costs.find_budget(peak, 10_000, 384) == 384
+
+
+def test_the_matmul_rate_is_of_this_machine():
+    rate = costs.matmul_rate(CPU, torch.float32)
+    assert 1e8 < rate < 1e14
