@@ -380,7 +380,7 @@ def test_a_budget_that_memory_halved_is_kept(world, monkeypatch, capsys):
     monkeypatch.setattr(step.Stepper, "accumulate", little_memory)
     flags = {"max_steps": 4, "save_steps": 2}
     assert world.run(**flags) == 0
-    assert "Out of memory: steps are now cut by" in capsys.readouterr().err
+    assert "Out of memory: steps are now cut by" in capsys.readouterr().out
     halved = json.loads((world.output / "run.json").read_text())["cuts"]["max_tokens"]
     assert halved <= 300
     monkeypatch.undo()

@@ -58,7 +58,10 @@ class SpanModel(nn.Module):
         input_ids: int64 (B, L). attention_mask: bool (B, L), True for real tokens, or None where
         nothing is padding. token_type_ids: int64 (B, L), or None for models without them.
         """
-        if attention_mask is not None and self.takes_4d_mask:
+        if not self.takes_4d_mask and attention_mask is None:
+            # DeBERTa makes this mask itself, but looks for padding first: that reads the device.
+            attention_mask = torch.ones_like(input_ids, dtype=torch.bool)
+        elif attention_mask is not None and self.takes_4d_mask:
             # transformers passes a 4-D mask on as it is; a 2-D one makes it read the device.
             attention_mask = attention_mask[:, None, None, :]
         kwargs = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
