@@ -8,22 +8,20 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.utils import logging as hf_logging
 
-from kdfast.distill import checkpoint, costs, models, scoring, teacher
+from kdfast.distill import checkpoint, costs, inputs, models, scoring
 from kdfast.distill.config import OBJECTIVE, TrainConfig
 from kdfast.distill.feed import make_feed
 from kdfast.distill.log import Clock, TrainLog, progress_line
 from kdfast.distill.optim import Updater, make_optimizer
-from kdfast.distill.precision import AUTOCAST, pick_device, resolve, teacher_precision
+from kdfast.distill.precision import AUTOCAST, pick_device, resolve
 from kdfast.distill.record import describe_machine, open_output, remove_run, write_run
 from kdfast.distill.step import Stepper
 from kdfast.errors import UserError
-from kdfast.squad import features, metrics, records
 from kdfast.squad.batches import TrainingOrder
 
 
@@ -68,17 +66,19 @@ def train(config: TrainConfig) -> dict:
         resumed_from = checkpoint.find_checkpoint(config.resume_from_checkpoint, output)
     say_config(config, device, precision)
 
-    student = load_student(config)
-    windows = prepare(config, student, config.train_file, "train")
-    validation = load_validation(config, student)
-    teacher_logits, teacher_key = cached_teacher(config, windows, student, device, precision)
+    student = inputs.load_student(config, say)
+    windows = inputs.prepare(config, student, config.train_file, "train", say)
+    validation = inputs.load_validation(config, student, say)
+    teacher_logits, teacher_key = inputs.cached_teacher(
+        config, windows, student, device, precision, say
+    )
 
     model = student.model.to(device)
     scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
     updater = Updater(
         model, make_optimizer(model, config.weight_decay), scaler, config.max_grad_norm
     )
-    chosen = trained_windows(config, windows)
+    chosen = inputs.trained_windows(config, windows, say)
     order = TrainingOrder(chosen, config.train_batch_size, config.seed)
     total = total_steps(config, order)
     identity = {name: getattr(config, name) for name in OBJECTIVE}
@@ -185,97 +185,6 @@ def train(config: TrainConfig) -> dict:
     return record
 
 
-def load_student(config: TrainConfig) -> models.Loaded:
-    """The student of --student, or the teacher, cut down to --student_layers where given."""
-    name = config.student or config.teacher
-    role = "--student" if config.student else "--teacher"
-    student = models.load_reader(
-        name, role, new_head_seed=config.seed, embeds_dropout_prob=config.embeds_dropout_prob
-    )
-    layers = config.kept_layers()
-    if layers is not None:
-        models.keep_layers(student, layers, name)
-    models.check_fits(student, config.max_seq_length, name)
-    for note in student.notes:
-        say(note)
-    return student
-
-
-def prepare(
-    config: TrainConfig, student: models.Loaded, source: str, split: str
-) -> features.Windows:
-    """The windows of a data source, from the cache where they are there; says what was found."""
-    windows = features.prepare(
-        source,
-        student.tokenizer,
-        split=split,
-        max_seq_length=config.max_seq_length,
-        max_query_length=config.max_query_length,
-        doc_stride=config.doc_stride,
-        cache_dir=config.cache_path,
-    )
-    for note in windows.notes():
-        say(note)
-    return windows
-
-
-def cached_teacher(
-    config: TrainConfig,
-    windows: features.Windows,
-    student: models.Loaded,
-    device: torch.device,
-    precision: str,
-) -> tuple[np.ndarray | None, str | None]:
-    """The teacher's logits and their key; the teacher is loaded only where the cache lacks them."""
-    if config.distillation_loss_weight == 0:
-        if config.teacher is not None:
-            say("--distillation_loss_weight is 0: the teacher's logits are not computed.")
-        return None, None
-    folder = models.local_folder(config.teacher, "--teacher")
-    key = features.tokenizer_key(models.load_tokenizer(folder, "--teacher"))
-    if key != features.tokenizer_key(student.tokenizer):
-        raise UserError(
-            f"--teacher {config.teacher} and the student {config.student} have different "
-            "tokenizers, so their logits stand on different tokens: use models that share one."
-        )
-    kind = teacher_precision(precision, device)
-    source = teacher.Source(teacher.weights_key(folder), key, windows.key, kind)
-    logits = teacher.open_cache(config.cache_path, source, len(windows.input_ids))
-    if logits is not None:
-        say(f"Teacher logits: cache {source.key} in {config.cache_path}.")
-        return logits, source.key
-    loaded = models.load_reader(config.teacher, "--teacher")
-    models.check_fits(loaded, config.max_seq_length, config.teacher)
-    for note in loaded.notes:
-        say(note)
-    with tqdm(total=len(windows.lengths), desc="teacher", unit="window") as bar:
-        logits = teacher.fill_cache(
-            config.cache_path,
-            source,
-            loaded.model.to(device),
-            windows,
-            device,
-            costs.forward_tokens(device),
-            bar.update,
-        )
-    return logits, source.key
-
-
-def trained_windows(config: TrainConfig, windows: features.Windows) -> np.ndarray:
-    """The windows that teach something: unlabelled ones only where there is a teacher."""
-    keep = np.array(windows.trainable)
-    unlabelled = windows.start_positions == -100
-    if config.distillation_loss_weight == 0 and unlabelled.any():
-        say(f"{(keep & unlabelled).sum()} unlabelled windows are left out: there is no teacher.")
-        keep &= ~unlabelled
-    if not keep.any():
-        raise UserError(
-            f"--train_file {config.train_file} has no question to train on: give labelled "
-            "questions, or a --teacher for unlabelled ones."
-        )
-    return np.flatnonzero(keep)
-
-
 def total_steps(config: TrainConfig, order: TrainingOrder) -> int:
     """Optimizer steps of the whole run."""
     if config.max_steps > 0:
@@ -286,20 +195,6 @@ def total_steps(config: TrainConfig, order: TrainingOrder) -> int:
 def due(steps: int, every: int | None, total: int) -> bool:
     """Whether something happens after `steps`: every so many steps, and after the last one."""
     return steps == total or (every is not None and steps % every == 0)
-
-
-def load_validation(config: TrainConfig, student: models.Loaded) -> scoring.Validation | None:
-    """The set of --validation_file, or None without one."""
-    if config.validation_file is None:
-        return None
-    examples = records.read_examples(config.validation_file, split="validation")
-    metrics.gold_answers(examples)  # a set that cannot be scored is refused before training
-    return scoring.Validation(
-        windows=prepare(config, student, config.validation_file, "validation"),
-        examples=examples,
-        max_answer_length=config.max_answer_length,
-        n_best_size=config.n_best_size,
-    )
 
 
 def keep_best(

@@ -5,8 +5,9 @@ from pathlib import Path
 from kdfast.demo import SETTINGS, TEACHER, corpus
 from kdfast.distill import models
 from kdfast.distill.config import TrainConfig
+from kdfast.distill.inputs import load_validation
 from kdfast.distill.precision import pick_device, resolve
-from kdfast.train import load_validation, train
+from kdfast.train import train
 
 HOME = Path("kdfast-demo")
 FIGURES = ("exact", "f1", "HasAns_exact", "HasAns_f1", "NoAns_f1")
@@ -49,7 +50,8 @@ def score_teacher(config: TrainConfig) -> dict:
     device = pick_device()
     loaded = models.load_reader(config.teacher, "--teacher")
     precision = resolve(config.mixed_precision, device)
-    result = load_validation(config, loaded).score(loaded.model.to(device), device, precision)
+    validation = load_validation(config, loaded, print)
+    result = validation.score(loaded.model.to(device), device, precision)
     return row(
         {
             "metrics": result.metrics,

@@ -1,0 +1,126 @@
+"""What a run reads: student, windows, validation set, the teacher's logits.
+
+`say` is called with a sentence for whatever a user should hear.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from kdfast.distill import costs, models, scoring, teacher
+from kdfast.distill.config import TrainConfig
+from kdfast.distill.precision import teacher_precision
+from kdfast.errors import UserError
+from kdfast.squad import features, metrics, records
+
+Say = Callable[[str], None]
+
+
+def load_student(config: TrainConfig, say: Say) -> models.Loaded:
+    """The student of --student, or the teacher, cut down to --student_layers where given."""
+    name = config.student or config.teacher
+    role = "--student" if config.student else "--teacher"
+    student = models.load_reader(
+        name, role, new_head_seed=config.seed, embeds_dropout_prob=config.embeds_dropout_prob
+    )
+    layers = config.kept_layers()
+    if layers is not None:
+        models.keep_layers(student, layers, name)
+    models.check_fits(student, config.max_seq_length, name)
+    for note in student.notes:
+        say(note)
+    return student
+
+
+def prepare(
+    config: TrainConfig, student: models.Loaded, source: str, split: str, say: Say
+) -> features.Windows:
+    """The windows of a data source, from the cache where they are there; says what was found."""
+    windows = features.prepare(
+        source,
+        student.tokenizer,
+        split=split,
+        max_seq_length=config.max_seq_length,
+        max_query_length=config.max_query_length,
+        doc_stride=config.doc_stride,
+        cache_dir=config.cache_path,
+    )
+    for note in windows.notes():
+        say(note)
+    return windows
+
+
+def cached_teacher(
+    config: TrainConfig,
+    windows: features.Windows,
+    student: models.Loaded,
+    device: torch.device,
+    precision: str,
+    say: Say,
+) -> tuple[np.ndarray | None, str | None]:
+    """The teacher's logits and their key; the teacher is loaded only where the cache lacks them."""
+    if config.distillation_loss_weight == 0:
+        if config.teacher is not None:
+            say("--distillation_loss_weight is 0: the teacher's logits are not computed.")
+        return None, None
+    folder = models.local_folder(config.teacher, "--teacher")
+    key = features.tokenizer_key(models.load_tokenizer(folder, "--teacher"))
+    if key != features.tokenizer_key(student.tokenizer):
+        raise UserError(
+            f"--teacher {config.teacher} and the student {config.student} have different "
+            "tokenizers, so their logits stand on different tokens: use models that share one."
+        )
+    kind = teacher_precision(precision, device)
+    source = teacher.Source(teacher.weights_key(folder), key, windows.key, kind)
+    logits = teacher.open_cache(config.cache_path, source, len(windows.input_ids))
+    if logits is not None:
+        say(f"Teacher logits: cache {source.key} in {config.cache_path}.")
+        return logits, source.key
+    loaded = models.load_reader(config.teacher, "--teacher")
+    models.check_fits(loaded, config.max_seq_length, config.teacher)
+    for note in loaded.notes:
+        say(note)
+    with tqdm(total=len(windows.lengths), desc="teacher", unit="window") as bar:
+        logits = teacher.fill_cache(
+            config.cache_path,
+            source,
+            loaded.model.to(device),
+            windows,
+            device,
+            costs.forward_tokens(device),
+            bar.update,
+        )
+    return logits, source.key
+
+
+def trained_windows(config: TrainConfig, windows: features.Windows, say: Say) -> np.ndarray:
+    """The windows that teach something: unlabelled ones only where there is a teacher."""
+    keep = np.array(windows.trainable)
+    unlabelled = windows.start_positions == -100
+    if config.distillation_loss_weight == 0 and unlabelled.any():
+        say(f"{(keep & unlabelled).sum()} unlabelled windows are left out: there is no teacher.")
+        keep &= ~unlabelled
+    if not keep.any():
+        raise UserError(
+            f"--train_file {config.train_file} has no question to train on: give labelled "
+            "questions, or a --teacher for unlabelled ones."
+        )
+    return np.flatnonzero(keep)
+
+
+def load_validation(
+    config: TrainConfig, student: models.Loaded, say: Say
+) -> scoring.Validation | None:
+    """The set of --validation_file, or None without one."""
+    if config.validation_file is None:
+        return None
+    examples = records.read_examples(config.validation_file, split="validation")
+    metrics.gold_answers(examples)  # a set that cannot be scored is refused before training
+    return scoring.Validation(
+        windows=prepare(config, student, config.validation_file, "validation", say),
+        examples=examples,
+        max_answer_length=config.max_answer_length,
+        n_best_size=config.n_best_size,
+    )
