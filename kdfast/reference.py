@@ -65,8 +65,8 @@ def kd_loss_rows(
         else:
             distance = mse(s, c, m, temperature) / 2
         soft.append(temperature**2 * distance)
-    parts = torch.stack((torch.stack(soft, 1), torch.stack(hard, 1)), 2)
+    parts = torch.stack(soft, 1), torch.stack(hard, 1)
     weights = (distillation_loss_weight, 1.0 - distillation_loss_weight)
-    # A part of weight 0 is left out, not multiplied: it may be infinite.
-    row_loss = sum(w * parts[:, :, i] for i, w in enumerate(weights) if w != 0)
-    return row_loss, parts.detach()
+    # A part of weight 0 is left out, not multiplied: it, or its gradient, may be infinite.
+    row_loss = sum(w * part for w, part in zip(weights, parts, strict=True) if w != 0)
+    return row_loss, torch.stack(parts, 2).detach()

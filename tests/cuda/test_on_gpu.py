@@ -1,6 +1,6 @@
 """On a card: launches, synchronisation, graphs, streams, faults. Skipped where there is none.
 
-That the numbers are right there is tests/backends/test_contract.py's to say, for every backend.
+That the numbers are right there is tests/backends/test_accuracy.py's to say, for every backend.
 """
 
 import shutil

@@ -1,0 +1,121 @@
+"""Every form and layout in memory of what a backend is given means the same."""
+
+import math
+
+import pytest
+import torch
+
+from kdfast import fused_kd_loss, kd_loss_rows
+
+from .cases import FP16, FP32, SETTINGS, random_case
+
+VIEWS = {
+    "heads apart": lambda x: x.permute(2, 0, 1).contiguous().permute(1, 2, 0),
+    "every second column": lambda x: x.repeat_interleave(2, 2)[..., ::2],
+    "a slice at an odd address": lambda x: torch.cat([x[:, :1], x, x[:, :2]], 1)[:, 1:-2],
+    "positions first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "heads swapped twice": lambda x: (
+        x.flip(2).contiguous().as_strided(x.shape, (2 * x.shape[1], 2, 1))
+    ),
+    "one window for all": lambda x: x[:1].expand(x.shape),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_strided_views_are_their_copies(view, where):
+    backend, device = where
+    case = random_case(37, "kl_div", "haystack", (FP16, FP32))
+    student, teacher = (VIEWS[view](logits.to(device)) for logits in (case.student, case.teacher))
+    mask = torch.cat([case.mask, case.mask], 1).to(device)[:, ::2][:, :37]
+    start = torch.stack(case.targets, 1).to(device)[:, 0]
+    results = []
+    for as_given in (True, False):
+        part = (lambda x: x) if as_given else torch.clone
+        logits = [part(x).detach() for x in (student, teacher)]
+        logits[0].requires_grad_()
+        loss = fused_kd_loss(
+            *(*logits, part(start), part(start).int() if as_given else part(start)),
+            mask=mask if as_given else mask.contiguous(),
+            backend=backend,
+            **SETTINGS,
+        )
+        results.append((loss.detach(), torch.autograd.grad(loss, logits[0])[0]))
+    for viewed, copied in zip(*results, strict=True):
+        torch.testing.assert_close(viewed, copied, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_forms_and_reductions_agree(reduction, where):
+    backend, device = where
+    case = random_case(19, "kl_div", "hf")
+    student, teacher = case.student.to(device), case.teacher.to(device)
+    beside = [*(target.to(device) for target in case.targets)]
+    whole = student.clone().requires_grad_()
+    pair = [head.clone().requires_grad_() for head in student.unbind(2)]
+    settings = SETTINGS | {"mask": case.mask.to(device), "reduction": reduction}
+    weights = torch.arange(1.0, 9.0, device=device) if reduction == "none" else 1.0
+
+    def run(logits, teacher, backend):
+        loss = fused_kd_loss(logits, teacher, *beside, backend=backend, **settings)
+        return loss.detach(), torch.autograd.grad((loss * weights).sum(), logits)
+
+    expected, (slope,) = run(whole, teacher, "reference")
+    for form in (teacher, teacher.unbind(2), [head.contiguous() for head in teacher.unbind(2)]):
+        loss, gradients = run(whole, form, backend)
+        heads_loss, heads = run(pair, form, backend)
+        assert gradients[0].is_contiguous()
+        assert heads[0].is_contiguous()
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(gradients[0], slope)
+        # The other form is the same arithmetic in another order of the lanes.
+        torch.testing.assert_close(heads_loss, expected)
+        torch.testing.assert_close(torch.stack(heads, 2), slope)
+
+
+def test_gradient_of_each_row(where):
+    """kd_loss_rows under gradients that differ by row, transposed and expanded."""
+    backend, device = where
+    case = random_case(19, "kl_div", "haystack")
+    results = []
+    for name in (backend, "reference"):
+        student = case.student.to(device).requires_grad_()
+        rows = {key: value for key, value in case.settings.items() if key != "reduction"}
+        row_loss, parts = kd_loss_rows(
+            *(student, case.teacher.to(device), *(target.to(device) for target in case.targets)),
+            mask=case.mask.to(device),
+            backend=name,
+            **rows,
+        )
+        assert not parts.requires_grad
+        weight = torch.arange(16.0, device=device).reshape(2, 8).t()
+        same_for_both = torch.arange(8.0, device=device)[:, None].expand(8, 2)
+        slopes = [
+            torch.autograd.grad(row_loss, student, weights, retain_graph=True)[0]
+            for weights in (weight, same_for_both)
+        ]
+        results.append((row_loss.detach(), parts, *slopes))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_empty_batch(where):
+    backend, device = where
+    student = torch.zeros(0, 9, 2, device=device, requires_grad=True)
+    teacher, positions = torch.zeros(0, 9, 2, device=device), torch.zeros(0, device=device).long()
+    for reduction, expected in (("sum", 0.0), ("mean", math.nan)):
+        loss = fused_kd_loss(
+            *(student, teacher, positions, positions), reduction=reduction, backend=backend
+        )
+        torch.testing.assert_close(loss.item(), expected, equal_nan=True)
+        assert torch.autograd.grad(loss, student)[0].shape == (0, 9, 2)
+    row_loss, parts = kd_loss_rows(
+        *(student, teacher, positions, positions),
+        temperature=1.0,
+        distillation_loss_weight=0.5,
+        distillation_loss="mse",
+        convention="hf",
+        mask=torch.zeros(0, 9, dtype=torch.bool, device=device),
+        backend=backend,
+    )
+    assert row_loss.shape == (0, 2)
+    assert parts.shape == (0, 2, 2)
