@@ -17,6 +17,7 @@ namespace KD_ISA {
 enum Mode {
   kHard,     // no teacher
   kSquares,  // mse
+  kGaps,     // mse in backward without a hard term, whose exponentials may be NaN
   kAny,      // KL at any temperature
   kEqual,    // T = 1, 2^v = 2^h = y; in backward also KL without a hard term
   kSquare,   // T = 2, 2^v = y and 2^h = y^2
@@ -222,6 +223,8 @@ struct Slope {
   KD_FN V operator()(V s, V c) const {
     if constexpr (mode == kHard) {
       return exp2(hard(s)) * of_hard;
+    } else if constexpr (mode == kGaps) {
+      return mse_gap(s, c) * of_student;
     } else if constexpr (mode == kSquares) {
       return fma(mse_gap(s, c), of_student, exp2(hard(s)) * of_hard);
     } else {
@@ -282,6 +285,7 @@ Differentiate<A> differentiate_of(int mode, bool far) {
   switch (mode) {
     case kHard: return differentiate_of<A, kHard>(far);
     case kSquares: return differentiate_of<A, kSquares>(far);
+    case kGaps: return differentiate_of<A, kGaps>(far);
     case kEqual: return differentiate_of<A, kEqual>(far);
     case kSquare: return differentiate_of<A, kSquare>(far);
     case kCube: return differentiate_of<A, kCube>(far);

@@ -164,7 +164,8 @@ inline int forward_mode(const Rows& rows) {
 inline int backward_mode(const Rows& rows) {
   const int mode = forward_mode(rows);
   if (rows.weight == 0.0) return kHard;
-  return rows.weight == 1.0 && mode != kSquares ? int(kEqual) : mode;
+  if (rows.weight == 1.0) return mode == kSquares ? kGaps : kEqual;
+  return mode;
 }
 
 // Runs are summed in small groups, first the maxima of all, then the sums of all, then the ends of

@@ -305,6 +305,26 @@ def test_non_finite(rows, where, bad, kind):
     assert found[2][0, :, 0].isnan().any() == want[2][0, :, 0].isnan().any()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_part_of_weight_zero_is_left_out(rows, kind):
+    """Of the loss and of the gradient, however infinite it is."""
+    case = random_case(37, kind=kind, weight=0.0)
+    case.teacher[0], case.teacher[1, 3] = NAN, INF
+    loss, _, gradient = case.run(rows)
+    case.teacher = None
+    want, _, slope = case.run(rows)
+    assert loss.equal(want) and gradient.equal(slope)
+    case = random_case(37, kind=kind, weight=1.0)
+    at = case.targets[0]
+    case.student[range(3), at] = INF if kind == "mse" else -INF
+    case.teacher[range(3), at] = -INF
+    loss, _, gradient = case.run(rows)
+    assert loss.isfinite().all() and gradient.isfinite().all()
+    case.targets = torch.full((2, 3), -100)
+    want, _, slope = case.run(rows)
+    assert loss.equal(want) and gradient.equal(slope)
+
+
 @pytest.mark.parametrize("layout", ["scalar", "column", "row", "transposed"])
 def test_strides_of_the_gradient(rows, layout):
     case = random_case(37, batch=4)
