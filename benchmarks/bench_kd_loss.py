@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdfast import backends, fused_kd_loss
-from kdfast.kd_rows import backward, forward
 
 from . import kd_loss_report
 from .rounds import clock, machine, run_rounds
@@ -208,15 +207,16 @@ def rows_alone(cell: Cell, name: str, form: str):
     ]
     tensors = (*heads[0], *heads[1], *beside, None)
     settings = (TEMPERATURE, WEIGHT, 0, 1.0)
+    module = backends.load(name)
     batch = cell.shape[0]
     gradient = torch.full((), 1 / batch, device=cell.device).expand(batch, 2)
 
     @torch.no_grad()
     def contender():
         started = clock(cell.device)
-        _, row_stats = forward(name, settings, None, *tensors)
+        _, row_stats = module.forward(tensors, settings)
         between = clock(cell.device)
-        backward(name, settings, None, gradient, *tensors, row_stats)
+        module.backward(gradient, tensors, row_stats, settings)
         return between - started, clock(cell.device) - between
 
     return contender

@@ -39,20 +39,26 @@ int64_t bytes_of(kd::Type type) {
   return type == kd::Type::f64 ? 8 : type == kd::Type::f32 ? 4 : 2;
 }
 
-// Offsets are formed in 64 bits, in bytes.
-int64_t checked_stride(int64_t stride, int64_t count, const char* what) {
-  const int64_t most = (int64_t(1) << 58) / (count > 1 ? count : 1);
+// Number `which` of `count` strides, for a dimension of so many elements. Offsets are formed in 64
+// bits, in bytes.
+int64_t stride_of(const py::handle& strides, int count, int which, int64_t elements,
+                  const char* what) {
+  if (!PyTuple_Check(strides.ptr()) || PyTuple_GET_SIZE(strides.ptr()) != count) {
+    refuse(std::string(what) + " has a wrong number of strides, expected " + std::to_string(count));
+  }
+  const int64_t stride = integer(PyTuple_GET_ITEM(strides.ptr(), which), what);
+  const int64_t most = (int64_t(1) << 58) / (elements > 1 ? elements : 1);
   if (stride > most || stride < -most) {
     refuse(std::string(what) + " has a stride of " + std::to_string(stride) + " over " +
-           std::to_string(count) + " elements, expected an offset within 58 bits");
+           std::to_string(elements) + " elements, expected an offset within 58 bits");
   }
   return stride;
 }
 
 // strides: those of one (B, L, 2) tensor; or of the start head's (B, L) tensor with the end head's
 // in end_strides.
-kd::Logits logits_of(int64_t start, int64_t end, const py::tuple& strides,
-                     const py::object& end_strides, int type, int64_t batch, int64_t length,
+kd::Logits logits_of(int64_t start, int64_t end, const py::object& strides,
+                     const py::object& end_strides, int type, const kd::Rows& rows,
                      const char* what) {
   if (type < 0 || type > 3) {
     refuse(std::string(what) + " has type " + std::to_string(type) +
@@ -62,108 +68,92 @@ kd::Logits logits_of(int64_t start, int64_t end, const py::tuple& strides,
   logits.type = static_cast<kd::Type>(type);
   const int64_t bytes = bytes_of(logits.type);
   const bool one = end_strides.is_none();
-  if (strides.size() != (one ? 3u : 2u) ||
-      (!one && (!PyTuple_Check(end_strides.ptr()) || PyTuple_GET_SIZE(end_strides.ptr()) != 2))) {
-    refuse(std::string(what) +
-           " has a wrong number of strides, expected 3 of one tensor, or 2 and 2 of a pair");
-  }
-  if (batch == 0) return logits;
+  if (rows.batch == 0) return logits;
   logits.head[0] = address(start, bytes, what);
   for (int head = 0; head < 2; ++head) {
-    PyObject* of = head == 1 && !one ? end_strides.ptr() : strides.ptr();
-    logits.stride_b[head] = checked_stride(integer(PyTuple_GET_ITEM(of, 0), what), batch, what);
-    logits.stride_l[head] = checked_stride(integer(PyTuple_GET_ITEM(of, 1), what), length, what);
+    const py::object& of = head == 1 && !one ? end_strides : strides;
+    logits.stride_b[head] = stride_of(of, one ? 3 : 2, 0, rows.batch, what);
+    logits.stride_l[head] = stride_of(of, one ? 3 : 2, 1, rows.length, what);
   }
-  if (one) {
-    const int64_t given = integer(PyTuple_GET_ITEM(strides.ptr(), 2), what);
-    const int64_t stride = checked_stride(given, 2, what);
-    logits.head[1] = static_cast<const char*>(logits.head[0]) + stride * bytes;
-  } else {
-    logits.head[1] = address(end, bytes, what);
-  }
+  logits.head[1] = one ? static_cast<const char*>(logits.head[0]) +
+                             stride_of(strides, 3, 2, 2, what) * bytes
+                       : address(end, bytes, what);
   return logits;
 }
 
-struct Inputs {
-  int64_t student, student_end;
-  const py::tuple& student_strides;
-  const py::object& student_end_strides;
-  int student_type;
-  int64_t teacher, teacher_end;  // teacher 0: none
-  const py::object& teacher_strides;
-  const py::object& teacher_end_strides;
-  int teacher_type;
-};
+void set_sizes(kd::Rows& rows, const py::tuple& shape) {
+  if (shape.size() < 2) refuse("shape has fewer than two numbers, expected B and L");
+  rows.batch = integer(PyTuple_GET_ITEM(shape.ptr(), 0), "batch");
+  rows.length = integer(PyTuple_GET_ITEM(shape.ptr(), 1), "length");
+  if (rows.batch < 0 || rows.length < 1 || rows.batch > kLongest || rows.length > kLongest) {
+    refuse("batch and length are " + std::to_string(rows.batch) + " and " +
+           std::to_string(rows.length) + ", expected at least 0 and 1 and neither above " +
+           std::to_string(kLongest));
+  }
+}
 
-struct Targets {
-  int64_t address[2], stride[2];
-  int bytes[2];
-};
+void set_settings(kd::Rows& rows, double temperature, double weight, int kind, double soft_scale) {
+  if (!(temperature > 0) || !std::isfinite(temperature)) {
+    refuse("temperature is " + std::to_string(temperature) + ", expected a finite number above 0");
+  }
+  if (!(weight >= 0 && weight <= 1)) {
+    refuse("weight is " + std::to_string(weight) + ", expected 0 to 1 inclusive");
+  }
+  if (!(soft_scale > 0) || !std::isfinite(soft_scale)) {
+    refuse("soft_scale is " + std::to_string(soft_scale) + ", expected a finite number above 0");
+  }
+  if (kind != kd::kKlDiv && kind != kd::kMse) {
+    refuse("kind is " + std::to_string(kind) + ", expected 0 (kl_div) or 1 (mse)");
+  }
+  rows.temperature = temperature;
+  rows.weight = weight;
+  rows.kind = kind;
+  rows.soft_scale = soft_scale;
+}
 
-struct Settings {
-  double temperature, weight, soft_scale;
-  int kind;
-};
+void set_target(kd::Rows& rows, int head, int64_t target, const py::tuple& stride, int bytes) {
+  if (bytes != 4 && bytes != 8) {
+    refuse("a target has " + std::to_string(bytes) + " bytes, expected 4 (int32) or 8 (int64)");
+  }
+  rows.target_bytes[head] = bytes;
+  rows.target_stride[head] = stride_of(stride, 1, 0, rows.batch, "target");
+  if (rows.batch > 0) rows.target[head] = address(target, bytes, "target");
+}
 
-kd::Rows rows_of(int64_t batch, int64_t length, const Inputs& in, const Targets& targets,
-                 int64_t mask, const py::object& mask_strides, const Settings& settings) {
-  if (batch < 0 || length < 1 || batch > kLongest || length > kLongest) {
-    refuse("batch and length are " + std::to_string(batch) + " and " + std::to_string(length) +
-           ", expected at least 0 and 1 and neither above " + std::to_string(kLongest));
-  }
-  if (!(settings.temperature > 0) || !std::isfinite(settings.temperature)) {
-    refuse("temperature is " + std::to_string(settings.temperature) +
-           ", expected a finite number above 0");
-  }
-  if (!(settings.weight >= 0 && settings.weight <= 1)) {
-    refuse("weight is " + std::to_string(settings.weight) + ", expected 0 to 1 inclusive");
-  }
-  if (!(settings.soft_scale > 0) || !std::isfinite(settings.soft_scale)) {
-    refuse("soft_scale is " + std::to_string(settings.soft_scale) +
-           ", expected a finite number above 0");
-  }
-  if (settings.kind != kd::kKlDiv && settings.kind != kd::kMse) {
-    refuse("kind is " + std::to_string(settings.kind) + ", expected 0 (kl_div) or 1 (mse)");
-  }
-  kd::Rows rows{};
-  rows.batch = batch;
-  rows.length = length;
-  rows.student = logits_of(in.student, in.student_end, in.student_strides, in.student_end_strides,
-                           in.student_type, batch, length, "student");
-  if (in.teacher != 0) {
-    if (!PyTuple_Check(in.teacher_strides.ptr())) refuse("teacher has no tuple of strides");
-    rows.teacher = logits_of(in.teacher, in.teacher_end,
-                             py::reinterpret_borrow<py::tuple>(in.teacher_strides),
-                             in.teacher_end_strides, in.teacher_type, batch, length, "teacher");
-  } else if (settings.weight > 0 && batch > 0) {
-    refuse("teacher has address 0 with weight " + std::to_string(settings.weight) +
-           ", expected logits, or weight 0");
-  }
-  for (int head = 0; head < 2; ++head) {
-    if (targets.bytes[head] != 4 && targets.bytes[head] != 8) {
-      refuse("a target has " + std::to_string(targets.bytes[head]) +
-             " bytes, expected 4 (int32) or 8 (int64)");
+// A door to the rows: the arguments that both functions begin with, as _inputs of
+// kdfast/backends/native.py and the settings give them, checked and made into kd::Rows for `body`.
+// shape begins with B and L; a teacher or mask at address 0 is none.
+template <class... Rest>
+auto door(void (*body)(const kd::Rows&, Rest...)) {
+  return [body](const py::tuple& shape, int64_t student, int64_t student_end,
+                const py::tuple& student_strides, const py::object& student_end_strides,
+                int student_type, int64_t teacher, int64_t teacher_end,
+                const py::object& teacher_strides, const py::object& teacher_end_strides,
+                int teacher_type, int64_t start_target, const py::tuple& start_stride,
+                int start_bytes, int64_t end_target, const py::tuple& end_stride, int end_bytes,
+                int64_t mask, const py::object& mask_strides, double temperature, double weight,
+                int kind, double soft_scale, Rest... rest) {
+    kd::Rows rows{};
+    set_sizes(rows, shape);
+    set_settings(rows, temperature, weight, kind, soft_scale);
+    rows.student = logits_of(student, student_end, student_strides, student_end_strides,
+                             student_type, rows, "student");
+    if (teacher != 0) {
+      rows.teacher = logits_of(teacher, teacher_end, teacher_strides, teacher_end_strides,
+                               teacher_type, rows, "teacher");
+    } else if (weight > 0 && rows.batch > 0) {
+      refuse("teacher has address 0 with weight " + std::to_string(weight) +
+             ", expected logits, or weight 0");
     }
-    rows.target_bytes[head] = targets.bytes[head];
-    rows.target_stride[head] = checked_stride(targets.stride[head], batch, "target");
-    if (batch > 0)
-      rows.target[head] = address(targets.address[head], targets.bytes[head], "target");
-  }
-  if (mask != 0) {
-    if (!PyTuple_Check(mask_strides.ptr()) || PyTuple_GET_SIZE(mask_strides.ptr()) != 2)
-      refuse("mask has a wrong number of strides, expected 2");
-    rows.mask = reinterpret_cast<const uint8_t*>(mask);
-    PyObject* strides = mask_strides.ptr();
-    rows.mask_stride_b =
-        checked_stride(integer(PyTuple_GET_ITEM(strides, 0), "mask"), batch, "mask");
-    rows.mask_stride_l =
-        checked_stride(integer(PyTuple_GET_ITEM(strides, 1), "mask"), length, "mask");
-  }
-  rows.temperature = settings.temperature;
-  rows.weight = settings.weight;
-  rows.soft_scale = settings.soft_scale;
-  rows.kind = settings.kind;
-  return rows;
+    set_target(rows, 0, start_target, start_stride, start_bytes);
+    set_target(rows, 1, end_target, end_stride, end_bytes);
+    if (mask != 0) {
+      rows.mask = reinterpret_cast<const uint8_t*>(mask);
+      rows.mask_stride_b = stride_of(mask_strides, 2, 0, rows.batch, "mask");
+      rows.mask_stride_l = stride_of(mask_strides, 2, 1, rows.length, "mask");
+    }
+    body(rows, rest...);
+  };
 }
 
 int64_t accumulating_bytes(const kd::Rows& rows) {
@@ -194,35 +184,21 @@ void reduce(const void* row_loss, int64_t batch, double divisor, int64_t total) 
 
 // device: that of CUDA and its stream's address, or -1 for the CPU, which threads and isa are for.
 // total: where the CPU writes the sum of row_loss over divisor, and row_loss nowhere; or 0.
-void forward(int64_t batch, int64_t length, int64_t student, int64_t student_end,
-             const py::tuple& student_strides, const py::object& student_end_strides,
-             int student_type, int64_t teacher, int64_t teacher_end,
-             const py::object& teacher_strides, const py::object& teacher_end_strides,
-             int teacher_type, int64_t start_target, int64_t start_stride, int start_bytes,
-             int64_t end_target, int64_t end_stride, int end_bytes, int64_t mask,
-             const py::object& mask_strides, double temperature, double weight, int kind,
-             double soft_scale, int64_t row_loss, int64_t row_stats, int threads, int isa,
+void forward(const kd::Rows& rows, int64_t row_loss, int64_t row_stats, int threads, int isa,
              int device, int64_t stream, double divisor, int64_t total) {
-  const Inputs inputs{student,         student_end,         student_strides, student_end_strides,
-                      student_type,    teacher,             teacher_end,     teacher_strides,
-                      teacher_end_strides, teacher_type};
-  const kd::Rows rows = rows_of(
-      batch, length, inputs, {{start_target, end_target}, {start_stride, end_stride},
-                              {start_bytes, end_bytes}},
-      mask, mask_strides, {temperature, weight, soft_scale, kind});
   const kd::Isa chosen = isa_of(isa, threads);
   const int64_t bytes = accumulating_bytes(rows);
   const auto sum = bytes == 8 ? &reduce<double> : &reduce<float>;
   if (total != 0 && device >= 0) refuse("total is for the CPU's rows");
-  if (batch == 0) return total == 0 ? void() : sum(nullptr, 0, divisor, total);
-  std::vector<double> unseen(total == 0 ? 0 : 2 * batch);
+  if (rows.batch == 0) return total == 0 ? void() : sum(nullptr, 0, divisor, total);
+  std::vector<double> unseen(total == 0 ? 0 : 2 * rows.batch);
   const kd::ForwardOut out{
       total == 0 ? const_cast<void*>(address(row_loss, bytes, "row_loss")) : unseen.data(),
       const_cast<void*>(address(row_stats, bytes, "row_stats"))};
   py::gil_scoped_release release;
   if (device < 0) {
     kd::forward_cpu(rows, out, threads, chosen);
-    return total == 0 ? void() : sum(out.row_loss, batch, divisor, total);
+    return total == 0 ? void() : sum(out.row_loss, rows.batch, divisor, total);
   }
 #ifdef KDFAST_CUDA
   raise_cuda(kd::forward_cuda(rows, out, device, reinterpret_cast<void*>(stream)));
@@ -232,37 +208,22 @@ void forward(int64_t batch, int64_t length, int64_t student, int64_t student_end
 #endif
 }
 
+// grad_end: the end head's gradient, or 0 where `grad` is one (B, L, 2).
 // divisor: what one grad_row_loss for all rows of the CPU is divided by, or 1.
-void backward(int64_t batch, int64_t length, int64_t student, int64_t student_end,
-              const py::tuple& student_strides, const py::object& student_end_strides,
-              int student_type, int64_t teacher, int64_t teacher_end,
-              const py::object& teacher_strides, const py::object& teacher_end_strides,
-              int teacher_type, int64_t start_target, int64_t start_stride, int start_bytes,
-              int64_t end_target, int64_t end_stride, int end_bytes, int64_t mask,
-              const py::object& mask_strides, double temperature, double weight, int kind,
-              double soft_scale, int64_t row_stats, int64_t grad_row_loss,
+void backward(const kd::Rows& rows, int64_t row_stats, int64_t grad_row_loss,
               const py::tuple& grad_row_loss_strides, int64_t grad, int64_t grad_end, int threads,
               int isa, int device, int64_t stream, double divisor) {
-  const Inputs inputs{student,         student_end,         student_strides, student_end_strides,
-                      student_type,    teacher,             teacher_end,     teacher_strides,
-                      teacher_end_strides, teacher_type};
-  const kd::Rows rows = rows_of(
-      batch, length, inputs, {{start_target, end_target}, {start_stride, end_stride},
-                              {start_bytes, end_bytes}},
-      mask, mask_strides, {temperature, weight, soft_scale, kind});
   const kd::Isa chosen = isa_of(isa, threads);
   if (grad_row_loss_strides.size() != 2)
     refuse("grad_row_loss has a wrong number of strides, expected 2");
-  if (batch == 0) return;
+  if (rows.batch == 0) return;
   const int64_t bytes = accumulating_bytes(rows);
   kd::BackwardArgs args{};
   args.row_stats = address(row_stats, bytes, "row_stats");
   args.grad_row_loss = address(grad_row_loss, bytes, "grad_row_loss");
-  PyObject* strides = grad_row_loss_strides.ptr();
-  args.grad_row_loss_stride_b = checked_stride(
-      integer(PyTuple_GET_ITEM(strides, 0), "grad_row_loss"), batch, "grad_row_loss");
-  args.grad_row_loss_stride_h =
-      checked_stride(integer(PyTuple_GET_ITEM(strides, 1), "grad_row_loss"), 2, "grad_row_loss");
+  args.grad_row_loss_stride_b =
+      stride_of(grad_row_loss_strides, 2, 0, rows.batch, "grad_row_loss");
+  args.grad_row_loss_stride_h = stride_of(grad_row_loss_strides, 2, 1, 2, "grad_row_loss");
   float single;
   double twice;
   if (divisor != 1) {
@@ -278,13 +239,13 @@ void backward(int64_t batch, int64_t length, int64_t student, int64_t student_en
   }
   const int64_t element = bytes_of(rows.student.type);
   char* memory = static_cast<char*>(const_cast<void*>(address(grad, element, "grad")));
-  const bool one = student_end_strides.is_none();
+  const bool one = grad_end == 0;
   args.grad[0] = memory;
   args.grad[1] =
       one ? memory + element : const_cast<void*>(address(grad_end, element, "grad_end"));
   for (int head = 0; head < 2; ++head) {
     args.grad_stride_l[head] = one ? 2 : 1;
-    args.grad_stride_b[head] = length * args.grad_stride_l[head];
+    args.grad_stride_b[head] = rows.length * args.grad_stride_l[head];
   }
   py::gil_scoped_release release;
   if (device < 0) return kd::backward_cpu(rows, args, threads, chosen);
@@ -300,8 +261,8 @@ void backward(int64_t batch, int64_t length, int64_t student, int64_t student_en
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "The rows of kdfast in C++: see csrc/kd_rows.h.";
-  module.def("forward", &forward);
-  module.def("backward", &backward);
+  module.def("forward", door(&forward));
+  module.def("backward", door(&backward));
   module.def("has_isa", [](int isa) {
     return isa >= 1 && isa <= 3 && kd::has_isa(static_cast<kd::Isa>(isa));
   });

@@ -5,6 +5,9 @@
 
 namespace kd {
 
+// Thrown where there is no memory for the copy of a row.
+struct NoMemory {};
+
 struct IsaRows {
   void (*forward)(const Rows&, const ForwardOut&, int64_t first, int64_t last);
   void (*backward)(const Rows&, const BackwardArgs&, int64_t first, int64_t last);

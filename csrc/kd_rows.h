@@ -56,6 +56,7 @@ bool has_isa(Isa isa);
 Isa best_isa();
 
 // threads: at most so many, this one included; the result does not depend on it, to the bit.
+// Raise std::bad_alloc where rows that have to be copied find no memory.
 void forward_cpu(const Rows& rows, const ForwardOut& out, int threads, Isa isa);
 void backward_cpu(const Rows& rows, const BackwardArgs& args, int threads, Isa isa);
 

@@ -5,6 +5,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
+#include <new>
 #include <thread>
 
 #include "kd_isa.h"
@@ -39,7 +40,7 @@ void spin_until(Condition condition) {
 // threads sleep in it until the process ends.
 class Team {
  public:
-  using Work = void (*)(const void* job, int64_t first, int64_t last);
+  using Work = void (*)(void* job, int64_t first, int64_t last);
 
   static Team& get() {
     static std::once_flag once;
@@ -51,7 +52,7 @@ class Team {
     return *team_;
   }
 
-  void run(Work work, const void* job, int64_t windows, int threads) {
+  void run(Work work, void* job, int64_t windows, int threads) {
     std::unique_lock<std::mutex> alone(busy_, std::try_to_lock);
     if (!alone.owns_lock()) return work(job, 0, windows);
     {
@@ -112,7 +113,7 @@ class Team {
   std::mutex busy_, mutex_;
   std::condition_variable wake_, done_;
   Work work_ = nullptr;
-  const void* job_ = nullptr;
+  void* job_ = nullptr;
   int64_t windows_ = 0, share_ = 1;
   std::atomic<int64_t> next_{0};
   int hired_ = 0;
@@ -124,25 +125,38 @@ Team* Team::team_ = nullptr;
 // Waking a thread costs as much as some ten thousand elements take.
 constexpr int64_t kElementsPerThread = 64 * 1024;
 
+// What the threads share out: the windows of `rows`, forward or backward.
+template <class Out>
+struct Job {
+  void (*compute)(const Rows&, const Out&, int64_t first, int64_t last);
+  const Rows& rows;
+  const Out& out;
+  std::atomic<bool> lacks_memory{false};
+
+  static void work(void* given, int64_t first, int64_t last) {
+    Job& job = *static_cast<Job*>(given);
+    try {
+      job.compute(job.rows, job.out, first, last);
+    } catch (const NoMemory&) {  // it must not leave the thread
+      job.lacks_memory = true;
+    }
+  }
+};
+
 // A window is computed by one thread from beginning to end, so that the threads change no bit.
-void share_out(Team::Work work, const void* job, const Rows& rows, int threads) {
+template <class Out>
+void share_out(Job<Out>&& job, int threads) {
+  const Rows& rows = job.rows;
   const int64_t most = rows.batch * rows.length / (kElementsPerThread / 2) + 1;
   if (threads > most) threads = int(most);
   if (threads > rows.batch) threads = int(rows.batch);
-  if (threads <= 1) return work(job, 0, rows.batch);
-  Team::get().run(work, job, rows.batch, threads);
+  if (threads <= 1) {
+    Job<Out>::work(&job, 0, rows.batch);
+  } else {
+    Team::get().run(Job<Out>::work, &job, rows.batch, threads);
+  }
+  if (job.lacks_memory) throw std::bad_alloc();
 }
-
-struct ForwardJob {
-  const IsaRows& isa;
-  const Rows& rows;
-  const ForwardOut& out;
-};
-struct BackwardJob {
-  const IsaRows& isa;
-  const Rows& rows;
-  const BackwardArgs& args;
-};
 
 }  // namespace
 
@@ -169,21 +183,13 @@ Isa best_isa() {
 }
 
 void forward_cpu(const Rows& rows, const ForwardOut& out, int threads, Isa isa) {
-  const ForwardJob job{rows_for(isa == Isa::best ? best_isa() : isa), rows, out};
-  const auto work = [](const void* given, int64_t first, int64_t last) {
-    const ForwardJob& job = *static_cast<const ForwardJob*>(given);
-    job.isa.forward(job.rows, job.out, first, last);
-  };
-  share_out(work, &job, rows, threads);
+  const IsaRows& chosen = rows_for(isa == Isa::best ? best_isa() : isa);
+  share_out(Job<ForwardOut>{chosen.forward, rows, out}, threads);
 }
 
 void backward_cpu(const Rows& rows, const BackwardArgs& args, int threads, Isa isa) {
-  const BackwardJob job{rows_for(isa == Isa::best ? best_isa() : isa), rows, args};
-  const auto work = [](const void* given, int64_t first, int64_t last) {
-    const BackwardJob& job = *static_cast<const BackwardJob*>(given);
-    job.isa.backward(job.rows, job.args, first, last);
-  };
-  share_out(work, &job, rows, threads);
+  const IsaRows& chosen = rows_for(isa == Isa::best ? best_isa() : isa);
+  share_out(Job<BackwardArgs>{chosen.backward, rows, args}, threads);
 }
 
 }  // namespace kd

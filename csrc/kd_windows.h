@@ -5,6 +5,7 @@
 #include <cstdlib>
 
 #include "kd_gather.h"
+#include "kd_isa.h"
 #include "kd_runs.h"
 
 namespace kd {
@@ -81,7 +82,7 @@ class Scratch {
 
   A* part(int which) {
     if (memory_ == nullptr) memory_ = aligned_alloc(64, parts_ * size_ * sizeof(A));
-    if (memory_ == nullptr) abort();  // a few rows: there is no memory left for anything
+    if (memory_ == nullptr) throw NoMemory();
     return static_cast<A*>(memory_) + which * size_;
   }
 

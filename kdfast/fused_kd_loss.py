@@ -196,7 +196,7 @@ def _compute(
     kind = 0 if distillation_loss == "kl_div" else 1
     soft_scale = 1.0 if kind == 0 and convention == "haystack" else 0.5
     settings = (temperature, distillation_loss_weight, kind, soft_scale)
-    if is_traced or is_seen(first):
+    if is_traced or is_seen(tensors):
         row_loss, row_stats = torch.ops.kdfast.kd_rows(*tensors, *settings, chosen)
         if divisor is not None:
             return row_loss.sum() / divisor

@@ -26,19 +26,17 @@ NO_TRANSFORMS = (
 
 
 class KDRows(torch.autograd.Function):
-    """apply(backend, settings, divisor, student, student_end, teacher, teacher_end,
-    start_positions, end_positions, mask)
+    """apply(backend, settings, divisor, *tensors)
 
-    The name of a backend, (temperature, weight, kind, soft_scale), and what the backend's forward
-    takes (see kdfast.backends); one (B, L, 2) tensor of logits has no `_end`. With a divisor: the
-    sum of all row losses over it, a scalar; reducing here saves two nodes of the graph. With None:
+    The name of a backend and what its forward takes (see kdfast.backends). With a divisor: the sum
+    of all row losses over it, a scalar; reducing here saves two nodes of the graph. With None:
     row_loss (B, 2) and row_stats (B, 2, 8).
     """
 
     @staticmethod
     def forward(ctx, backend, settings, divisor, *tensors):
-        loss, row_stats = forward(backend, settings, divisor, *tensors)
-        ctx.save_for_backward(*tensors, row_stats)
+        loss, row_stats = load(backend).forward(tensors, settings, divisor)
+        ctx.save_for_backward(*map(_savable, tensors), row_stats)
         ctx.call = backend, settings, divisor
         if divisor is not None:
             return loss
@@ -48,74 +46,22 @@ class KDRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, _grad_of_stats=None):
-        saved = ctx.saved_tensors
+        *tensors, row_stats = ctx.saved_tensors
         if grad is None:
             return (None,) * 10
-        first, last = backward(*ctx.call, grad, *saved)
+        if torch._C._are_functorch_transforms_active():  # is_grads_batched=True
+            raise RuntimeError(NO_TRANSFORMS)
+        backend, settings, divisor = ctx.call
+        first, last = load(backend).backward(grad, tensors, row_stats, settings, divisor)
         if torch.is_grad_enabled():  # create_graph=True
-            first = Once.apply(first, grad, saved[0], saved[1])
-            last = last if last is None else Once.apply(last, grad, saved[0], saved[1])
+            first = Once.apply(first, grad, *tensors[:2])
+            last = last if last is None else Once.apply(last, grad, *tensors[:2])
         return None, None, None, first, last, None, None, None, None, None
 
 
-def forward(
-    backend: str,
-    settings: tuple[float, float, int, float],
-    divisor: int | None,
-    student: Tensor,
-    student_end: Tensor | None,
-    teacher: Tensor | None,
-    teacher_end: Tensor | None,
-    start_positions: Tensor,
-    end_positions: Tensor,
-    mask: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """A backend's forward, its arguments as KDRows has them."""
-    temperature, weight, kind, soft_scale = settings
-    return load(backend).forward(
-        student if student_end is None else (student, student_end),
-        teacher if teacher_end is None else (teacher, teacher_end),
-        (start_positions, end_positions),
-        mask,
-        temperature=temperature,
-        weight=weight,
-        kind=kind,
-        soft_scale=soft_scale,
-        divisor=divisor,
-    )
-
-
-def backward(
-    backend: str,
-    settings: tuple[float, float, int, float],
-    divisor: int | None,
-    grad: Tensor,
-    student: Tensor,
-    student_end: Tensor | None,
-    teacher: Tensor | None,
-    teacher_end: Tensor | None,
-    start_positions: Tensor,
-    end_positions: Tensor,
-    mask: Tensor | None,
-    row_stats: Tensor,
-) -> tuple[Tensor, Tensor | None]:
-    """A backend's backward: the student's gradient, the second None for one tensor."""
-    temperature, weight, kind, soft_scale = settings
-    grads = load(backend).backward(
-        grad,
-        student if student_end is None else (student, student_end),
-        teacher if teacher_end is None else (teacher, teacher_end),
-        (start_positions, end_positions),
-        mask,
-        row_stats,
-        temperature=temperature,
-        weight=weight,
-        kind=kind,
-        soft_scale=soft_scale,
-        interleaved=student_end is None,
-        divisor=divisor,
-    )
-    return (grads, None) if student_end is None else grads
+def _savable(tensor: Tensor | None) -> Tensor | None:
+    """Autograd saves nothing that inference mode made, such as a teacher's logits: a copy then."""
+    return tensor.clone() if tensor is not None and tensor.is_inference() else tensor
 
 
 class Once(torch.autograd.Function):
@@ -130,10 +76,12 @@ class Once(torch.autograd.Function):
         raise RuntimeError(ONCE)
 
 
-def is_seen(tensor: Tensor) -> bool:
+PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+
+
+def is_seen(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether more than torch.compile watches the call: fake tensors, subclasses, make_fx."""
-    kind = type(tensor)
-    return (kind is not Tensor and kind is not torch.nn.Parameter) or is_in_torch_dispatch_mode()
+    return not PLAIN.issuperset(map(type, tensors)) or is_in_torch_dispatch_mode()
 
 
 TENSORS = (
@@ -151,12 +99,15 @@ torch.library.define(
 
 @torch.library.impl("kdfast::kd_rows", "default")
 def _(*arguments):
-    return forward(arguments[-1], arguments[-5:-1], None, *arguments[:-5])
+    *tensors, temperature, weight, kind, soft_scale, backend = arguments
+    return load(backend).forward(tensors, (temperature, weight, kind, soft_scale))
 
 
 @torch.library.impl("kdfast::kd_rows_backward", "default")
-def _(*arguments):
-    first, last = backward(arguments[-1], arguments[-5:-1], None, *arguments[:-5])
+def _(grad, *arguments):
+    *tensors, row_stats, temperature, weight, kind, soft_scale, backend = arguments
+    settings = temperature, weight, kind, soft_scale
+    first, last = load(backend).backward(grad, tensors, row_stats, settings)
     return [first] if last is None else [first, last]
 
 

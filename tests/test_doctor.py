@@ -57,17 +57,17 @@ def test_an_extension_that_is_not_there(monkeypatch, page):
 
 
 def test_a_backend_that_breaks_or_is_wrong_is_named(monkeypatch, page):
-    def breaks(*arguments, **settings):
+    def breaks(*arguments):
         raise OSError("illegal instruction\nat 0x0")
 
     replace_native(monkeypatch, why_not=lambda tensor: None, forward=breaks)
     assert "native        fails: OSError: illegal instruction\n" in page()
 
-    def wrong(student, *arguments, **settings):
-        return torch.ones(()), torch.ones(len(student), 2, 8)
+    def wrong(tensors, *others):
+        return torch.ones(()), torch.ones(len(tensors[0]), 2, 8)
 
-    def gradient(grad, student, *arguments, **settings):
-        return torch.zeros_like(student)
+    def gradient(grad, tensors, *others):
+        return torch.zeros_like(tensors[0]), None
 
     replace_native(monkeypatch, why_not=lambda tensor: None, forward=wrong, backward=gradient)
     assert "native        wrong: differs from the reference by" in page()

@@ -4,18 +4,19 @@ A backend is a module of three functions; it knows tensors, not text.
 
 why_not(tensor) -> str | None
     None: usable for tensors like this one. Else the sentence that the user reads.
-forward(student, teacher, targets, mask, *, temperature, weight, kind, soft_scale, divisor=None)
-    -> (row_loss (B, 2), row_stats (B, 2, 8)); with a divisor (row_loss.sum() / divisor, row_stats)
-    student, teacher: one (B, L, 2) tensor or a (start, end) pair of (B, L); the teacher may be
-    None. targets: (start, end). kind: 0 kl_div, 1 mse. soft_scale: by what T^2 KL or T^2 mse of a
-    row is multiplied to give its soft part. Arguments come checked.
+forward(tensors, settings, divisor=None) -> (row_loss (B, 2), row_stats (B, 2, 8)); with a divisor
+    (row_loss.sum() / divisor, row_stats)
+    tensors: (student, student_end, teacher, teacher_end, start_positions, end_positions, mask), as
+    `kdfast.fused_kd_loss` has them, checked. One (B, L, 2) tensor of logits has no `_end`.
+    settings: (temperature, weight, kind, soft_scale). kind: 0 kl_div, 1 mse. soft_scale: by what
+    T^2 KL or T^2 mse of a row is multiplied to give its soft part.
     row_stats: maxima and sums of exponentials, enough for backward; then the soft and the hard
     part of the row; last the number of positions that took part.
     Both are fp32, or fp64 for an fp64 student.
-backward(grad_row_loss, student, teacher, targets, mask, row_stats, *, temperature, weight, kind,
-         soft_scale, interleaved, divisor=None) -> the student's gradient, contiguous
+backward(grad_row_loss, tensors, row_stats, settings, divisor=None) -> the student's gradient and
+    that of student_end, or None, contiguous
     grad_row_loss: (B, 2), any strides; with a divisor the gradient of the scalar, which the
-    divisor is yet to divide. interleaved: (B, L, 2), else a (start, end) pair.
+    divisor is yet to divide.
 
 `reference` is a choice beside them but no such module: plain autograd goes through it.
 """

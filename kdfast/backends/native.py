@@ -5,6 +5,7 @@ and any number of threads, and give the same bits whatever the number.
 """
 
 import importlib
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
-Logits = Tensor | tuple[Tensor, Tensor]
+Tensors = Sequence[Tensor | None]  # as kdfast.backends lists them
+Settings = tuple[float, float, int, float]
 STATS = 8  # numbers of row_stats for each row
 ISAS = ("best", "portable", "avx2", "avx512")  # as numbered in csrc/kd_rows.h
 
@@ -56,16 +58,10 @@ def built_architectures() -> str | None:
 
 
 def forward(
-    student: Logits,
-    teacher: Logits | None,
-    targets: tuple[Tensor, Tensor],
-    mask: Tensor | None,
-    *,
-    temperature: float,
-    weight: float,
-    kind: int,
-    soft_scale: float,
+    tensors: Tensors,
+    settings: Settings,
     divisor: int | None = None,
+    *,
     threads: int | None = None,
     isa: str = "best",
 ) -> tuple[Tensor, Tensor]:
@@ -73,22 +69,19 @@ def forward(
 
     threads: torch's number if None. isa: one of ISAS, for tests. Both matter on a CPU only.
     """
-    first = student if isinstance(student, Tensor) else student[0]
-    batch = first.shape[0]
-    dtype = torch.float64 if first.dtype is torch.float64 else torch.float32
-    row_stats = first.new_empty((batch, 2, STATS), dtype=dtype)
+    student = tensors[0]
+    rows = (student.shape[0], 2)
+    dtype = torch.float64 if student.dtype is torch.float64 else torch.float32
+    row_stats = student.new_empty((*rows, STATS), dtype=dtype)
     # The CPU's rows are added up where they are computed; on a GPU another launch does it.
-    is_sum_here = divisor is not None and first.device.type == "cpu"
-    loss = first.new_empty(() if is_sum_here else (batch, 2), dtype=dtype)
+    is_sum_here = divisor is not None and student.is_cpu
+    loss = student.new_empty(() if is_sum_here else rows, dtype=dtype)
     _loaded()[0].forward(
-        *_inputs(student, teacher, targets, mask),
-        temperature,
-        weight,
-        kind,
-        soft_scale,
+        *_inputs(*tensors),
+        *settings,
         0 if is_sum_here else loss.data_ptr(),
         row_stats.data_ptr(),
-        *_place(first.device, threads, isa),
+        *_place(student, threads, isa),
         divisor if is_sum_here else 1,
         loss.data_ptr() if is_sum_here else 0,
     )
@@ -97,65 +90,54 @@ def forward(
 
 def backward(
     grad_row_loss: Tensor,
-    student: Logits,
-    teacher: Logits | None,
-    targets: tuple[Tensor, Tensor],
-    mask: Tensor | None,
+    tensors: Tensors,
     row_stats: Tensor,
-    *,
-    temperature: float,
-    weight: float,
-    kind: int,
-    soft_scale: float,
-    interleaved: bool,
+    settings: Settings,
     divisor: int | None = None,
+    *,
     threads: int | None = None,
     isa: str = "best",
-) -> Logits:
-    """The student's gradient, contiguous, as `kdfast.backends` says.
+) -> tuple[Tensor, Tensor | None]:
+    """The student's gradient, contiguous, and that of student_end, as `kdfast.backends` says.
 
     grad_row_loss: (B, 2) of row_loss's dtype, any strides, or with a divisor the gradient of the
     loss. row_stats: as forward gave it.
     """
-    first = student if interleaved else student[0]
+    student = tensors[0]
     strides = grad_row_loss.stride()
     if divisor is not None:
         strides = (0, 0)
-        if first.device.type != "cpu":
+        if not student.is_cpu:
             grad_row_loss, divisor = grad_row_loss / divisor, None
     # empty_like is the fastest way to an empty tensor.
-    grad = torch.empty_like(first, memory_format=torch.contiguous_format)
-    grad_end = None if interleaved else torch.empty_like(grad)
+    grad = torch.empty_like(student, memory_format=torch.contiguous_format)
+    grad_end = None if tensors[1] is None else torch.empty_like(grad)
     _loaded()[0].backward(
-        *_inputs(student, teacher, targets, mask),
-        temperature,
-        weight,
-        kind,
-        soft_scale,
+        *_inputs(*tensors),
+        *settings,
         row_stats.data_ptr(),
         grad_row_loss.data_ptr(),
         strides,
         grad.data_ptr(),
         0 if grad_end is None else grad_end.data_ptr(),
-        *_place(first.device, threads, isa),
+        *_place(student, threads, isa),
         1 if divisor is None else divisor,
     )
-    return grad if interleaved else (grad, grad_end)
+    return grad, grad_end
 
 
 def _inputs(
-    student: Logits,
-    teacher: Logits | None,
-    targets: tuple[Tensor, Tensor],
+    student: Tensor,
+    student_end: Tensor | None,
+    teacher: Tensor | None,
+    teacher_end: Tensor | None,
+    start_positions: Tensor,
+    end_positions: Tensor,
     mask: Tensor | None,
 ) -> tuple:
     """The first arguments of _C.forward and _C.backward; see csrc/bindings.cpp."""
-    student, student_end = (student, None) if isinstance(student, Tensor) else student
-    teacher, teacher_end = teacher if isinstance(teacher, (tuple, list)) else (teacher, None)
-    start_positions, end_positions = targets
     return (
-        student.shape[0],
-        student.shape[1],
+        student.shape,
         student.data_ptr(),
         0 if student_end is None else student_end.data_ptr(),
         student.stride(),
@@ -167,21 +149,21 @@ def _inputs(
         None if teacher_end is None else teacher_end.stride(),
         2 if teacher is None else TYPES[teacher.dtype],
         start_positions.data_ptr(),
-        start_positions.stride(0),
+        start_positions.stride(),
         start_positions.itemsize,
         end_positions.data_ptr(),
-        end_positions.stride(0),
+        end_positions.stride(),
         end_positions.itemsize,
         0 if mask is None else mask.data_ptr(),
         None if mask is None else mask.stride(),
     )
 
 
-def _place(device: torch.device, threads: int | None, isa: str) -> tuple[int, int, int, int]:
+def _place(student: Tensor, threads: int | None, isa: str) -> tuple[int, int, int, int]:
     """threads, isa, device and stream of a call."""
-    if device.type == "cpu":
+    if student.is_cpu:
         return threads or torch.get_num_threads(), ISAS.index(isa), -1, 0
-    index = _index(device)
+    index = _index(student.device)
     return 1, 0, index, torch.cuda.current_stream(index).cuda_stream
 
 

@@ -6,6 +6,7 @@ compiled (the layouts, the block) and what is passed.
 """
 
 import re
+from collections.abc import Sequence
 from contextlib import nullcontext
 from ctypes import c_float
 from dataclasses import dataclass
@@ -21,8 +22,8 @@ OLDEST = (3, 1)
 LARGEST_BLOCK = 2048
 FRAMED, DENSE, STRIDED, NONE = 2, 1, 0, -1
 
-Pair = tuple[Tensor, Tensor]
-Logits = Tensor | Pair  # (B, L, 2), or start and end, (B, L) each
+Tensors = Sequence[Tensor | None]  # as kdfast.backends lists them
+Settings = tuple[float, float, int, float]
 
 
 def why_not(tensor: Tensor) -> str | None:
@@ -80,8 +81,10 @@ class Operand:
     first: int  # address of the start logits, in elements
 
     @classmethod
-    def of(cls, logits: Logits) -> "Operand":
-        start, end = logits.unbind(-1) if isinstance(logits, Tensor) else logits
+    def of(cls, start: Tensor, end: Tensor | None) -> "Operand":
+        """Of one (B, L, 2) tensor, or of two (B, L)."""
+        if end is None:
+            start, end = start.unbind(-1)
         if start.stride() != end.stride():
             # One kernel argument serves both: heads that lie differently are worth a copy.
             start, end = start.contiguous(), end.contiguous()
@@ -163,87 +166,59 @@ class Launch:
 
 
 def forward(
-    student: Logits,
-    teacher: Logits | None,
-    targets: Pair,
-    mask: Tensor | None,
-    *,
-    temperature: float,
-    weight: float,
-    kind: int,
-    soft_scale: float,
-    divisor: int | None = None,
+    tensors: Tensors, settings: Settings, divisor: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """row_loss (B, 2) and row_stats (B, 2, 8), in one launch. See kdfast.backends.
+    """row_loss (B, 2) or the loss, and row_stats (B, 2, 8), in one launch. See kdfast.backends.
 
     row_stats: m_s, z_sT, z_s, m_t, z_tT, soft part, hard part, n of each row: maxima m and sums z
     of exp((logit - m)/T), without T in z_s, over the n positions that take part.
     """
-    s = Operand.of(student)
-    acc = torch.float64 if s.tensor.dtype == torch.float64 else torch.float32
-    batch = s.tensor.shape[0]
-    row_loss = torch.empty((batch, 2), dtype=acc, device=s.tensor.device)
-    row_stats = torch.empty((batch, 2, 8), dtype=acc, device=s.tensor.device)
-    settings = (temperature, weight, kind, soft_scale)
-    forward_launch(s, teacher, targets, mask, row_loss, row_stats, *settings).run()
+    student = tensors[0]
+    acc = torch.float64 if student.dtype == torch.float64 else torch.float32
+    rows = (student.shape[0], 2)
+    row_loss = torch.empty(rows, dtype=acc, device=student.device)
+    row_stats = torch.empty((*rows, 8), dtype=acc, device=student.device)
+    forward_launch(tensors, row_loss, row_stats, settings).run()
     return row_loss if divisor is None else row_loss.sum() / divisor, row_stats
 
 
 def backward(
     grad_row_loss: Tensor,
-    student: Logits,
-    teacher: Logits | None,
-    targets: Pair,
-    mask: Tensor | None,
+    tensors: Tensors,
     row_stats: Tensor,
-    *,
-    temperature: float,
-    weight: float,
-    kind: int,
-    soft_scale: float,
-    interleaved: bool,
+    settings: Settings,
     divisor: int | None = None,
-) -> Logits:
-    """The student's gradient, contiguous, in one launch. See kdfast.backends.
+) -> tuple[Tensor, Tensor | None]:
+    """The student's gradient and that of student_end, in one launch. See kdfast.backends.
 
     grad_row_loss: (B, 2), any strides, the type of row_stats. It is multiplied in before the one
     rounding to the student's type.
     """
     if divisor is not None:
         grad_row_loss = (grad_row_loss / divisor).expand(row_stats.shape[:2])
-    s = Operand.of(student)
-    shape = (*s.tensor.shape, 2) if interleaved else s.tensor.shape
-    grad = torch.empty(shape, dtype=s.tensor.dtype, device=s.tensor.device)
-    if not interleaved:
-        grad = (grad, torch.empty_like(grad))
-    settings = (temperature, weight, kind, soft_scale)
-    backward_launch(grad_row_loss, s, teacher, targets, mask, row_stats, grad, *settings).run()
-    return grad
+    student, student_end, *_ = tensors
+    grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    grads = grad, None if student_end is None else torch.empty_like(grad)
+    backward_launch(grad_row_loss, tensors, row_stats, grads, settings).run()
+    return grads
 
 
 def forward_launch(
-    s: Operand,
-    teacher: Logits | None,
-    targets: Pair,
-    mask: Tensor | None,
-    row_loss: Tensor,
-    row_stats: Tensor,
-    temperature: float,
-    weight: float,
-    kind: int,
-    soft_scale: float,
+    tensors: Tensors, row_loss: Tensor, row_stats: Tensor, settings: Settings
 ) -> Launch:
     """What `forward` runs."""
-    c = s if teacher is None else Operand.of(teacher)
-    batch, length = s.tensor.shape
-    layout = Layout.of([s, c], length)
+    student, student_end, teacher, teacher_end, *beside = tensors
+    temperature, weight, kind, soft_scale = settings
+    s = Operand.of(student, student_end)
+    c = s if teacher is None else Operand.of(teacher, teacher_end)
+    layout = Layout.of([s, c], student.shape[1])
     factor = soft_scale * (temperature**2 if kind == 0 else 1.0)
     return _launch(
         "rows_forward",
         layout,
-        (batch * 2 // layout.heads, 1),
-        (*_seen(s), *_seen(c), *_beside(s, mask, targets), row_loss, row_stats),
-        length,
+        (student.shape[0] * 2 // layout.heads, 1),
+        (*_seen(s), *_seen(c), *_beside(s, *beside), row_loss, row_stats),
+        student.shape[1],
         (1.0 / temperature, factor, weight, 1.0 - weight),
         ACC=row_loss.dtype,
         KIND=kind,
@@ -251,40 +226,35 @@ def forward_launch(
         TEACHER=layout.each[1],
         IS_SINGLE=layout.blocks == 1,
         HAS_TEACHER=teacher is not None,
-        MASK=_mask_layout(mask),
+        MASK=_mask_layout(beside[-1]),
         HAS_TEMPERATURE=temperature != 1.0,
     )
 
 
 def backward_launch(
     grad_row_loss: Tensor,
-    s: Operand,
-    teacher: Logits | None,
-    targets: Pair,
-    mask: Tensor | None,
+    tensors: Tensors,
     row_stats: Tensor,
-    grad: Logits,
-    temperature: float,
-    weight: float,
-    kind: int,
-    soft_scale: float,
+    grads: tuple[Tensor, Tensor | None],
+    settings: Settings,
 ) -> Launch:
     """What `backward` runs."""
-    g = Operand.of(grad)
+    student, student_end, teacher, teacher_end, *beside = tensors
+    temperature, weight, kind, soft_scale = settings
+    s, g = Operand.of(student, student_end), Operand.of(*grads)
     has_soft = teacher is not None and weight != 0
-    c = Operand.of(teacher) if has_soft else s
-    batch, length = s.tensor.shape
-    layout = Layout.of([s, c, g], length)
+    c = Operand.of(teacher, teacher_end) if has_soft else s
+    layout = Layout.of([s, c, g], student.shape[1])
     slope = weight * soft_scale * (temperature if kind == 0 else 2.0)
     return _launch(
         "rows_backward",
         layout,
-        (batch * 2 // layout.heads, layout.blocks),
+        (student.shape[0] * 2 // layout.heads, layout.blocks),
         (
-            *(*_seen(s), *_seen(c), *_seen(g), *_beside(s, mask, targets)),
+            *(*_seen(s), *_seen(c), *_seen(g), *_beside(s, *beside)),
             *(grad_row_loss, *grad_row_loss.stride(), row_stats),
         ),
-        length,
+        student.shape[1],
         (1.0 / temperature, slope, (1.0 - weight) / 2),
         ACC=row_stats.dtype,
         KIND=kind,
@@ -293,7 +263,7 @@ def backward_launch(
         GRAD=layout.each[2],
         HAS_SOFT=has_soft,
         HAS_HARD=weight != 1.0,
-        MASK=_mask_layout(mask),
+        MASK=_mask_layout(beside[-1]),
         HAS_TEMPERATURE=temperature != 1.0,
     )
 
@@ -302,10 +272,9 @@ def _seen(operand: Operand) -> tuple:
     return operand.tensor, operand.stride_b, operand.stride_l, operand.stride_h
 
 
-def _beside(s: Operand, mask: Tensor | None, targets: Pair) -> tuple:
+def _beside(s: Operand, start: Tensor, end: Tensor, mask: Tensor | None) -> tuple:
     """Mask and targets with their strides. A mask that is none is a pointer never read."""
     seen = (s.tensor, 0, 0) if mask is None else (mask, *mask.stride())
-    start, end = targets
     return (*seen, start, start.stride(0), end, end.stride(0))
 
 

@@ -45,17 +45,24 @@ def batch_of(batch, length, dtype=FP32, teacher_dtype=None, seed=0):
     return logits[0].to(dtype), logits[1].to(teacher_dtype or dtype), targets
 
 
+def tensors_of(student, teacher, targets, mask=None):
+    """What a backend takes: (B, L, 2) tensors of logits, or pairs."""
+    whole = [
+        (logits, None) if isinstance(logits, torch.Tensor) else logits
+        for logits in (student, teacher)
+    ]
+    return (*whole[0], *whole[1], *targets, mask)
+
+
 def rows(student, teacher, targets, mask=None, *, settings=SETTINGS, slope=1.0, **how):
     """row_loss, row_stats and the gradient, stacked to (B, L, 2), of slope * row_loss.sum()."""
     is_one = isinstance(student, torch.Tensor)
-    row_loss, stats = native.forward(student, teacher, targets, mask, **settings, **how)
-    gradient = native.backward(
-        torch.tensor(slope, dtype=row_loss.dtype).expand(row_loss.shape),
-        *(student, teacher, targets, mask, stats),
-        **(settings | how),
-        interleaved=is_one,
-    )
-    return row_loss, stats, gradient if is_one else torch.stack(gradient, 2)
+    tensors = tensors_of(student, teacher, targets, mask)
+    settings = tuple(settings.values())
+    row_loss, stats = native.forward(tensors, settings, **how)
+    slopes = torch.tensor(slope, dtype=row_loss.dtype).expand(row_loss.shape)
+    gradients = native.backward(slopes, tensors, stats, settings, **how)
+    return row_loss, stats, gradients[0] if is_one else torch.stack(gradients, 2)
 
 
 def assert_same_bits(actual, expected):
@@ -103,8 +110,8 @@ import os, signal, sys, torch
 from kdfast.backends import native
 logits, at = torch.randn(2, 64, 4096, 2), torch.zeros(64, dtype=torch.long)
 def forward():
-    settings = {"temperature": 1.0, "weight": 0.5, "kind": 0, "soft_scale": 1.0}
-    return native.forward(logits[0], logits[1], (at, at), None, **settings, threads=2)[0]
+    tensors = (logits[0], None, logits[1], None, at, at, None)
+    return native.forward(tensors, (1.0, 0.5, 0, 1.0), threads=2)[0]
 expected = forward()
 child = os.fork()
 if child == 0:
@@ -268,7 +275,9 @@ def test_nothing_beside_the_gradient_is_written():
     for dtype in (FP16, FP32, FP64):
         for length in (1, 13, 33):
             student, teacher, targets = batch_of(3, length, dtype)
-            _, stats = native.forward(student, teacher, targets, None, **SETTINGS)
+            _, stats = native.forward(
+                tensors_of(student, teacher, targets), tuple(SETTINGS.values())
+            )
             memory = torch.full((64 + student.numel() + 64,), 7.0, dtype=dtype)
             middle = memory[64:-64]
             arguments = backward_arguments(student, teacher, targets, stats)
@@ -281,7 +290,7 @@ def test_nothing_beside_the_gradient_is_written():
 
 words = str.split
 INPUTS = words(
-    "batch length student student_end student_strides student_end_strides student_type "
+    "shape student student_end student_strides student_end_strides student_type "
     "teacher teacher_end teacher_strides teacher_end_strides teacher_type "
     "start_target start_stride start_bytes end_target end_stride end_bytes mask mask_strides "
     "temperature weight kind soft_scale"
@@ -294,21 +303,23 @@ ONE = torch.ones(1)
 
 
 def forward_arguments(student, teacher, targets, row_loss, stats):
-    start = [*native._inputs(student, teacher, targets, None), *SETTINGS.values()]
+    start = [*native._inputs(*tensors_of(student, teacher, targets)), *SETTINGS.values()]
     return [*start, row_loss.data_ptr(), stats.data_ptr(), 1, 0, -1, 0, 1.0, 0]
 
 
 def backward_arguments(student, teacher, targets, stats):
-    start = [*native._inputs(student, teacher, targets, None), *SETTINGS.values()]
+    start = [*native._inputs(*tensors_of(student, teacher, targets)), *SETTINGS.values()]
     one = torch.ones(1, dtype=FP64) if student.dtype == FP64 else ONE
     backward_arguments.kept = one, grad = one, torch.empty_like(student)
     return [*start, stats.data_ptr(), one.data_ptr(), (0, 0), grad.data_ptr(), 0, 1, 0, -1, 0, 1.0]
 
 
 WRONG = [
-    ("batch", -1, "batch and length are -1"),
-    ("batch", 2**31, "neither above 2147483647"),
-    ("length", 0, "batch and length are 3 and 0"),
+    ("shape", (3,), "shape has fewer than two numbers"),
+    ("shape", (-1, 5, 2), "batch and length are -1"),
+    ("shape", (2**31, 5, 2), "neither above 2147483647"),
+    ("shape", (3, 0, 2), "batch and length are 3 and 0"),
+    ("shape", (3, 2**64, 2), "length is not a whole number of 64 bits"),
     ("student", 0, "student has address 0"),
     ("student", 2**20 + 1, "not a multiple of 4"),
     ("student_strides", (1, 1), "student has a wrong number of strides"),
@@ -317,10 +328,11 @@ WRONG = [
     ("student_end_strides", (4, 1, 1), "student has a wrong number of strides"),
     ("student_type", 4, "student has type 4"),
     ("teacher", 0, "teacher has address 0 with weight 0.6"),
-    ("teacher_strides", None, "teacher has no tuple of strides"),
+    ("teacher_strides", None, "teacher has a wrong number of strides"),
     ("teacher_type", -1, "teacher has type -1"),
     ("start_target", 0, "target has address 0"),
     ("start_target", 2**20 + 4, "target's address is not a multiple of 8"),
+    ("start_stride", (1, 1), "target has a wrong number of strides"),
     ("end_bytes", 2, "a target has 2 bytes"),
     ("temperature", 0.0, "temperature is 0.0"),
     ("temperature", math.inf, "temperature is inf"),

@@ -142,9 +142,9 @@ def test_without_a_card_a_launch_is_refused_and_said(monkeypatch):
         pytest.skip("there is a CUDA device here")
     if native.built_architectures() is None:
         pytest.skip("kdfast._C was built without CUDA")
-    monkeypatch.setattr(native, "_place", lambda device, threads, isa: (1, 0, 0, 0))
+    monkeypatch.setattr(native, "_place", lambda *call: (1, 0, 0, 0))
     logits, position = torch.zeros(1, 8, 2), torch.zeros(1, dtype=torch.int64)
-    settings = {"temperature": 1.0, "weight": 0.5, "kind": 0, "soft_scale": 1.0}
+    tensors = (logits, None, logits, None, position, position, None)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="CUDA: "):
-            native.forward(logits, logits, (position, position), None, **settings)
+            native.forward(tensors, (1.0, 0.5, 0, 1.0))

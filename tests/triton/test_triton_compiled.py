@@ -44,22 +44,19 @@ def launches(form, length, dtype, kind=0, teacher_dtype=None):
 
     def logits(dtype):
         if form == "interleaved":
-            return torch.empty(batch, length, 2, dtype=dtype)
+            return torch.empty(batch, length, 2, dtype=dtype), None
         return torch.empty(batch, length, dtype=dtype), torch.empty(batch, length, dtype=dtype)
 
-    student = triton_rows.Operand.of(logits(dtype))
-    teacher = logits(teacher_dtype or dtype)
-    acc = torch.float64 if dtype == torch.float64 else torch.float32
-    targets = (torch.zeros(batch, dtype=torch.int64),) * 2
+    positions = torch.zeros(batch, dtype=torch.int64)
     mask = torch.ones(batch, length, dtype=torch.bool)
+    tensors = (*logits(dtype), *logits(teacher_dtype or dtype), positions, positions, mask)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
     row_loss, row_stats = torch.empty(batch, 2, dtype=acc), torch.empty(batch, 2, 8, dtype=acc)
     settings = (1.7, 0.6, kind, 1.0)
     return {
-        "forward": triton_rows.forward_launch(
-            student, teacher, targets, mask, row_loss, row_stats, *settings
-        ),
+        "forward": triton_rows.forward_launch(tensors, row_loss, row_stats, settings),
         "backward": triton_rows.backward_launch(
-            row_loss, student, teacher, targets, mask, row_stats, logits(dtype), *settings
+            row_loss, tensors, row_stats, logits(dtype), settings
         ),
     }
 

@@ -94,40 +94,39 @@ FORMS = [
 
 def settings_of(kind, convention, temperature, weight):
     half = kind == "mse" or convention == "hf"
-    return {
-        "temperature": temperature,
-        "weight": weight,
-        "kind": 0 if kind == "kl_div" else 1,
-        "soft_scale": 0.5 if half else 1.0,
-    }
+    return temperature, weight, 0 if kind == "kl_div" else 1, 0.5 if half else 1.0
+
+
+def heads(logits):
+    """As a backend is given logits: one tensor and None, or two."""
+    return logits if isinstance(logits, tuple) else (logits, None)
 
 
 def by_triton(memory, student, teacher, targets, mask, g, kind, convention, temperature, weight):
     """Loss, parts and gradient (B, L, 2)."""
     settings = settings_of(kind, convention, temperature, weight)
     memory.allow(student, teacher, targets, mask, g)
+    tensors = (*heads(student), *heads(teacher), *targets, mask)
     if isinstance(student, tuple):  # what an uneven pair is copied to
         copy, operand_of = [], triton_rows.Operand.of
 
-        def seen(logits):
-            operand = operand_of(logits)
+        def seen(*logits):
+            operand = operand_of(*logits)
             copy.append(operand)
             memory.allow(operand.tensor, operand.end)
             return operand
 
         triton_rows.Operand.of = seen
     try:
-        row_loss, row_stats = triton_rows.forward(student, teacher, targets, mask, **settings)
-        is_one = isinstance(student, torch.Tensor)
-        grad = triton_rows.backward(
-            *(g, student, teacher, targets, mask, row_stats), **settings, interleaved=is_one
-        )
+        row_loss, row_stats = triton_rows.forward(tensors, settings)
+        grads = triton_rows.backward(g, tensors, row_stats, settings)
     finally:
         if isinstance(student, tuple):
             triton_rows.Operand.of = operand_of
-    for tensor in (grad,) if is_one else grad:
-        assert tensor.is_contiguous()
-    return row_loss, row_stats[..., 5:7], grad if is_one else torch.stack(grad, 2)
+    is_one = grads[1] is None
+    for grad in grads[:1] if is_one else grads:
+        assert grad.is_contiguous()
+    return row_loss, row_stats[..., 5:7], grads[0] if is_one else torch.stack(grads, 2)
 
 
 def by_reference(student, teacher, targets, mask, g, kind, convention, temperature, weight):
@@ -416,9 +415,10 @@ def test_memory_is_looked_at(memory):
     """A mask that is not known to the guard, and an output that a kernel leaves alone."""
     student = torch.zeros(2, 5, 2)
     memory.allow(student)
-    targets = (torch.zeros(2, dtype=torch.int64),) * 2
+    start, end = (torch.zeros(2, dtype=torch.int64),) * 2
+    tensors = (student, None, student, None, start, end, None)
     with pytest.raises(Exception, match="outside every tensor"):
-        triton_rows.forward(student, student, targets, None, **settings_of("mse", "hf", 1.0, 0.5))
+        triton_rows.forward(tensors, settings_of("mse", "hf", 1.0, 0.5))
     assert memory.empty((3,), dtype=torch.float32, device="cpu").isnan().all()
 
 
