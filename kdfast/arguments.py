@@ -4,7 +4,7 @@ They run on every call of a loss that itself takes microseconds. So every check 
 over plain attributes, and what the sentence says is worked out only once it has failed.
 """
 
-import math
+import sys
 from typing import NoReturn
 
 import torch
@@ -18,6 +18,7 @@ FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64)
 POSITIONS = frozenset((torch.int64, torch.int32))
 BOOLEAN = frozenset((torch.bool,))
 LONGEST = 2**31 - 1
+LARGEST = sys.float_info.max
 STRIDED = torch.strided
 
 
@@ -36,7 +37,7 @@ def check_settings(
         _refuse_number("temperature", temperature)
     if not isinstance(distillation_loss_weight, (float, int)):
         _refuse_number("distillation_loss_weight", distillation_loss_weight)
-    if not 0 < temperature < math.inf:
+    if not 0 < temperature <= LARGEST:
         raise ValueError(f"temperature is {temperature}, expected a finite number above 0")
     if not 0 <= distillation_loss_weight <= 1:
         raise ValueError(
@@ -61,7 +62,8 @@ def check_tensors(
     Raises ValueError for a tensor that is not as `fused_kd_loss` says.
     """
     first = _check_logits("student", student)
-    batch, length = first.shape[0], first.shape[1]
+    shape = first.shape
+    batch, length = shape[0], shape[1]
     if length == 0:
         raise ValueError("the student's logits have L = 0 positions, expected at least one")
     if length > LONGEST or batch > LONGEST:
@@ -72,7 +74,8 @@ def check_tensors(
     device = first.device
     if teacher is not None:
         other = _check_logits("teacher", teacher)
-        if other.shape[0] != batch or other.shape[1] != length or other.device != device:
+        shape = other.shape
+        if shape[0] != batch or shape[1] != length or other.device != device:
             _refuse_teacher(other, first)
         if other.requires_grad or (other is not teacher and teacher[1].requires_grad):
             raise ValueError(
@@ -148,8 +151,8 @@ def _check_beside(
         or given.dtype not in dtypes
         # Number by number: comparing whole shapes would fix them in a graph of dynamic ones.
         or given.dim() != len(shape)
-        or given.shape[0] != shape[0]
-        or given.shape[-1] != shape[-1]
+        or (own := given.shape)[0] != shape[0]
+        or own[-1] != shape[-1]
         or given.layout is not STRIDED
         or given.device != device
     ):

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from kdfast import reference
 from kdfast.arguments import Logits, check_name, check_settings, check_tensors
 from kdfast.backends import choose, choose_while_tracing
-from kdfast.kd_rows import HARD, NO_TRANSFORMS, SOFT, KDRows, is_seen
+from kdfast.kd_rows import HARD, NO_TRANSFORMS, SOFT, differentiable_rows, is_seen
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -201,7 +201,7 @@ def _compute(
         if divisor is not None:
             return row_loss.sum() / divisor
     elif divisor is not None:
-        return KDRows.apply(chosen, settings, divisor, *tensors)
+        return differentiable_rows(chosen, settings, divisor, *tensors)
     else:
-        row_loss, row_stats = KDRows.apply(chosen, settings, None, *tensors)
+        row_loss, row_stats = differentiable_rows(chosen, settings, None, *tensors)
     return row_loss, row_stats[..., SOFT : HARD + 1]

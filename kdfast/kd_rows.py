@@ -26,7 +26,7 @@ NO_TRANSFORMS = (
 
 
 class KDRows(torch.autograd.Function):
-    """apply(backend, settings, divisor, *tensors)
+    """differentiable_rows(backend, settings, divisor, *tensors)
 
     The name of a backend and what its forward takes (see kdfast.backends). With a divisor: the sum
     of all row losses over it, a scalar; reducing here saves two nodes of the graph. With None:
@@ -35,8 +35,9 @@ class KDRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, backend, settings, divisor, *tensors):
+        tensors = tuple(map(_readable, tensors))
         loss, row_stats = load(backend).forward(tensors, settings, divisor)
-        ctx.save_for_backward(*map(_savable, tensors), row_stats)
+        ctx.save_for_backward(*tensors, row_stats)
         ctx.call = backend, settings, divisor
         if divisor is not None:
             return loss
@@ -49,7 +50,7 @@ class KDRows(torch.autograd.Function):
         *tensors, row_stats = ctx.saved_tensors
         if grad is None:
             return (None,) * 10
-        if torch._C._are_functorch_transforms_active():  # is_grads_batched=True
+        if not torch._C._has_storage(grad):  # is_grads_batched=True
             raise RuntimeError(NO_TRANSFORMS)
         backend, settings, divisor = ctx.call
         first, last = load(backend).backward(grad, tensors, row_stats, settings, divisor)
@@ -59,9 +60,19 @@ class KDRows(torch.autograd.Function):
         return None, None, None, first, last, None, None, None, None, None
 
 
-def _savable(tensor: Tensor | None) -> Tensor | None:
-    """Autograd saves nothing that inference mode made, such as a teacher's logits: a copy then."""
-    return tensor.clone() if tensor is not None and tensor.is_inference() else tensor
+# What Function.apply adds is for torch.func's transforms, which `fused_kd_loss` has refused by then:
+# copies of the arguments, 3 of 70 us.
+differentiable_rows = super(torch.autograd.Function, KDRows).apply
+
+
+def _readable(tensor: Tensor | None) -> Tensor | None:
+    """The tensor, or a copy: of a view that torch is yet to negate, since backends read memory;
+    and of what inference mode made, a teacher's logits say, since autograd saves no such tensor.
+    """
+    if tensor is None or not (tensor.is_neg() or tensor.is_inference()):
+        return tensor
+    is_saved = not torch.is_inference_mode_enabled()
+    return tensor.clone() if is_saved or tensor.is_neg() else tensor
 
 
 class Once(torch.autograd.Function):

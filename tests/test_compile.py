@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from kdfast import FusedKDLoss, backends, fused_kd_loss, kd_loss_rows
 
@@ -142,6 +142,9 @@ def test_what_traces_sees_an_op():
         [slope] = torch.autograd.grad(value, fake)
     assert (value.shape, value.dtype) == ((), torch.float32)
     assert (slope.shape, slope.dtype) == (student.shape, torch.float16)
+    # Fake through the teacher alone, outside of its mode: there is no memory to read.
+    value = fused_kd_loss(student, mode.from_tensor(teacher), start, end, backend="native")
+    assert type(value) is FakeTensor
 
 
 @needs_native

@@ -297,6 +297,7 @@ REFUSED_SETTINGS = [
     ({"temperature": -1.0}, "temperature is -1.0, expected a finite number above 0"),
     ({"temperature": math.inf}, "temperature is inf, expected a finite number above 0"),
     ({"temperature": math.nan}, "temperature is nan, expected a finite number above 0"),
+    ({"temperature": 10**400}, "temperature is 10+, expected a finite number above 0"),
     ({"temperature": torch.tensor(1.0)}, "temperature is a Tensor, expected a Python float"),
     ({"temperature": "1"}, "temperature is a str, expected a Python float"),
     ({"distillation_loss_weight": 1.01}, "weight is 1.01, expected 0 to 1 inclusive"),

@@ -98,6 +98,17 @@ def test_transforms_are_refused(where):
             transformed(student)
 
 
+def test_batched_gradients_are_refused(where):
+    backend, device = where
+    student = torch.zeros(2, 5, 2, device=device, requires_grad=True)
+    positions = torch.zeros(2, device=device).long()
+    loss = fused_kd_loss(
+        *(student, student.detach(), positions, positions), reduction="none", backend=backend
+    )
+    with pytest.raises(RuntimeError, match=r"does not run inside torch.func .*'reference'"):
+        torch.autograd.grad(loss, student, torch.eye(2, device=device), is_grads_batched=True)
+
+
 def test_inputs_changed_before_backward_are_noticed(where):
     backend, device = where
     student = torch.zeros(2, 5, 2, device=device, requires_grad=True)

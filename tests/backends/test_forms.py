@@ -72,6 +72,47 @@ def test_forms_and_reductions_agree(reduction, where):
         torch.testing.assert_close(torch.stack(heads, 2), slope)
 
 
+def negated(logits):
+    """A view of -logits whose memory holds logits."""
+    view = torch.complex(torch.zeros_like(logits), logits).conj().imag
+    assert view.is_neg()
+    return view
+
+
+def of_inference_mode(tensor):
+    with torch.inference_mode():
+        return tensor.clone()
+
+
+def test_views_that_are_yet_to_be_negated(where):
+    backend, device = where
+    case = random_case(19, "kl_div", "haystack")
+    student, teacher, *beside = (x.to(device) for x in (case.student, case.teacher, *case.targets))
+    results = []
+    for minus in (negated, torch.neg):
+        leaf = student.clone().requires_grad_()
+        loss = fused_kd_loss(minus(leaf), minus(teacher), *beside, backend=backend)
+        results.append((loss.detach(), torch.autograd.grad(loss, leaf)[0]))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_what_inference_mode_made(where):
+    """Teacher logits, most of all; the rest of the arguments too."""
+    backend, device = where
+    case = random_case(19, "kl_div", "haystack")
+    student = case.student.to(device).requires_grad_()
+    others = [x.to(device) for x in (case.teacher, *case.targets, case.mask)]
+    results = []
+    for made in (of_inference_mode, torch.clone):
+        teacher, start, end, mask = map(made, others)
+        loss = fused_kd_loss(student, teacher, start, end, mask=mask, backend=backend)
+        results.append((loss.detach(), torch.autograd.grad(loss, student)[0]))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    with torch.inference_mode():
+        loss = fused_kd_loss(student, *others[:3], mask=others[3], backend=backend)
+    torch.testing.assert_close(loss.clone(), results[0][0], rtol=0, atol=0)
+
+
 def test_gradient_of_each_row(where):
     """kd_loss_rows under gradients that differ by row, transposed and expanded."""
     backend, device = where

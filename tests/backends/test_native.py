@@ -128,6 +128,28 @@ def test_a_forked_child_has_threads_of_its_own():
     subprocess.run([sys.executable, "-c", IN_A_CHILD], check=True, timeout=120)
 
 
+TOO_LONG = """
+import resource, torch
+from kdfast import fused_kd_loss
+logits, at = torch.zeros(1, 1, 1).expand({batch}, 2**29, 2), torch.zeros(1).long().expand({batch})
+resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+torch.set_num_threads(2)
+try:
+    fused_kd_loss(logits, logits, at, at, backend="native")
+except MemoryError as error:
+    print("refused")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited in Linux's way")
+@pytest.mark.parametrize("batch", [1, 2])
+def test_rows_that_have_to_be_copied_and_find_no_memory(batch):
+    """An error of this call, on one thread and on two, and not the end of the process."""
+    run = [sys.executable, "-c", TOO_LONG.format(batch=batch)]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "refused\n", done.stderr
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("length", [1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 63, 65, 383, 385])
 def test_every_instruction_set_and_tail(length, isa):
