@@ -60,8 +60,8 @@ class KDRows(torch.autograd.Function):
         return None, None, None, first, last, None, None, None, None, None
 
 
-# What Function.apply adds is for torch.func's transforms, which `fused_kd_loss` has refused by then:
-# copies of the arguments, 3 of 70 us.
+# What Function.apply adds is for torch.func's transforms, which `fused_kd_loss` has refused by
+# then: copies of the arguments, 3 of 70 us.
 differentiable_rows = super(torch.autograd.Function, KDRows).apply
 
 

@@ -53,6 +53,9 @@ def modules():
         yield ".".join(parts[:-1] if is_package else parts), is_package, path
 
 
+TRITON = {"triton_rows", "triton_kernels", "triton_memory"}
+
+
 def fault(module, name):
     """Why `module` may not import the absolute dotted `name`; None where it may."""
     importer, target = module.split("."), name.split(".")
@@ -68,7 +71,7 @@ def fault(module, name):
     rank = RANKS.get(own, PROGRAM)
     if len(target) == 1 or not is_part(target[1]):
         return None if rank >= RANKS["distill"] else "kdfast itself is above the loss and squad"
-    if own == "backends" and target[1] == "backends" and "triton_kernels" not in target:
+    if own == target[1] == "backends" and not {importer[-1], target[2]} <= TRITON:
         return "backends never import each other"
     if own == target[1] or RANKS.get(target[1], PROGRAM) < rank or rank == PROGRAM:
         return None

@@ -1,27 +1,18 @@
-"""The two kernels of `triton_rows`, kept apart because their decorator needs Triton at import.
-
-A program computes the rows of one window, HEADS of them: 2 where start and end logits lie side by
-side, (B, L, 2), and 1 where each row has its own memory. Logits come in as flat blocks of
-BLOCK * HEADS elements, seen as (BLOCK, HEADS), so that one reduction over dimension 0 serves both
-heads and one wide load brings both.
-
-**The frame.** A load is only wide from a 16-byte address, and a row of odd L rarely begins at one.
-So a program counts its elements from the last such address before its row, `shift` elements
-earlier: element j of the frame is element j - shift of the row. Blocks then begin and end at
-16-byte addresses, loads are bounded there too, and what belongs to a neighbour is replaced after
-the load, in registers. Only where that would leave the tensor, at its very ends, is a load bounded
-by the row itself. UNIT is the number of elements, of the narrowest type, in 16 bytes.
-"""
+"""The two kernels of `triton_rows`, kept apart because their decorator needs Triton at import."""
 
 import triton
 import triton.language as tl
 
-# How an operand lies in memory. FRAMED: at the addresses of the frame. DENSE: elements of a row
-# side by side, but elsewhere. STRIDED: apart.
-FRAMED = tl.constexpr(2)
-DENSE = tl.constexpr(1)
-STRIDED = tl.constexpr(0)
-NONE = tl.constexpr(-1)  # there is no such operand
+from kdfast.backends.triton_memory import (
+    NONE,
+    frame_fits,
+    load_block,
+    participating,
+    row_of,
+    store_block,
+    target_of,
+    window_of,
+)
 
 MINUS_INFINITY = tl.constexpr(float("-inf"))
 
@@ -36,135 +27,6 @@ def _number(high, low, ACC: tl.constexpr):
 def _or_zero(top):
     """A maximum to subtract: 0 for a row that has none yet, as -inf - -inf would be NaN."""
     return tl.where(top == MINUS_INFINITY, 0.0, top)
-
-
-@triton.jit
-def _shift(
-    b, frame_offset, frame_stride, UNIT: tl.constexpr, HEADS: tl.constexpr, RAGGED: tl.constexpr
-):
-    """How far the frame of window b begins before its row."""
-    shift = 0
-    if RAGGED:
-        shift = ((frame_offset + b * frame_stride) % UNIT).to(tl.int32)
-        shift = tl.multiple_of(shift, HEADS)
-    return shift
-
-
-@triton.jit
-def _row(base, stride_b, stride_h, b, head):
-    """The address of the row of `head`."""
-    return base + b * stride_b + head.to(tl.int64) * stride_h
-
-
-@triton.jit
-def _fits(b, last_b, stride_b, shift, width, UNIT: tl.constexpr):
-    """Whether the row's frame, to the end of its last unit, lies inside the tensor."""
-    begin = b * stride_b - shift
-    length = (shift + width + UNIT - 1) // UNIT * UNIT
-    return (begin >= 0) & (begin + length <= last_b * stride_b + width)
-
-
-@triton.jit
-def _load(
-    row,
-    stride_l,
-    fits,
-    first,
-    shift,
-    width,
-    N: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    UNIT: tl.constexpr,
-    RAGGED: tl.constexpr,
-):
-    """N elements of the frame from `first`; whatever does not belong to the row is arbitrary."""
-    flat = first + tl.arange(0, N)
-    own = (flat >= shift) & (flat < shift + width)
-    if LAYOUT == FRAMED:
-        # What holds because the launcher chose this layout; the compiler cannot know.
-        pointers = tl.multiple_of(row - shift + flat, 16)
-        if RAGGED:
-            end = (shift + width + UNIT - 1) // UNIT * UNIT
-            if fits:
-                block = tl.load(pointers, mask=flat < end, other=0.0)
-            else:
-                block = tl.load(pointers, mask=own, other=0.0)
-        else:
-            # The compiler must see that the bound is a multiple, or it looks at each element.
-            block = tl.load(pointers, mask=flat < width // UNIT * UNIT, other=0.0)
-    elif LAYOUT == DENSE:
-        block = tl.load(row - shift + flat, mask=own, other=0.0)
-    else:
-        block = tl.load(row + (flat - shift).to(tl.int64) * stride_l, mask=own, other=0.0)
-    return block
-
-
-@triton.jit
-def _store(
-    row,
-    stride_l,
-    block,
-    first,
-    shift,
-    width,
-    N: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    UNIT: tl.constexpr,
-    RAGGED: tl.constexpr,
-):
-    """Write N elements of the frame from `first`: exactly those of the row."""
-    flat = first + tl.arange(0, N)
-    own = (flat >= shift) & (flat < shift + width)
-    if LAYOUT == FRAMED:
-        pointers = tl.multiple_of(row - shift + flat, 16)
-        if RAGGED:
-            # Whole units at once, then the units that are shared with a neighbour, if any.
-            begin = (shift + UNIT - 1) // UNIT * UNIT
-            end = (shift + width) // UNIT * UNIT
-            whole = (flat >= begin) & (flat < end)
-            tl.store(pointers, block, mask=whole)
-            if (first < begin) | (first + N > end):
-                tl.store(pointers, block, mask=own & ((flat < begin) | (flat >= end)))
-        else:
-            tl.store(pointers, block, mask=flat < width // UNIT * UNIT)
-    elif LAYOUT == DENSE:
-        tl.store(row - shift + flat, block, mask=own)
-    else:
-        tl.store(row + (flat - shift).to(tl.int64) * stride_l, block, mask=own)
-
-
-@triton.jit
-def _participating(mask_row, mask_stride_l, position, length, MASK: tl.constexpr):
-    """(BLOCK,): the positions of the row that take part."""
-    part = (position >= 0) & (position < length)
-    if MASK == DENSE:
-        part = part & tl.load(mask_row + position, mask=part, other=0)
-    elif MASK == STRIDED:
-        part = part & tl.load(mask_row + position.to(tl.int64) * mask_stride_l, mask=part, other=0)
-    return part
-
-
-@triton.jit
-def _target(
-    start_positions,
-    end_positions,
-    start_stride,
-    end_stride,
-    mask_row,
-    mask_stride_l,
-    b,
-    head,
-    length,
-    MASK: tl.constexpr,
-):
-    """(HEADS,) int32: the answer's position, -1 where there is none to learn from."""
-    start = tl.load(start_positions + b * start_stride).to(tl.int64)
-    end = tl.load(end_positions + b * end_stride).to(tl.int64)
-    target = tl.where(head == 0, start, end)
-    counts = (target >= 0) & (target < length)
-    if MASK != NONE:
-        counts = counts & tl.load(mask_row + target * mask_stride_l, mask=counts, other=0)
-    return tl.where(counts, target, -1).to(tl.int32)
 
 
 @triton.jit(
@@ -219,20 +81,15 @@ def rows_forward(
 ):
     """row_loss (B, 2) and row_stats (B, 2, 8), one pass over the logits by online softmax."""
     N: tl.constexpr = BLOCK * HEADS
-    GROUPS: tl.constexpr = 2 // HEADS
-    program = tl.program_id(0)
-    b = (program // GROUPS).to(tl.int64)
-    first_head = program % GROUPS
-    last_b = (tl.num_programs(0) // GROUPS - 1).to(tl.int64)
-    head = first_head + tl.arange(0, HEADS)
-    width = length * HEADS
-    shift = _shift(b, frame_offset, frame_stride, UNIT, HEADS, RAGGED)
+    b, last_b, first_head, head, width, shift = window_of(
+        length, frame_offset, frame_stride, HEADS, UNIT, RAGGED
+    )
     inverse_t = _number(inverse_temperature, inverse_temperature_low, ACC)
 
-    student_row = _row(student, student_stride_b, student_stride_h, b, first_head)
-    teacher_row = _row(teacher, teacher_stride_b, teacher_stride_h, b, first_head)
+    student_row = row_of(student, student_stride_b, student_stride_h, b, first_head)
+    teacher_row = row_of(teacher, teacher_stride_b, teacher_stride_h, b, first_head)
     mask_row = mask + b * mask_stride_b
-    target = _target(
+    target = target_of(
         start_positions,
         end_positions,
         start_stride,
@@ -247,8 +104,8 @@ def rows_forward(
     at_target = student_row + target.to(tl.int64) * student_stride_l + tl.arange(0, HEADS)
     s_target = tl.load(at_target, mask=target >= 0, other=0.0).to(ACC)
 
-    student_fits = _fits(b, last_b, student_stride_b, shift, width, UNIT)
-    teacher_fits = _fits(b, last_b, teacher_stride_b, shift, width, UNIT)
+    student_fits = frame_fits(b, last_b, student_stride_b, shift, width, UNIT)
+    teacher_fits = frame_fits(b, last_b, teacher_stride_b, shift, width, UNIT)
 
     zero = tl.zeros((HEADS,), ACC)
     m_s, z_s, z_st = zero + MINUS_INFINITY, zero, zero
@@ -260,10 +117,10 @@ def rows_forward(
         end = 1  # a loop of one known pass is none
     for first in range(0, end, N):
         position = first // HEADS - shift // HEADS + tl.arange(0, BLOCK)
-        part = _participating(mask_row, mask_stride_l, position, length, MASK)
+        part = participating(mask_row, mask_stride_l, position, length, MASK)
         if MASK != NONE:
             count += tl.sum(part.to(tl.int32), 0)
-        s = _load(
+        s = load_block(
             student_row,
             student_stride_l,
             student_fits,
@@ -281,7 +138,7 @@ def rows_forward(
         x = s - s_base[None, :]
         z_s = z_s * tl.exp(m_s - s_base) + tl.sum(tl.exp(x), 0)
         if HAS_TEACHER:
-            c = _load(
+            c = load_block(
                 teacher_row,
                 teacher_stride_l,
                 teacher_fits,
@@ -409,23 +266,18 @@ def rows_backward(
 ):
     """The student's gradient, block `program_id(1)` of a window, from the forward's row_stats."""
     N: tl.constexpr = BLOCK * HEADS
-    GROUPS: tl.constexpr = 2 // HEADS
-    program = tl.program_id(0)
-    b = (program // GROUPS).to(tl.int64)
-    first_head = program % GROUPS
-    last_b = (tl.num_programs(0) // GROUPS - 1).to(tl.int64)
-    head = first_head + tl.arange(0, HEADS)
-    width = length * HEADS
-    shift = _shift(b, frame_offset, frame_stride, UNIT, HEADS, RAGGED)
+    b, last_b, first_head, head, width, shift = window_of(
+        length, frame_offset, frame_stride, HEADS, UNIT, RAGGED
+    )
     inverse_t = _number(inverse_temperature, inverse_temperature_low, ACC)
     first = tl.program_id(1) * N
 
     position = first // HEADS - shift // HEADS + tl.arange(0, BLOCK)
     mask_row = mask + b * mask_stride_b
-    part = _participating(mask_row, mask_stride_l, position, length, MASK)
-    student_row = _row(student, student_stride_b, student_stride_h, b, first_head)
-    student_fits = _fits(b, last_b, student_stride_b, shift, width, UNIT)
-    s = _load(
+    part = participating(mask_row, mask_stride_l, position, length, MASK)
+    student_row = row_of(student, student_stride_b, student_stride_h, b, first_head)
+    student_fits = frame_fits(b, last_b, student_stride_b, shift, width, UNIT)
+    s = load_block(
         student_row,
         student_stride_l,
         student_fits,
@@ -439,9 +291,9 @@ def rows_backward(
     )
     s = tl.where(part[:, None], tl.reshape(s, (BLOCK, HEADS)).to(ACC), MINUS_INFINITY)
     if HAS_SOFT:
-        teacher_row = _row(teacher, teacher_stride_b, teacher_stride_h, b, first_head)
-        teacher_fits = _fits(b, last_b, teacher_stride_b, shift, width, UNIT)
-        c = _load(
+        teacher_row = row_of(teacher, teacher_stride_b, teacher_stride_h, b, first_head)
+        teacher_fits = frame_fits(b, last_b, teacher_stride_b, shift, width, UNIT)
+        c = load_block(
             teacher_row,
             teacher_stride_l,
             teacher_fits,
@@ -474,7 +326,7 @@ def rows_backward(
             by_n = by_soft / tl.load(stats + 7)
             slope += tl.where(c == MINUS_INFINITY, 0.0, (s - c) * by_n[None, :])
     if HAS_HARD:
-        target = _target(
+        target = target_of(
             start_positions,
             end_positions,
             start_stride,
@@ -494,5 +346,5 @@ def rows_backward(
     g = tl.load(grad_row_loss + b * grad_row_loss_stride_b + head * grad_row_loss_stride_h)
     slope = tl.where(part[:, None], slope * g.to(ACC)[None, :], 0.0)
     block = tl.reshape(slope, (N,)).to(grad.dtype.element_ty)
-    grad_row = _row(grad, grad_stride_b, grad_stride_h, b, first_head)
-    _store(grad_row, grad_stride_l, block, first, shift, width, N, GRAD, UNIT, RAGGED)
+    grad_row = row_of(grad, grad_stride_b, grad_stride_h, b, first_head)
+    store_block(grad_row, grad_stride_l, block, first, shift, width, N, GRAD, UNIT, RAGGED)

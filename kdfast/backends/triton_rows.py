@@ -1,8 +1,8 @@
 """Rows in Triton: for CUDA tensors where no CUDA compiler built the native rows.
 
 `import triton` waits for the first tensor that asks, since it takes a second and may be missing.
-The kernels, and how they read memory, are in `triton_kernels`; this file decides per call what is
-compiled (the layouts, the block) and what is passed.
+The kernels are in `triton_kernels`, how they read memory in `triton_memory`; this file decides per
+call what is compiled (the layouts, the block) and what is passed.
 """
 
 import re
