@@ -35,7 +35,10 @@ class KDRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, backend, settings, divisor, *tensors):
-        tensors = tuple(map(_readable, tensors))
+        tensors = [
+            _readable(t) if t is not None and (t.is_neg() or t.is_inference()) else t
+            for t in tensors
+        ]
         loss, row_stats = load(backend).forward(tensors, settings, divisor)
         ctx.save_for_backward(*tensors, row_stats)
         ctx.call = backend, settings, divisor
@@ -65,12 +68,9 @@ class KDRows(torch.autograd.Function):
 differentiable_rows = super(torch.autograd.Function, KDRows).apply
 
 
-def _readable(tensor: Tensor | None) -> Tensor | None:
-    """The tensor, or a copy: of a view that torch is yet to negate, since backends read memory;
-    and of what inference mode made, a teacher's logits say, since autograd saves no such tensor.
-    """
-    if tensor is None or not (tensor.is_neg() or tensor.is_inference()):
-        return tensor
+def _readable(tensor: Tensor) -> Tensor:
+    """A copy of a view that torch is yet to negate, since backends read memory; and of what
+    inference mode made, a teacher's logits say, since autograd saves no such tensor."""
     is_saved = not torch.is_inference_mode_enabled()
     return tensor.clone() if is_saved or tensor.is_neg() else tensor
 
