@@ -3,9 +3,10 @@
 Without any argument it runs the embedded demo.
 """
 
+import json
 import shutil
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -19,10 +20,18 @@ from kdfast.distill.feed import make_feed
 from kdfast.distill.log import Clock, TrainLog, progress_line
 from kdfast.distill.optim import Updater, make_optimizer
 from kdfast.distill.precision import AUTOCAST, pick_device, resolve
-from kdfast.distill.record import describe_machine, open_output, remove_run, write_run
+from kdfast.distill.ranks import Ranks
+from kdfast.distill.record import (
+    check_shared,
+    code_key,
+    describe_machine,
+    open_output,
+    remove_run,
+    write_run,
+)
 from kdfast.distill.step import Stepper
 from kdfast.errors import UserError
-from kdfast.squad.batches import TrainingOrder
+from kdfast.squad.batches import CutRule, TrainingOrder
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,13 +41,16 @@ def main(argv: list[str] | None = None) -> int:
     hf_logging.disable_progress_bar()
     try:
         if argv:
-            train(parse(argv))
+            config = parse(argv)
+            with Ranks.join() as ranks:
+                train(config, ranks)
         else:
             from kdfast.demo.tour import tour
 
             tour()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not error.is_repeated:
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; checkpoints of --save_steps, if any, are whole", file=sys.stderr)
@@ -55,42 +67,51 @@ def parse(argv: list[str]) -> TrainConfig:
     return config
 
 
-def train(config: TrainConfig) -> dict:
+def train(config: TrainConfig, ranks: Ranks | None = None) -> dict:
     """One run from files to a finished student; returns what run.json holds."""
+    ranks = ranks or Ranks()
     config.check()
-    device = pick_device()
+    device = pick_device(ranks.local_rank)
     precision = resolve(config.mixed_precision, device)
-    output = open_output(config)
+    ranks.agree({"settings": config, "code": code_key(), "torch": torch.__version__})
+    output = Path(config.output_dir).expanduser()
     resumed_from = None
-    if config.resume_from_checkpoint:
-        resumed_from = checkpoint.find_checkpoint(config.resume_from_checkpoint, output)
-    say_config(config, device, precision)
+    if ranks.is_first:
+        config = restarted(config, output, ranks)
+        open_output(config)
+        if config.resume_from_checkpoint:
+            resumed_from = checkpoint.find_checkpoint(config.resume_from_checkpoint, output)
+    resumed_from = ranks.share(str(resumed_from or ""))
+    check_shared(output, ranks, "--output_dir")
+    check_shared(config.cache_path, ranks, "--cache_dir")
+    say_config(config, device, precision, ranks)
 
-    student = inputs.load_student(config, say)
-    windows = inputs.prepare(config, student, config.train_file, "train", say)
-    validation = inputs.load_validation(config, student, say)
+    student = inputs.load_student(config, ranks)
+    windows = inputs.prepare(config, student, config.train_file, "train", ranks)
+    validation = inputs.load_validation(config, student, ranks)
     teacher_logits, teacher_key = inputs.cached_teacher(
-        config, windows, student, device, precision, say
+        config, windows, student, device, precision, ranks
     )
+    ranks.agree({"training data": windows.key, "teacher": teacher_key})
 
     model = student.model.to(device)
     scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
     updater = Updater(
         model, make_optimizer(model, config.weight_decay), scaler, config.max_grad_norm
     )
-    chosen = inputs.trained_windows(config, windows, say)
+    chosen = inputs.trained_windows(config, windows, ranks)
     order = TrainingOrder(chosen, config.train_batch_size, config.seed)
     total = total_steps(config, order)
     identity = {name: getattr(config, name) for name in OBJECTIVE}
     identity |= {"windows": windows.key, "teacher_cache": teacher_key, "precision": precision}
     progress = checkpoint.Progress()
     if resumed_from:
-        progress = checkpoint.load_checkpoint(resumed_from, model, updater, identity)
+        progress = checkpoint.load_checkpoint(Path(resumed_from), model, updater, identity)
         if not (output / "best").is_dir():
             progress.best_f1 = None
-        say(f"Resumed from {resumed_from} after step {progress.steps}.")
+        ranks.say(f"Resumed from {resumed_from} after step {progress.steps}.")
 
-    if config.overwrite:  # not before all that the run needs has proved good
+    if config.overwrite and ranks.is_first:  # not before all that the run needs has proved good
         remove_run(output)
     forward = model.compiled() if config.torch_compile else model
     multiple = models.COMPILED_WIDTH if config.torch_compile else 1
@@ -99,7 +120,8 @@ def train(config: TrainConfig) -> dict:
     work = costs.count_work(model)
     if progress.rule is None:
         trial = costs.Trial(model, forward, device, AUTOCAST[precision])
-        progress.rule = costs.choose_rule(config, work, trial)
+        rule = costs.choose_rule(config, work, trial)
+        progress.rule = CutRule(**json.loads(ranks.share(json.dumps(asdict(rule)))))
     feed = make_feed(windows, teacher_logits, device, multiple)
     stepper = Stepper(
         config,
@@ -113,13 +135,18 @@ def train(config: TrainConfig) -> dict:
         precision,
         total,
         multiple,
+        ranks,
     )
     matmul_rate = costs.matmul_rate(device, AUTOCAST[precision] or torch.float32)
-    log = TrainLog(output, progress.steps, config.report_to == "tensorboard")
-    say(f"{total} steps of {config.train_batch_size} windows.")
+    log = None
+    if ranks.is_first:
+        log = TrainLog(output, progress.steps, config.report_to == "tensorboard")
+    ranks.say(f"{total} steps of {config.train_batch_size} windows.")
     evaluation = None
     clock = Clock(work, matmul_rate)
-    with tqdm(total=total, initial=progress.steps, desc="train", unit="step") as bar:
+    with tqdm(
+        total=total, initial=progress.steps, desc="train", unit="step", disable=not ranks.is_first
+    ) as bar:
         while progress.steps < total:
             indices = order.step(progress.steps)
             last = progress.steps + 1 == total
@@ -130,16 +157,20 @@ def train(config: TrainConfig) -> dict:
                 bar.write(f"Out of memory: steps are now cut by {stepper.rule}.")
             progress.steps, progress.rule = progress.steps + 1, stepper.rule
             speed = clock.add(report, windows.lengths[indices])
-            log.step(report, speed)
+            if log:
+                log.step(report, speed)
             bar.set_postfix_str(progress_line(report, speed), refresh=False)
             bar.update()
             if validation and due(progress.steps, config.eval_steps, total):
                 with clock.stopped():
-                    evaluation = validation.score(model, device, precision)
-                    log.evaluation(progress.steps, evaluation.metrics)
-                    bar.write(f"step {progress.steps}: {scoring.line(evaluation.metrics)}")
-                    keep_best(output, model, student.tokenizer, progress, evaluation)
-            if config.save_steps and due(progress.steps, config.save_steps, total):
+                    evaluation = validation.score(model, device, precision, ranks)
+                    is_best = take_best(progress, evaluation)
+                    if log:
+                        log.evaluation(progress.steps, evaluation.metrics)
+                        bar.write(f"step {progress.steps}: {scoring.line(evaluation.metrics)}")
+                    if log and is_best:
+                        checkpoint.replace_model(output / "best", model, student.tokenizer)
+            if log and config.save_steps and due(progress.steps, config.save_steps, total):
                 with clock.stopped():
                     log.flush()
                     checkpoint.save_checkpoint(
@@ -151,22 +182,24 @@ def train(config: TrainConfig) -> dict:
                         identity,
                         config.save_total_limit,
                     )
-    log.close()
+    if log:
+        log.close()
     if updater.updates == 0:
         raise UserError(
             "No step reached the weights, as every gradient was not finite: check the student's "
             "weights, or lower --learning_rate."
         )
     if updater.updates < progress.steps:
-        say(f"{progress.steps - updater.updates} of {progress.steps} steps were skipped.")
+        ranks.say(f"{progress.steps - updater.updates} of {progress.steps} steps were skipped.")
     if validation and evaluation is None:  # a run that was complete already
-        evaluation = validation.score(model, device, precision)
-        keep_best(output, model, student.tokenizer, progress, evaluation)
+        evaluation = validation.score(model, device, precision, ranks)
+        if take_best(progress, evaluation) and ranks.is_first:
+            checkpoint.replace_model(output / "best", model, student.tokenizer)
 
-    place_models(config, output, model, student.tokenizer)
     record = {
         "config": asdict(config),
         "precision": precision,
+        "ranks": ranks.count,
         **describe_machine(device),
         "student_parameters": sum(each.numel() for each in model.parameters()),
         "train_windows": len(chosen),
@@ -180,8 +213,11 @@ def train(config: TrainConfig) -> dict:
         "eval_windows_per_second": None if evaluation is None else evaluation.windows_per_second,
         "best_f1": progress.best_f1,
     }
-    write_run(output, record)
-    say(f"The student is in {output}; run.json there holds settings, versions and figures.")
+    if ranks.is_first:
+        place_models(config, output, model, student.tokenizer)
+        write_run(output, record)
+    ranks.barrier()
+    ranks.say(f"The student is in {output}; run.json there holds settings, versions and figures.")
     return record
 
 
@@ -197,18 +233,22 @@ def due(steps: int, every: int | None, total: int) -> bool:
     return steps == total or (every is not None and steps % every == 0)
 
 
-def keep_best(
-    output: Path,
-    model: models.SpanModel,
-    tokenizer,
-    progress: checkpoint.Progress,
-    evaluation: scoring.Evaluation,
-) -> None:
-    """Put the model into best/ where no evaluation before had a better f1."""
+def restarted(config: TrainConfig, output: Path, ranks: Ranks) -> TrainConfig:
+    """The settings after torchrun has started the ranks anew: go on from the last checkpoint."""
+    if ranks.restarts == 0:
+        return config
+    if checkpoint.list_checkpoints(output):
+        return replace(config, resume_from_checkpoint="last", overwrite=False)
+    return replace(config, resume_from_checkpoint=None, overwrite=True)
+
+
+def take_best(progress: checkpoint.Progress, evaluation: scoring.Evaluation) -> bool:
+    """Whether no evaluation before had as good an f1."""
     f1 = evaluation.metrics["f1"]
-    if progress.best_f1 is None or f1 > progress.best_f1:
+    is_best = progress.best_f1 is None or f1 > progress.best_f1
+    if is_best:
         progress.best_f1 = f1
-        checkpoint.replace_model(output / "best", model, tokenizer)
+    return is_best
 
 
 def place_models(config: TrainConfig, output: Path, model: models.SpanModel, tokenizer) -> None:
@@ -221,16 +261,13 @@ def place_models(config: TrainConfig, output: Path, model: models.SpanModel, tok
         shutil.copy2(path, output / path.name)
 
 
-def say_config(config: TrainConfig, device: torch.device, precision: str) -> None:
+def say_config(config: TrainConfig, device: torch.device, precision: str, ranks: Ranks) -> None:
     """Print the settings that the run uses, a line each."""
-    say(f"kdfast.train on {device}, precision {precision}")
+    of = f", one of {ranks.count} ranks" if ranks.count > 1 else ""
+    ranks.say(f"kdfast.train on {device}, precision {precision}{of}")
     for name, value in asdict(config).items():
         if value is not None and value is not False:
-            say(f"  {name}: {value}")
-
-
-def say(text: str) -> None:
-    print(text, flush=True)
+            ranks.say(f"  {name}: {value}")
 
 
 if __name__ == "__main__":

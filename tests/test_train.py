@@ -2,7 +2,6 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -13,56 +12,8 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from kdfast import evaluate, train
 from kdfast.distill import costs, step
-from kdfast.distill.log import Speed
 from tests import corpora, readers
-
-
-@pytest.fixture
-def world(tmp_path, monkeypatch):
-    """Folders and files of a small run, and `run(**flags)`, which calls the program."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-    class World:
-        path = tmp_path
-        output = tmp_path / "out"
-        teacher = readers.save(tmp_path / "teacher", layers=4, seed=1)
-        student = readers.save(tmp_path / "student", seed=2)
-        train_file = corpora.write(tmp_path / "train.json", 20)
-        validation_file = corpora.write(tmp_path / "dev.json", 5)
-
-        def flags(self, **changes):
-            values = {
-                "teacher": self.teacher,
-                "student": self.student,
-                "train_file": self.train_file,
-                "validation_file": self.validation_file,
-                "output_dir": self.output,
-                "cache_dir": tmp_path / "cache",
-                "max_steps": 6,
-                "train_batch_size": 8,
-                "max_seq_length": 200,
-                "learning_rate": 1e-2,
-                **changes,
-            }
-            flags = []
-            for name, value in values.items():
-                if value is True:
-                    flags.append(f"--{name}")
-                elif value is not None:
-                    flags += [f"--{name}", str(value)]
-            return flags
-
-        def run(self, **changes):
-            return train.main(self.flags(**changes))
-
-    return World()
-
-
-def log_of(folder: Path) -> list[dict]:
-    """The lines of a run's log, without what a clock decides."""
-    lines = map(json.loads, (folder / "train_log.jsonl").read_text().splitlines())
-    clock = {each.name for each in fields(Speed)}
-    return [{k: v for k, v in line.items() if k not in clock} for line in lines]
+from tests.programs import log_of
 
 
 def test_from_files_to_a_hugging_face_folder(world, capsys):

@@ -7,6 +7,7 @@ from kdfast.distill import models
 from kdfast.distill.config import TrainConfig
 from kdfast.distill.inputs import load_validation
 from kdfast.distill.precision import pick_device, resolve
+from kdfast.distill.ranks import Ranks
 from kdfast.train import train
 
 HOME = Path("kdfast-demo")
@@ -50,7 +51,7 @@ def score_teacher(config: TrainConfig) -> dict:
     device = pick_device()
     loaded = models.load_reader(config.teacher, "--teacher")
     precision = resolve(config.mixed_precision, device)
-    validation = load_validation(config, loaded, print)
+    validation = load_validation(config, loaded, Ranks())
     result = validation.score(loaded.model.to(device), device, precision)
     return row(
         {

@@ -134,6 +134,8 @@ class ResidentFeed:
 
     def micro_batches(self, cuts: list[np.ndarray]) -> Iterator[MicroBatch]:
         """One copy to the device for the whole step."""
+        if not cuts:
+            return
         numbers = torch.from_numpy(np.concatenate(cuts).astype(np.int64))
         if self.device.type == "cuda":
             numbers = numbers.pin_memory()

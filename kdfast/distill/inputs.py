@@ -1,9 +1,7 @@
 """What a run reads: student, windows, validation set, the teacher's logits.
 
-`say` is called with a sentence for whatever a user should hear.
+What a user should hear is said by rank 0.
 """
-
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -12,13 +10,12 @@ from tqdm import tqdm
 from kdfast.distill import costs, models, scoring, teacher
 from kdfast.distill.config import TrainConfig
 from kdfast.distill.precision import teacher_precision
+from kdfast.distill.ranks import Ranks
 from kdfast.errors import UserError
 from kdfast.squad import features, metrics, records
 
-Say = Callable[[str], None]
 
-
-def load_student(config: TrainConfig, say: Say) -> models.Loaded:
+def load_student(config: TrainConfig, ranks: Ranks) -> models.Loaded:
     """The student of --student, or the teacher, cut down to --student_layers where given."""
     name = config.student or config.teacher
     role = "--student" if config.student else "--teacher"
@@ -30,12 +27,12 @@ def load_student(config: TrainConfig, say: Say) -> models.Loaded:
         models.keep_layers(student, layers, name)
     models.check_fits(student, config.max_seq_length, name)
     for note in student.notes:
-        say(note)
+        ranks.say(note)
     return student
 
 
 def prepare(
-    config: TrainConfig, student: models.Loaded, source: str, split: str, say: Say
+    config: TrainConfig, student: models.Loaded, source: str, split: str, ranks: Ranks
 ) -> features.Windows:
     """The windows of a data source, from the cache where they are there; says what was found."""
     windows = features.prepare(
@@ -48,7 +45,7 @@ def prepare(
         cache_dir=config.cache_path,
     )
     for note in windows.notes():
-        say(note)
+        ranks.say(note)
     return windows
 
 
@@ -58,12 +55,12 @@ def cached_teacher(
     student: models.Loaded,
     device: torch.device,
     precision: str,
-    say: Say,
+    ranks: Ranks,
 ) -> tuple[np.ndarray | None, str | None]:
     """The teacher's logits and their key; the teacher is loaded only where the cache lacks them."""
     if config.distillation_loss_weight == 0:
         if config.teacher is not None:
-            say("--distillation_loss_weight is 0: the teacher's logits are not computed.")
+            ranks.say("--distillation_loss_weight is 0: the teacher's logits are not computed.")
         return None, None
     folder = models.local_folder(config.teacher, "--teacher")
     key = features.tokenizer_key(models.load_tokenizer(folder, "--teacher"))
@@ -75,14 +72,15 @@ def cached_teacher(
     kind = teacher_precision(precision, device)
     source = teacher.Source(teacher.weights_key(folder), key, windows.key, kind)
     logits = teacher.open_cache(config.cache_path, source, len(windows.input_ids))
-    if logits is not None:
-        say(f"Teacher logits: cache {source.key} in {config.cache_path}.")
-        return logits, source.key
+    if ranks.share(str(logits is not None)) == "True":
+        ranks.say(f"Teacher logits: cache {source.key} in {config.cache_path}.")
+        return teacher.open_cache(config.cache_path, source, len(windows.input_ids)), source.key
     loaded = models.load_reader(config.teacher, "--teacher")
     models.check_fits(loaded, config.max_seq_length, config.teacher)
     for note in loaded.notes:
-        say(note)
-    with tqdm(total=len(windows.lengths), desc="teacher", unit="window") as bar:
+        ranks.say(note)
+    total = len(windows.lengths)
+    with tqdm(total=total, desc="teacher", unit="window", disable=not ranks.is_first) as bar:
         logits = teacher.fill_cache(
             config.cache_path,
             source,
@@ -91,16 +89,19 @@ def cached_teacher(
             device,
             costs.forward_tokens(device),
             bar.update,
+            ranks,
         )
     return logits, source.key
 
 
-def trained_windows(config: TrainConfig, windows: features.Windows, say: Say) -> np.ndarray:
+def trained_windows(config: TrainConfig, windows: features.Windows, ranks: Ranks) -> np.ndarray:
     """The windows that teach something: unlabelled ones only where there is a teacher."""
     keep = np.array(windows.trainable)
     unlabelled = windows.start_positions == -100
     if config.distillation_loss_weight == 0 and unlabelled.any():
-        say(f"{(keep & unlabelled).sum()} unlabelled windows are left out: there is no teacher.")
+        ranks.say(
+            f"{(keep & unlabelled).sum()} unlabelled windows are left out: there is no teacher."
+        )
         keep &= ~unlabelled
     if not keep.any():
         raise UserError(
@@ -111,7 +112,7 @@ def trained_windows(config: TrainConfig, windows: features.Windows, say: Say) ->
 
 
 def load_validation(
-    config: TrainConfig, student: models.Loaded, say: Say
+    config: TrainConfig, student: models.Loaded, ranks: Ranks
 ) -> scoring.Validation | None:
     """The set of --validation_file, or None without one."""
     if config.validation_file is None:
@@ -119,7 +120,7 @@ def load_validation(
     examples = records.read_examples(config.validation_file, split="validation")
     metrics.gold_answers(examples)  # a set that cannot be scored is refused before training
     return scoring.Validation(
-        windows=prepare(config, student, config.validation_file, "validation", say),
+        windows=prepare(config, student, config.validation_file, "validation", ranks),
         examples=examples,
         max_answer_length=config.max_answer_length,
         n_best_size=config.n_best_size,

@@ -7,9 +7,9 @@ from kdfast.errors import UserError
 AUTOCAST = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def pick_device() -> torch.device:
-    """The GPU that CUDA_VISIBLE_DEVICES puts first, or the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def pick_device(number: int = 0) -> torch.device:
+    """GPU `number` of those that CUDA_VISIBLE_DEVICES leaves, or the CPU where there is none."""
+    return torch.device("cuda", number) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def resolve(mixed_precision: str | None, device: torch.device) -> str:

@@ -1,5 +1,6 @@
 """The output folder of a run: taken at the start, and run.json at the end."""
 
+import hashlib
 import os
 import platform
 import shutil
@@ -9,11 +10,13 @@ from typing import Any
 
 import torch
 
+import kdfast
 from kdfast.distill.checkpoint import list_checkpoints
 from kdfast.distill.config import TrainConfig
 from kdfast.distill.log import LOG_FILE, TENSORBOARD_FOLDER
+from kdfast.distill.ranks import Ranks
 from kdfast.errors import UserError
-from kdfast.files import make_writable, write_json
+from kdfast.files import make_writable, sha256_of, write_json
 
 RUN_FILE = "run.json"
 PACKAGES = ("kdfast", "torch", "triton", "transformers", "datasets", "tokenizers", "numpy")
@@ -73,6 +76,40 @@ def remove_run(output: Path) -> None:
     shutil.rmtree(output / TENSORBOARD_FOLDER, ignore_errors=True)
     for name in (RUN_FILE, LOG_FILE):
         (output / name).unlink(missing_ok=True)
+
+
+def code_key() -> str:
+    """A hash of this package's source: ranks, and a run and its resumption, must share it."""
+    digest = hashlib.sha256()
+    package = Path(kdfast.__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package)} {sha256_of(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def check_shared(folder: Path, ranks: Ranks, role: str) -> None:
+    """Raise UserError unless `folder` can be written and is the same one for every rank."""
+    if ranks.count == 1:
+        return
+    mark = folder / f".seen-by-all-{ranks.share(str(os.getpid()))}"
+    if ranks.is_first:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+        except OSError as error:
+            raise UserError(
+                f"{role} {folder} cannot be written ({error.strerror}): name another."
+            ) from error
+    ranks.barrier()
+    seen = mark.exists()
+    ranks.barrier()
+    if ranks.is_first:
+        mark.unlink()
+    if not seen:
+        raise UserError(
+            f"{role} {folder} is not the same folder on the node of rank {ranks.rank}: name one "
+            "on storage that all nodes share."
+        )
 
 
 def write_run(output: Path, content: dict[str, Any]) -> None:

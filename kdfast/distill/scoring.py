@@ -10,6 +10,7 @@ from kdfast.distill.costs import forward_tokens
 from kdfast.distill.feed import flat_positions, forward_windows
 from kdfast.distill.models import SpanModel
 from kdfast.distill.precision import AUTOCAST
+from kdfast.distill.ranks import Ranks
 from kdfast.squad import answers, metrics
 from kdfast.squad.batches import cut_by_tokens
 from kdfast.squad.features import Windows
@@ -39,15 +40,23 @@ class Validation:
     n_best_size: int
     null_threshold: float = 0.0
 
-    def score(self, model: SpanModel, device: torch.device, precision: str) -> Evaluation:
-        """Let the model answer every question, and score the answers."""
+    def score(
+        self, model: SpanModel, device: torch.device, precision: str, ranks: Ranks | None = None
+    ) -> Evaluation:
+        """Let the model answer every question, and score the answers.
+
+        Each of the ranks reads its share of the windows, and all return the same.
+        """
+        ranks = ranks or Ranks()
         windows = self.windows
-        logits = np.empty((len(windows.input_ids), 2), dtype=np.float32)
+        logits = np.zeros((len(windows.input_ids), 2), dtype=np.float32)
         everything = np.arange(len(windows))
         batches = cut_by_tokens(everything, windows.lengths, forward_tokens(device))
+        batches = batches[ranks.rank :: ranks.count]
         started = time.perf_counter()
         for indices, rows in forward_windows(model, windows, batches, device, AUTOCAST[precision]):
             logits[flat_positions(windows, indices)] = rows
+        logits = ranks.sum_array(torch.from_numpy(logits)).numpy()
         rate = len(windows) / (time.perf_counter() - started)
         spans = answers.best_spans(
             windows,

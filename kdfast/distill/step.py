@@ -11,9 +11,10 @@ from kdfast.distill.feed import Feed, MicroBatch, padded_width
 from kdfast.distill.models import SpanModel
 from kdfast.distill.optim import Updater, learning_rate
 from kdfast.distill.precision import AUTOCAST
+from kdfast.distill.ranks import Ranks
 from kdfast.errors import UserError
 from kdfast.fused_kd_loss import kd_loss_rows
-from kdfast.squad.batches import CutRule
+from kdfast.squad.batches import CutRule, deal
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Stepper:
 
     forward: the model, or what torch.compile made of it. lengths: int (W,), tokens of every
     window that the feed has. rule: how a step is cut; it changes where memory does not suffice.
-    multiple: of which the feed makes every width one.
+    multiple: of which the feed makes every width one. ranks: the processes that share each step;
+    None: this one alone.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Stepper:
         precision: str,
         total_steps: int,
         multiple: int = 1,
+        ranks: Ranks | None = None,
     ):
         self.config = config
         self.model = model
@@ -71,6 +74,7 @@ class Stepper:
         self.autocast = AUTOCAST[precision]
         self.total_steps = total_steps
         self.multiple = multiple
+        self.ranks = ranks or Ranks()
 
     def run(self, step: int, indices: np.ndarray, upcoming: np.ndarray | None = None) -> StepReport:
         """Optimizer step number `step` over the windows `indices`.
@@ -97,8 +101,13 @@ class Stepper:
             if sums is None:
                 self.updater.drop()
                 self.rule = self.smaller(batches)
+        padded_tokens = sum(map(self.padded_tokens, batches))
+        facts = self._facts(sums, padded_tokens, len(batches))
+        facts = self.ranks.sum_gradients(self.updater.parameters, facts)
         norm, skipped = self.updater.update(rate)
-        loss, soft, hard, norm, skipped = read_step(torch.cat([sums, torch.stack([norm, skipped])]))
+        norm, skipped, *facts = read_step(torch.cat([torch.stack([norm, skipped]), facts]))
+        loss, soft, hard, padded_tokens, micro_batches, *rooms = facts
+        self._take_smallest(rooms)
         self.updater.updates += 1 - int(skipped)
         return StepReport(
             step=step,
@@ -109,14 +118,34 @@ class Stepper:
             lr=rate,
             windows=len(indices),
             tokens=int(self.lengths[indices].sum()),
-            padded_tokens=sum(map(self.padded_tokens, batches)),
-            micro_batches=len(batches),
+            padded_tokens=int(padded_tokens),
+            micro_batches=int(micro_batches),
             max_tokens=self.rule.max_tokens,
             skipped=bool(skipped),
         )
 
+    def _facts(self, sums: torch.Tensor, padded_tokens: int, micro_batches: int) -> torch.Tensor:
+        """What this rank adds to the step's report, summed with the gradients.
+
+        Behind it stands a place for each rank's room, so that all can take the smallest.
+        """
+        rooms = [0] * self.ranks.count
+        rooms[self.ranks.rank] = self.rule.parts or self.rule.max_tokens
+        facts = torch.tensor([padded_tokens, micro_batches, *rooms], dtype=sums.dtype)
+        return torch.cat([sums, facts.to(sums.device, non_blocking=True)])
+
+    def _take_smallest(self, rooms: list[float]) -> None:
+        """The rule of the rank with the least memory becomes everyone's."""
+        if self.rule.parts is not None:
+            self.rule = replace(self.rule, parts=int(max(rooms)))
+        else:
+            self.rule = replace(self.rule, max_tokens=int(min(rooms)))
+
     def cut(self, indices: np.ndarray) -> list[np.ndarray]:
-        """The step's micro-batches."""
+        """The micro-batches of this rank in a step over the windows `indices`."""
+        if self.ranks.count > 1:
+            shares = deal(indices, self.lengths[indices], self.ranks.count, self.rule)
+            indices = shares[self.ranks.rank]
         return self.rule.cut(indices, self.lengths[indices])
 
     def padded_tokens(self, batch: np.ndarray) -> int:
@@ -151,7 +180,7 @@ class Stepper:
         # Around all of them: autocast forgets its half-precision weights at its end.
         with self._autocast(self.autocast is not None):
             for number, batch in enumerate(ready):
-                seed_generators(self.config.seed, step, 0, number)
+                seed_generators(self.config.seed, step, self.ranks.rank, number)
                 logits = self.forward(**batch.inputs)
                 with self._autocast(False):
                     row_loss, row_parts = self.losses(logits, batch)

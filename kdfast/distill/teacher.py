@@ -3,8 +3,9 @@
 A cache is a folder `teacher/KEY` with two files. `logits.bin` holds fp16 (tokens, 2), the raw
 start and end logits of every real token of every window, flat in the order of Windows.input_ids.
 `header.json` says whose they are. A pass writes into `KEY.partial` and renames it when all is on
-the disk, so that a half-written cache is never read; `progress.json` in there counts the
-micro-batches that are safe, so that a killed pass goes on where it stopped.
+the disk, so that a half-written cache is never read; `done.bin` in there has a byte for each
+micro-batch, 1 where it is safe, so that a killed pass goes on where it stopped, with as many ranks
+as there are then.
 """
 
 import errno
@@ -15,6 +16,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,12 +26,13 @@ import torch
 from kdfast.distill.feed import flat_positions, forward_windows
 from kdfast.distill.models import SpanModel
 from kdfast.distill.precision import AUTOCAST
+from kdfast.distill.ranks import Ranks
 from kdfast.errors import UserError
 from kdfast.files import read_json_object, sha256_of, write_json
 from kdfast.squad.batches import cut_by_tokens
 from kdfast.squad.features import Windows
 
-FORMAT = 1
+FORMAT = 2
 SECONDS_BETWEEN_SAVES = 10.0
 
 
@@ -88,25 +91,32 @@ def fill_cache(
     device: torch.device,
     max_tokens: int,
     progress: Callable[[int], None] = lambda windows_done: None,
+    ranks: Ranks | None = None,
 ) -> np.ndarray:
     """Run the teacher over all windows, longest first, and return open_cache's array.
 
     max_tokens: padded tokens in one forward pass; an interrupted pass goes on with its own.
-    progress: called with the number of windows done since the last call.
+    progress: called with the number of windows that all ranks are taken to have done since the
+    last call. ranks: who share the pass; cache_dir is one folder for all of them.
     Raises UserError for a logit that is not finite in fp16, naming the question, and for a disk
     that is full; what was safe before stays for the next start.
     """
+    ranks = ranks or Ranks()
     tokens = len(windows.input_ids)
     partial = cache_dir / "teacher" / f"{source.key}.partial"
     try:
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        # Another run that makes the same cache is waited for, and its cache taken.
-        with partial.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            cached = open_cache(cache_dir, source, tokens)
-            if cached is not None:
-                return cached
-            _fill(partial, source, model, windows, device, max_tokens, progress)
+        with ExitStack() as stack:
+            is_needed = True
+            if ranks.is_first:
+                partial.parent.mkdir(parents=True, exist_ok=True)
+                # Another run that makes the same cache is waited for, and its cache taken.
+                lock = stack.enter_context(partial.with_suffix(".lock").open("w"))
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                is_needed = open_cache(cache_dir, source, tokens) is None
+                if is_needed:
+                    _start(partial, source, windows, max_tokens)
+            if ranks.share(str(is_needed)) == "True":
+                _fill(partial, source, model, windows, device, progress, ranks)
     except OSError as error:
         raise _disk_error(partial, error) from error
     cached = open_cache(cache_dir, source, tokens)
@@ -120,57 +130,68 @@ def _fill(
     model: SpanModel,
     windows: Windows,
     device: torch.device,
-    max_tokens: int,
     progress: Callable[[int], None],
+    ranks: Ranks,
 ) -> None:
-    """The pass itself: into `partial`, renamed at its end."""
-    tokens = len(windows.input_ids)
-    header = _start(partial, source, tokens, max_tokens)
-    batches = cut_by_tokens(np.arange(len(windows.lengths)), windows.lengths, header["max_tokens"])
-    done = read_json_object(partial / "progress.json").get("batches", 0)
-    progress(sum(len(batch) for batch in batches[:done]))
-    logits = np.memmap(partial / "logits.bin", dtype=np.float16, mode="r+", shape=(tokens, 2))
-    saved_at = time.monotonic()
+    """This rank's part of the pass into `partial`, which rank 0 renames at the end."""
+    batches = _cuts(windows, read_json_object(partial / "header.json")["max_tokens"])
+    shape = (len(windows.input_ids), 2)
+    logits = np.memmap(partial / "logits.bin", dtype=np.float16, mode="r+", shape=shape)
+    done = np.memmap(partial / "done.bin", dtype=np.uint8, mode="r+", shape=(len(batches),))
+    progress(sum(len(batches[number]) for number in np.flatnonzero(done)))
+    mine = np.flatnonzero(done == 0)[ranks.rank :: ranks.count]
+    ranks.barrier()  # until all have read what is left
     if source.precision != "no":
         model.round_products(AUTOCAST[source.precision])
-    passes = forward_windows(model, windows, batches[done:], device, AUTOCAST[source.precision])
-    for indices, rows in passes:
+    saved_at, unsaved = time.monotonic(), []
+    passes = forward_windows(
+        model, windows, [batches[number] for number in mine], device, AUTOCAST[source.precision]
+    )
+    for number, (indices, rows) in zip(mine, passes, strict=True):
         with np.errstate(over="ignore"):
             half = rows.astype(np.float16)
         _check_finite(half, windows, indices)
         logits[flat_positions(windows, indices)] = half
-        done += 1
-        progress(len(indices))
+        unsaved.append(number)
+        progress(len(indices) * ranks.count)
         if time.monotonic() - saved_at > SECONDS_BETWEEN_SAVES:
-            _save_progress(partial, logits, done)
-            saved_at = time.monotonic()
-    _save_progress(partial, logits, done)
-    del logits
-    finished = partial.with_suffix("")
-    os.replace(partial, finished)
-    (finished / "progress.json").unlink()
+            _save_progress(logits, done, unsaved)
+            saved_at, unsaved = time.monotonic(), []
+    _save_progress(logits, done, unsaved)
+    del logits, done
+    ranks.barrier()
+    if ranks.is_first:
+        finished = partial.with_suffix("")
+        os.replace(partial, finished)
+        (finished / "done.bin").unlink()
+    ranks.barrier()
+
+
+def _cuts(windows: Windows, max_tokens: int) -> list[np.ndarray]:
+    return cut_by_tokens(np.arange(len(windows.lengths)), windows.lengths, max_tokens)
 
 
 def _header(source: Source, tokens: int) -> dict:
     return {"format": FORMAT, "tokens": tokens, "dtype": "float16", **source.__dict__}
 
 
-def _start(partial: Path, source: Source, tokens: int, max_tokens: int) -> dict:
-    """Create the partial folder, or take over one that a killed pass left; return its header."""
+def _start(partial: Path, source: Source, windows: Windows, max_tokens: int) -> None:
+    """Create the partial folder, or take over one that a killed pass left."""
     header_path = partial / "header.json"
+    tokens = len(windows.input_ids)
     expected = _header(source, tokens)
     if header_path.is_file():
         header = read_json_object(header_path)
         if all(header.get(name) == expected[name] for name in expected):
-            return header
+            return
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    with (partial / "logits.bin").open("wb") as file:
-        # A disk that is too small says so now, and not as a bus error in the middle of the pass.
-        os.posix_fallocate(file.fileno(), 0, tokens * 4)
-    header = {**expected, "max_tokens": max_tokens}
-    write_json(header_path, header)
-    return header
+    sizes = {"logits.bin": tokens * 4, "done.bin": len(_cuts(windows, max_tokens))}
+    for name, size in sizes.items():
+        with (partial / name).open("wb") as file:
+            # A disk that is too small says so now, and not as a bus error amid the pass.
+            os.posix_fallocate(file.fileno(), 0, size)
+    write_json(header_path, {**expected, "max_tokens": max_tokens})
 
 
 def _check_finite(half: np.ndarray, windows: Windows, indices: np.ndarray) -> None:
@@ -184,9 +205,11 @@ def _check_finite(half: np.ndarray, windows: Windows, indices: np.ndarray) -> No
         )
 
 
-def _save_progress(partial: Path, logits: np.memmap, done: int) -> None:
+def _save_progress(logits: np.memmap, done: np.memmap, batches: list[int]) -> None:
+    """Mark micro-batches as safe, after their logits are."""
     logits.flush()
-    write_json(partial / "progress.json", {"batches": done})
+    done[batches] = 1
+    done.flush()
 
 
 def _disk_error(partial: Path, error: OSError) -> UserError:

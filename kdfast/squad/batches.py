@@ -1,5 +1,6 @@
 """The order of training: which windows a step takes, and the micro-batches inside the step."""
 
+import heapq
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -52,6 +53,22 @@ class CutRule:
         return cut_by_cost(windows, lengths, self)
 
 
+def deal(windows: np.ndarray, lengths: np.ndarray, count: int, rule: CutRule) -> list[np.ndarray]:
+    """The windows of a step in `count` shares that cost about the same, some perhaps empty.
+
+    The longest window left goes to the share that has cost least so far. A pure function of the
+    lengths and the rule, so that every rank finds all shares by itself.
+    """
+    costs = lengths * (rule.per_token + rule.per_token_width * lengths)
+    shares: list[list[int]] = [[] for _ in range(count)]
+    least = [(0.0, number) for number in range(count)]
+    for index in np.argsort(-costs, kind="stable").tolist():
+        spent, number = heapq.heappop(least)
+        shares[number].append(index)
+        heapq.heappush(least, (spent + float(costs[index]), number))
+    return [windows[np.array(share, dtype=np.int64)] for share in shares]
+
+
 def cut_by_cost(windows: np.ndarray, lengths: np.ndarray, rule: CutRule) -> list[np.ndarray]:
     """The micro-batches, longest windows first, whose costs under `rule` have the least sum.
 
@@ -100,4 +117,5 @@ def cut_by_tokens(windows: np.ndarray, lengths: np.ndarray, max_tokens: int) -> 
 def cut_evenly(windows: np.ndarray, lengths: np.ndarray, parts: int) -> list[np.ndarray]:
     """min(parts, n) micro-batches of windows of like length, their counts equal to within one."""
     order = np.argsort(-lengths, kind="stable")
-    return [windows[part] for part in np.array_split(order, min(parts, len(order)))]
+    parts = min(parts, len(order))
+    return [windows[part] for part in np.array_split(order, parts)] if parts else []

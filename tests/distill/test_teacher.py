@@ -184,16 +184,16 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(pass_, monkeypatch):
     monkeypatch.undo()
 
     monkeypatch.setattr(teacher, "SECONDS_BETWEEN_SAVES", 0.0)
-    save = teacher.write_json
+    save = teacher._save_progress
     saved = []
 
-    def third_fails(path, content):
+    def third_fails(*arguments):
         if len(saved) == 3:
             full()
-        saved.append(path)
-        save(path, content)
+        saved.append(arguments)
+        save(*arguments)
 
-    monkeypatch.setattr(teacher, "write_json", third_fails)
+    monkeypatch.setattr(teacher, "_save_progress", third_fails)
     with pytest.raises(UserError, match=r"disk is full.*goes on from there"):
         pass_.fill()
     monkeypatch.undo()

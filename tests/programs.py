@@ -1,0 +1,53 @@
+"""A small run of kdfast.train: its files, its flags, and what it logged."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+from kdfast import train
+from kdfast.distill.log import Speed
+from tests import corpora, readers
+
+
+class World:
+    """Folders and files below `path`, and run(**flags), which calls the program."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.output = path / "out"
+        self.teacher = readers.save(path / "teacher", layers=4, seed=1)
+        self.student = readers.save(path / "student", seed=2)
+        self.train_file = corpora.write(path / "train.json", 20)
+        self.validation_file = corpora.write(path / "dev.json", 5)
+
+    def flags(self, **changes) -> list[str]:
+        values = {
+            "teacher": self.teacher,
+            "student": self.student,
+            "train_file": self.train_file,
+            "validation_file": self.validation_file,
+            "output_dir": self.output,
+            "cache_dir": self.path / "cache",
+            "max_steps": 6,
+            "train_batch_size": 8,
+            "max_seq_length": 200,
+            "learning_rate": 1e-2,
+            **changes,
+        }
+        flags = []
+        for name, value in values.items():
+            if value is True:
+                flags.append(f"--{name}")
+            elif value is not None:
+                flags += [f"--{name}", str(value)]
+        return flags
+
+    def run(self, **changes) -> int:
+        return train.main(self.flags(**changes))
+
+
+def log_of(folder: Path) -> list[dict]:
+    """The lines of a run's log, without what a clock decides."""
+    lines = map(json.loads, (folder / "train_log.jsonl").read_text().splitlines())
+    clock = {each.name for each in fields(Speed)}
+    return [{k: v for k, v in line.items() if k not in clock} for line in lines]

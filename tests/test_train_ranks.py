@@ -1,0 +1,125 @@
+"""The program with several ranks, as torchrun starts them."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kdfast import train
+from kdfast.distill import teacher
+from tests import forks
+from tests.programs import log_of
+
+
+def ranks_of(world, count, **changes):
+    """Exit statuses of the program at `count` ranks, and what each printed to stderr."""
+    world.path.joinpath("said").mkdir(exist_ok=True)
+
+    def rank(number):
+        said = (world.path / "said" / str(number)).open("w")
+        sys.stderr, sys.stdout = said, said
+        status = train.main(world.flags(**changes))
+        said.close()
+        return status
+
+    statuses = forks.run(count, rank)
+    return statuses, [(world.path / "said" / str(n)).read_text() for n in range(count)]
+
+
+NO_DROPOUT = {"embeds_dropout_prob": 0.0, "eval_steps": 3, "save_steps": 3}
+
+
+@pytest.fixture
+def still(world):
+    """The world with a student without dropout."""
+    for name in ("student", "teacher"):
+        path = world.path / name / "config.json"
+        config = json.loads(path.read_text())
+        config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        path.write_text(json.dumps(config))
+    return world
+
+
+def test_two_ranks_learn_what_one_learns(still):
+    assert still.run(**NO_DROPOUT) == 0
+    alone = still.path / "alone"
+    still.output.rename(alone)
+    shutil.rmtree(still.path / "cache")
+    statuses, said = ranks_of(still, 2, **NO_DROPOUT)
+    assert statuses == [0, 0]
+    assert "one of 2 ranks" in said[0] and "kdfast.train on" not in said[1]
+    assert json.loads((still.output / "run.json").read_text())["ranks"] == 2
+    for ours, theirs in zip(log_of(still.output), log_of(alone), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours.keys() - {"padded_tokens", "micro_batches"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=2e-3, abs=1e-6), name
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(still):
+    flags = {**NO_DROPOUT, "save_total_limit": 5}
+    assert still.run(**flags) == 0
+    whole = log_of(still.output)
+    shutil.rmtree(still.output / "checkpoint-6")
+    statuses, said = ranks_of(still, 3, **flags, resume_from_checkpoint="last")
+    assert statuses == [0, 0, 0] and "after step 3" in said[0]
+    for ours, theirs in zip(log_of(still.output), whole, strict=True):
+        name = "loss" if "loss" in ours else "f1"
+        assert ours[name] == pytest.approx(theirs[name], rel=2e-3)
+
+
+def test_every_rank_starts_from_the_same_bits_and_ends_there(world):
+    statuses, _ = ranks_of(world, 2, max_steps=3)
+    assert statuses == [0, 0]
+    first = load_file(world.output / "model.safetensors")
+    shutil.rmtree(world.output)
+    assert ranks_of(world, 2, max_steps=3)[0] == [0, 0]
+    again = load_file(world.output / "model.safetensors")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_a_mistake_is_said_once(world):
+    statuses, said = ranks_of(world, 2, temperature=-1)
+    assert statuses == [2, 2]
+    assert sorted(text.count("error: --temperature is -1.0") for text in said) == [0, 1]
+
+
+def test_a_rank_with_other_settings_is_named(world):
+    def rank(number):
+        said = (world.path / f"said{number}").open("w")
+        sys.stderr, sys.stdout = said, said
+        status = train.main(world.flags(seed=number))
+        said.close()
+        return status
+
+    assert forks.run(2, rank) == [2, 2]
+    said = [(world.path / f"said{n}").read_text() for n in range(2)]
+    assert "".join(said).count("Rank 1 differs from rank 0 in its settings") == 1
+
+
+def test_a_teacher_that_fails_at_one_rank_ends_all(world, monkeypatch):
+    check = teacher._check_finite
+
+    def fails(half, windows, indices):
+        if 5 in indices:
+            half[:] = float("nan")
+        check(half, windows, indices)
+
+    monkeypatch.setattr(teacher, "_check_finite", fails)
+    statuses, said = ranks_of(world, 2)
+    assert statuses == [2, 2]
+    assert "not finite in fp16 for question" in said[0] and "not finite in fp16" in said[1]
+    assert sum("because rank" in text for text in said) == 1
+
+
+def test_torchrun_itself(world):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--master_port", str(forks.free_port()), "-m", "kdfast.train"]
+    done = subprocess.run(
+        [*command, *world.flags(max_steps=2)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((world.output / "run.json").read_text())["ranks"] == 2
