@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.distributed import TCPStore
 
 SECONDS_AT_MOST = 100  # then a rank that hangs prints where, and ends
 FORK = multiprocessing.get_context("fork")
@@ -20,13 +21,17 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def start(count: int, function: Callable[[int], Any]) -> tuple[list, Any]:
+def start(count: int, function: Callable[[int], Any]) -> tuple[list, Any, TCPStore]:
     """Fork `count` processes that call function(rank) under torchrun's variables.
 
-    Returns (processes, queue); each process puts (rank, result, or the traceback's text).
+    Returns (processes, queue, store); each process puts (rank, result, or the traceback's text)
+    into the queue.
     """
     queue = FORK.SimpleQueue()
-    variables = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    # As torchrun does, the parent holds the store, which so outlives any rank.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    variables = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+    variables["TORCHELASTIC_USE_AGENT_STORE"] = True
 
     def child(rank: int) -> None:
         for name, value in {**variables, "RANK": rank, "LOCAL_RANK": rank}.items():
@@ -43,12 +48,12 @@ def start(count: int, function: Callable[[int], Any]) -> tuple[list, Any]:
     processes = [FORK.Process(target=child, args=(rank,)) for rank in range(count)]
     for process in processes:
         process.start()
-    return processes, queue
+    return processes, queue, store
 
 
 def run(count: int, function: Callable[[int], Any]) -> list[Any]:
     """The results of function(rank) for all ranks, in their order."""
-    processes, queue = start(count, function)
+    processes, queue, _store = start(count, function)
     found = dict(queue.get() for _ in processes)
     for process in processes:
         process.join(60)

@@ -155,14 +155,17 @@ class Ranks:
             raise UserError(self._why_others_ended(store)) from error
         if isinstance(error, Exception):
             # Who fails first speaks for all that fail alike.
-            said = store.compare_set(FAILURE, "", f"{self.rank} {error}").decode()
+            try:
+                said = store.compare_set(FAILURE, "", f"{self.rank} {error}").decode()
+            except dist.DistNetworkError:  # the store went with its process
+                return
             rank, why = said.split(" ", 1)
             error.is_repeated = why == str(error) and rank != str(self.rank)
 
     def _why_others_ended(self, store: dist.Store) -> str:
         try:
             known = store.check([FAILURE]) and store.get(FAILURE).decode()
-        except RuntimeError:  # the store went with its rank
+        except RuntimeError:  # the store went with its process
             known = ""
         if known:
             rank, why = known.split(" ", 1)

@@ -159,7 +159,7 @@ def test_a_pass_that_many_began_is_ended_by_one(setup, tmp_path, monkeypatch):
         with Ranks.join() as group:
             teacher.fill_cache(*arguments, progress, group)
 
-    processes, _ = forks.start(2, rank_fill)
+    processes, _, _store = forks.start(2, rank_fill)
     for process in processes:
         process.join(60)
     assert {process.exitcode for process in processes} == {-signal.SIGKILL}
@@ -231,7 +231,7 @@ def test_a_rank_that_is_killed_does_not_leave_the_others_hanging():
 
         return outcome(work)
 
-    processes, queue = forks.start(2, rank_die)
+    processes, queue, _store = forks.start(2, rank_die)
     processes[1].join(60)
     assert queue.get()[1].startswith("Rank 0 stops, because another rank died without a word")
 
