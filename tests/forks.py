@@ -3,7 +3,9 @@
 import faulthandler
 import multiprocessing
 import os
+import signal
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore
 
-SECONDS_AT_MOST = 100  # then a rank that hangs prints where, and ends
+SECONDS_AT_MOST = 60  # then a rank that hangs prints where, and ends
 FORK = multiprocessing.get_context("fork")
 
 
@@ -21,16 +23,25 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def start(count: int, function: Callable[[int], Any]) -> tuple[list, Any, TCPStore]:
+def _keep_store(port) -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port.put(store.port)
+    signal.pause()
+
+
+def start(count: int, function: Callable[[int], Any]) -> tuple[list, Any, Any]:
     """Fork `count` processes that call function(rank) under torchrun's variables.
 
-    Returns (processes, queue, store); each process puts (rank, result, or the traceback's text)
-    into the queue.
+    Returns (processes, queue, keeper of their store); each process puts (rank, result) into the
+    queue, the result being a traceback's text where the function raised.
     """
     queue = FORK.SimpleQueue()
-    # As torchrun does, the parent holds the store, which so outlives any rank.
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    variables = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+    port = FORK.SimpleQueue()
+    # As with torchrun, who holds the store outlives the ranks. It is no thread of this process,
+    # whose locks a fork would copy.
+    keeper = FORK.Process(target=_keep_store, args=(port,), daemon=True)
+    keeper.start()
+    variables = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port.get()}
     variables["TORCHELASTIC_USE_AGENT_STORE"] = True
 
     def child(rank: int) -> None:
@@ -48,13 +59,21 @@ def start(count: int, function: Callable[[int], Any]) -> tuple[list, Any, TCPSto
     processes = [FORK.Process(target=child, args=(rank,)) for rank in range(count)]
     for process in processes:
         process.start()
-    return processes, queue, store
+    return processes, queue, keeper
 
 
 def run(count: int, function: Callable[[int], Any]) -> list[Any]:
     """The results of function(rank) for all ranks, in their order."""
-    processes, queue, _store = start(count, function)
-    found = dict(queue.get() for _ in processes)
-    for process in processes:
-        process.join(60)
+    processes, queue, keeper = start(count, function)
+    found = {}
+    while len(found) < count:
+        ended = not any(process.is_alive() for process in processes)
+        if not queue.empty():
+            rank, result = queue.get()
+            found[rank] = result
+        elif ended:
+            raise AssertionError(f"ranks {set(range(count)) - set(found)} ended without a word")
+        else:
+            time.sleep(0.01)
+    keeper.kill()
     return [found[rank] for rank in range(count)]

@@ -159,9 +159,10 @@ def test_a_pass_that_many_began_is_ended_by_one(setup, tmp_path, monkeypatch):
         with Ranks.join() as group:
             teacher.fill_cache(*arguments, progress, group)
 
-    processes, _, _store = forks.start(2, rank_fill)
+    processes, _, keeper = forks.start(2, rank_fill)
     for process in processes:
         process.join(60)
+    keeper.kill()
     assert {process.exitcode for process in processes} == {-signal.SIGKILL}
     counted = []
     ended = np.array(teacher.fill_cache(*arguments, counted.append))
@@ -231,9 +232,11 @@ def test_a_rank_that_is_killed_does_not_leave_the_others_hanging():
 
         return outcome(work)
 
-    processes, queue, _store = forks.start(2, rank_die)
+    processes, queue, keeper = forks.start(2, rank_die)
     processes[1].join(60)
-    assert queue.get()[1].startswith("Rank 0 stops, because another rank died without a word")
+    said = queue.get()[1]
+    keeper.kill()
+    assert said.startswith("Rank 0 stops, because another rank died without a word")
 
 
 def test_a_text_is_shared_whole():
