@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.utils import logging as hf_logging
 
-from kdfast.distill import checkpoint, costs, inputs, models, scoring
+from kdfast.distill import checkpoint, costs, inputs, invariance, models, scoring
 from kdfast.distill.config import OBJECTIVE, TrainConfig
 from kdfast.distill.feed import make_feed
 from kdfast.distill.log import Clock, TrainLog, progress_line
@@ -74,15 +74,16 @@ def train(config: TrainConfig, ranks: Ranks | None = None) -> dict:
     device = pick_device(ranks.local_rank)
     precision = resolve(config.mixed_precision, device)
     ranks.agree({"settings": config, "code": code_key(), "torch": torch.__version__})
-    output = Path(config.output_dir).expanduser()
+    output = Path(config.output_dir or ".").expanduser()
     resumed_from = None
-    if ranks.is_first:
+    if ranks.is_first and not config.check_invariance:
         config = restarted(config, output, ranks)
         open_output(config)
         if config.resume_from_checkpoint:
             resumed_from = checkpoint.find_checkpoint(config.resume_from_checkpoint, output)
     resumed_from = ranks.share(str(resumed_from or ""))
-    check_shared(output, ranks, "--output_dir")
+    if not config.check_invariance:
+        check_shared(output, ranks, "--output_dir")
     check_shared(config.cache_path, ranks, "--cache_dir")
     say_config(config, device, precision, ranks)
 
@@ -111,7 +112,9 @@ def train(config: TrainConfig, ranks: Ranks | None = None) -> dict:
             progress.best_f1 = None
         ranks.say(f"Resumed from {resumed_from} after step {progress.steps}.")
 
-    if config.overwrite and ranks.is_first:  # not before all that the run needs has proved good
+    if (
+        config.overwrite and ranks.is_first and not config.check_invariance
+    ):  # not before all that the run needs has proved good
         remove_run(output)
     forward = model.compiled() if config.torch_compile else model
     multiple = models.COMPILED_WIDTH if config.torch_compile else 1
@@ -137,9 +140,13 @@ def train(config: TrainConfig, ranks: Ranks | None = None) -> dict:
         multiple,
         ranks,
     )
+    if config.check_invariance:
+        return check_invariance(stepper, order, ranks)
     matmul_rate = costs.matmul_rate(device, AUTOCAST[precision] or torch.float32)
     log = None
     if ranks.is_first:
+        if config.overwrite:  # not before all that the run needs has proved good
+            remove_run(output)
         log = TrainLog(output, progress.steps, config.report_to == "tensorboard")
     ranks.say(f"{total} steps of {config.train_batch_size} windows.")
     evaluation = None
@@ -219,6 +226,22 @@ def train(config: TrainConfig, ranks: Ranks | None = None) -> dict:
     ranks.barrier()
     ranks.say(f"The student is in {output}; run.json there holds settings, versions and figures.")
     return record
+
+
+def check_invariance(stepper: Stepper, order: TrainingOrder, ranks: Ranks) -> dict:
+    """Print how the first step's gradient depends on how it is split. UserError where it does."""
+    splits = invariance.check(stepper, order.step(0))
+    ranks.say(
+        "Distance of the gradient from that of one piece in fp64, over its norm; dropout is off."
+    )
+    ranks.say(invariance.table(splits))
+    wrong = [each.name for each in splits if not each.good]
+    if wrong:
+        raise UserError(
+            f"The gradient depends on the split: see {', '.join(wrong)} above. Do not train with "
+            "this model; report it with the table."
+        )
+    return {"splits": [asdict(each) for each in splits]}
 
 
 def total_steps(config: TrainConfig, order: TrainingOrder) -> int:

@@ -87,6 +87,9 @@ class TrainConfig:
     )
     max_answer_length: int = flag(30, "Tokens in the longest answer that evaluation considers.")
     n_best_size: int = flag(20, "Answers per question that evaluation keeps.")
+    check_invariance: bool = flag(
+        False, "Train nothing: compare one step's gradient over many ways to split it, and report."
+    )
     report_to: Literal["none", "tensorboard"] = flag("none", "Write TensorBoard files.")
 
     def check(self) -> None:
@@ -97,7 +100,7 @@ class TrainConfig:
 
     def _check_presence(self) -> None:
         for name in ("train_file", "output_dir"):
-            if not getattr(self, name):
+            if not getattr(self, name) and not (name == "output_dir" and self.check_invariance):
                 raise UserError(
                     f"--{name} is missing: give it, or start without any argument for the demo."
                 )
@@ -201,5 +204,6 @@ OBJECTIVE = tuple(
         "max_answer_length",
         "n_best_size",
         "report_to",
+        "check_invariance",
     }
 )
