@@ -4,30 +4,51 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
+from kdfast.squad.encoding import Encoder
 from kdfast.squad.examples import Example, locate
-from kdfast.squad.template import Template, whole_texts
-from kdfast.squad.tokens import Tokens, ragged, starts_of
+from kdfast.squad.template import Template
+from kdfast.squad.tokens import Job, Tokens, ragged, starts_of
 
 UNLABELLED = -100
+# Of the contexts of a batch; of all its questions' contexts, which its windows grow with.
 _BATCH_CHARACTERS = 1 << 20
+_BATCH_CHARACTERS_ASKED = 1 << 22
 _BATCH_QUESTIONS = 4096
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Questions and the contexts that they are about.
+
+    texts: the contexts that no earlier batch had, in their order, numbered from `first_new` on.
+    old: numbers of contexts of earlier batches. local int64 (questions,): each question's context,
+    counted in texts and then in old.
+    """
+
+    examples: list[Example]
+    texts: list[str]
+    first_new: int
+    old: list[int]
+    local: np.ndarray
 
 
 @dataclass
 class Cutter:
     """Cuts windows out of examples.
 
+    encode: how texts become tokens.
     spool: a file in which the tokens of the contexts seen so far are kept, so that a context which
     comes back later is not tokenised again; what it holds is of no use afterwards.
     """
 
-    tokenizer: Any
+    encode: Encoder
     template: Template
     max_seq_length: int
     max_query_length: int
@@ -50,45 +71,51 @@ class Cutter:
         zero = np.zeros(1, dtype=np.int64)
         heads = ("window_start", "question_token_start", "context_token_start", "question_id_start")
         yield dict.fromkeys(heads, zero)
-        with whole_texts(self.tokenizer.backend_tokenizer) as backend:
+        planned: deque[Batch] = deque()
+
+        def jobs() -> Iterator[Job]:
             for batch in _batches(examples):
-                yield self._batch(backend, batch)
+                planned.append(self._plan(batch))
+                # One token more than is kept tells which questions were cut.
+                limit = self.max_query_length + 1
+                yield planned[-1].texts, [e.question for e in batch], limit
 
-    def _contexts(self, backend: Any, batch: list[Example]) -> tuple[Tokens, ...]:
-        """Tokenises the batch's new contexts and recalls its old ones.
+        for contexts, questions in self.encode(jobs()):
+            yield self._batch(planned.popleft(), contexts, questions)
 
-        Returns the tokens of the contexts at hand; which of these each question has; their
-        numbers among all contexts; how many of them, standing first, are new.
-        """
-        last, local, rows = None, {}, []
-        old, new, texts = [], [], []
-        for example in batch:
+    def _plan(self, examples: list[Example]) -> Batch:
+        """Tells new contexts from known ones. Batches are planned in their order, some ahead."""
+        first_new = len(self._known)
+        places: dict[int, int] = {}  # of contexts, in the order in which they are met
+        texts, met, last = [], [], None
+        for example in examples:
             if example.context is not last:
                 last = example.context
                 name = hashlib.blake2b(last.encode(), digest_size=16).digest()
-                if name not in local:
-                    known = self._known.get(name)
-                    local[name] = name
-                    (old if known is not None else new).append(name)
-                    if known is None:
+                number = self._known.setdefault(name, len(self._known))
+                if number not in places:
+                    places[number] = len(places)
+                    if number >= first_new:
                         texts.append(last)
-            rows.append(name)
-        tokens = Tokens.encode(backend, texts).exact(texts)
-        for i, name in enumerate(new):
-            self._known[name] = len(self._known)
-            self._spooled.append(self._spooled[-1] + int(tokens.starts[i + 1] - tokens.starts[i]))
+            met.append(number)
+        old = [number for number in places if number < first_new]
+        order = {number: i for i, number in enumerate(old, len(texts))}
+        local = [n - first_new if n >= first_new else order[n] for n in met]
+        return Batch(examples, texts, first_new, old, np.array(local))
+
+    def _with_recalled(self, batch: Batch, new: Tokens) -> Tokens:
+        """The tokens of all contexts of a batch, from those of its new ones, which are kept."""
+        self._spooled.extend((self._spooled[-1] + new.starts[1:]).tolist())
         self.spool.seek(0, io.SEEK_END)
-        self.spool.write(np.column_stack([tokens.ids, tokens.offsets]).astype(np.int32).tobytes())
-        order = {name: i for i, name in enumerate([*new, *old])}
-        numbers = np.array([self._known[name] for name in order], dtype=np.int32)
-        if old:
-            recalled = [self._recall(self._known[name]) for name in old]
-            tokens = Tokens(
-                starts_of([*np.diff(tokens.starts), *map(len, recalled)]),
-                np.concatenate([tokens.ids, *(r[:, 0] for r in recalled)]),
-                np.concatenate([tokens.offsets, *(r[:, 1:] for r in recalled)]),
-            )
-        return tokens, np.array([order[name] for name in rows]), numbers, len(new)
+        self.spool.write(np.column_stack([new.ids, new.offsets]).astype(np.int32).tobytes())
+        if not batch.old:
+            return new
+        recalled = [self._recall(number) for number in batch.old]
+        return Tokens(
+            starts_of([*np.diff(new.starts), *map(len, recalled)]),
+            np.concatenate([new.ids, *(r[:, 0] for r in recalled)]),
+            np.concatenate([new.offsets, *(r[:, 1:] for r in recalled)]),
+        )
 
     def _recall(self, number: int) -> np.ndarray:
         """int32 (n, 3): the id and the characters of each token of an earlier context."""
@@ -96,12 +123,11 @@ class Cutter:
         self.spool.seek(12 * start)
         return np.frombuffer(self.spool.read(12 * (end - start)), dtype=np.int32).reshape(-1, 3)
 
-    def _batch(self, backend: Any, batch: list[Example]) -> dict[str, np.ndarray]:
-        counts, template = self.counts, self.template
-        contexts, local, numbers, fresh = self._contexts(backend, batch)
-        # One token more than is kept tells which questions were cut.
-        limit = self.max_query_length
-        questions = Tokens.encode(backend, [e.question for e in batch], limit + 1)
+    def _batch(self, plan: Batch, new: Tokens, questions: Tokens) -> dict[str, np.ndarray]:
+        counts, template, limit = self.counts, self.template, self.max_query_length
+        batch, local, fresh = plan.examples, plan.local, len(plan.texts)
+        numbers = np.array([*range(plan.first_new, plan.first_new + fresh), *plan.old])
+        contexts = self._with_recalled(plan, new)
         asked = np.minimum(np.diff(questions.starts), limit)
         counts["truncated_questions"] += int((np.diff(questions.starts) > limit).sum())
         kept = ragged(questions.starts[:-1], asked)
@@ -130,7 +156,6 @@ class Cutter:
 
         inside = (first[q] >= begin) & (last[q] < begin + count)
         unlabelled = first[q] == UNLABELLED
-        new_tokens = int(contexts.starts[fresh])
         id_bytes = [e.id.encode() for e in batch]
         arrays = {
             "input_ids": ids,
@@ -145,9 +170,11 @@ class Cutter:
             "end_positions": _label(prefix + last[q] - begin, inside, unlabelled),
             "trainable": trainable[q],
             "question_token_start": counts["question_tokens"] + questions.starts[1:],
-            "question_offsets": questions.offsets,
-            "context_token_start": counts["context_tokens"] + contexts.starts[1 : fresh + 1],
-            "context_offsets": contexts.offsets[:new_tokens],
+            "question_char_start": questions.offsets[:, 0],
+            "question_char_count": questions.offsets[:, 1] - questions.offsets[:, 0],
+            "context_token_start": counts["context_tokens"] + new.starts[1:],
+            "context_char_start": new.offsets[:, 0],
+            "context_char_count": new.offsets[:, 1] - new.offsets[:, 0],
             "question_id_start": self._id_bytes + starts_of([len(b) for b in id_bytes])[1:],
             "question_id_bytes": np.frombuffer(b"".join(id_bytes), dtype=np.uint8),
         }
@@ -156,7 +183,7 @@ class Cutter:
         counts["contexts"] += fresh
         counts["windows"] += len(q)
         counts["tokens"] += len(ids)
-        counts["context_tokens"] += new_tokens
+        counts["context_tokens"] += len(new.ids)
         counts["question_tokens"] += len(questions.ids)
         return arrays
 
@@ -213,17 +240,22 @@ def _label(position: np.ndarray, inside: np.ndarray, unlabelled: np.ndarray) -> 
 
 
 def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
-    """Cuts a stream where the distinct contexts reach a batch's characters, never inside a run of
-    questions on one context unless that alone fills a batch."""
+    """Cuts a stream where a batch is as large as its memory may grow."""
     batch: list[Example] = []
-    characters, last = 0, None
+    distinct, asked, last = 0, 0, None
     for example in examples:
-        if example.context is not last:
-            if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_QUESTIONS:
-                yield batch
-                batch, characters = [], 0
-            last = example.context
-            characters += len(last)
+        new = 0 if example.context is last else len(example.context)
+        full = (
+            (new and distinct >= _BATCH_CHARACTERS)
+            or asked >= _BATCH_CHARACTERS_ASKED
+            or len(batch) >= _BATCH_QUESTIONS
+        )
+        if full:
+            yield batch
+            batch, distinct, asked = [], 0, 0
+            new = len(example.context)
         batch.append(example)
+        distinct, asked = distinct + new, asked + len(example.context)
+        last = example.context
     if batch:
         yield batch

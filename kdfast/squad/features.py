@@ -16,13 +16,15 @@ from typing import Any
 import numpy as np
 
 from kdfast.errors import UserError
+from kdfast.squad.array_files import ARRAYS, ArrayFile, narrowest, write_header
 from kdfast.squad.cutting import Cutter
+from kdfast.squad.encoding import MOST_PROCESSES, Encoder, encoder, processor_count
 from kdfast.squad.examples import Example
 from kdfast.squad.records import fingerprint, iter_examples
 from kdfast.squad.template import Template, whole_texts
-from kdfast.squad.windows import ARRAYS, Windows, open_windows, write_header
+from kdfast.squad.windows import Windows, open_windows
 
-FORMAT = 1  # part of every key: raise it when files or meaning change
+FORMAT = 2  # part of every key: raise it when files or meaning change
 
 
 def tokenizer_key(tokenizer: Any) -> str:
@@ -46,18 +48,22 @@ def prepare(
     doc_stride: int = 128,
     cache_dir: Path | str,
     split: str | None = None,
+    processes: int | None = None,
 ) -> Windows:
     """Windows of all questions of `source` (see records.iter_examples), from the cache if there.
 
     A question is cut at max_query_length tokens. Windows of a context of n tokens begin at its
     tokens 0, doc_stride, 2 doc_stride, … and end with the first one that reaches token n.
 
+    processes: those that tokenise a large source, beside this one; the result is the same. As many
+    as there are processors for this process, up to 8, if None; 1 tokenises here.
+
     The cache is cache_dir/features/KEY, KEY being a sha256 over the content of the source, the
     tokenizer and the settings; a hit maps files and parses nothing. It is written beside, made
     durable and then renamed, by one process at a time: others that want it wait.
 
-    Raises UserError for a bad source, tokenizer or setting, for a damaged cache, and for a folder
-    that cannot be written or is full.
+    Raises UserError for a bad source, tokenizer or setting, for a damaged cache, for a folder that
+    cannot be written or is full, and where one of the processes is killed.
     """
     settings = {
         "max_seq_length": max_seq_length,
@@ -71,6 +77,7 @@ def prepare(
     home = Path(cache_dir).expanduser() / "features"
     folder = home / key
     if not folder.is_dir():
+        encode = encoder(tokenizer, processes or min(MOST_PROCESSES, processor_count()))
         examples = iter_examples(source, split=split)
         try:
             with ExitStack() as stack:
@@ -78,7 +85,7 @@ def prepare(
                 lock = stack.enter_context((home / f"{key}.lock").open("w"))
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not folder.is_dir():  # unless another process wrote it meanwhile
-                    _write(folder, examples, tokenizer, template, key, settings)
+                    _write(folder, examples, encode, template, key, settings)
         except OSError as error:
             raise UserError(
                 f"--cache_dir {cache_dir}: features cannot be written there "
@@ -103,17 +110,15 @@ def windows_of(
     }
     template = Template.learn(tokenizer)
     _check(settings, template)
-    cutter = Cutter(tokenizer, template, **settings)
+    cutter = Cutter(encoder(tokenizer), template, **settings)
     parts: dict[str, list[np.ndarray]] = {name: [] for name in ARRAYS}
     for arrays in cutter.arrays(examples):
         for name, array in arrays.items():
-            parts[name].append(array.astype(ARRAYS[name][0]))
-    joined = {
-        name: np.concatenate(parts[name])
-        if parts[name]
-        else np.empty((0, columns) if columns > 1 else 0, dtype=kind)
-        for name, (kind, columns) in ARRAYS.items()
-    }
+            parts[name].append(array)
+    joined = {}
+    for name, kinds in ARRAYS.items():
+        whole = np.concatenate(parts.pop(name) or [np.empty(0, dtype=np.int64)])
+        joined[name] = whole.astype(narrowest(whole, kinds))
     return Windows(joined, _header("", settings, cutter))
 
 
@@ -146,7 +151,7 @@ def _header(key: str, settings: dict[str, int], cutter: Cutter) -> dict[str, Any
 def _write(
     folder: Path,
     examples: Iterable[Example],
-    tokenizer: Any,
+    encode: Encoder,
     template: Template,
     key: str,
     settings: dict[str, int],
@@ -157,18 +162,17 @@ def _write(
     partial.mkdir()
     try:
         with ExitStack() as stack:
-            files = {
-                name: stack.enter_context((partial / f"{name}.bin").open("wb")) for name in ARRAYS
-            }
+            files = {name: ArrayFile(partial / f"{name}.bin", ARRAYS[name]) for name in ARRAYS}
+            for file in files.values():
+                stack.callback(file.abandon)
             spool = stack.enter_context(tempfile.TemporaryFile(dir=partial))
-            cutter = Cutter(tokenizer, template, **settings, spool=spool)
+            cutter = Cutter(encode, template, **settings, spool=spool)
             for arrays in cutter.arrays(examples):
                 for name, array in arrays.items():
-                    files[name].write(array.astype(ARRAYS[name][0], order="C").tobytes())
+                    files[name].append(array)
             for file in files.values():
-                file.flush()
-                os.fsync(file.fileno())
-        write_header(partial, _header(key, settings, cutter))
+                file.close()
+        write_header(partial, _header(key, settings, cutter), files)
         _sync(partial)
         partial.rename(folder)
         _sync(folder.parent)

@@ -1,7 +1,14 @@
-"""Several texts as tokens after one another, with the characters that each token stands for."""
+"""Several texts as tokens after one another, with the characters that each token stands for.
+
+Run as a program, it encodes what comes through its standard input: see encoding.py. So it imports
+nothing of kdfast, and little else.
+"""
 
 from __future__ import annotations
 
+import os
+import pickle
+import sys
 import unicodedata
 from dataclasses import dataclass
 from functools import cache
@@ -22,6 +29,10 @@ def ragged(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 def starts_of(lengths: Any) -> np.ndarray:
     """Offsets of runs of the given lengths: int64, one more than lengths."""
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+
+# Contexts, questions, and how many tokens of a question are wanted.
+Job = tuple[list[str], list[str], int]
 
 
 @dataclass
@@ -69,6 +80,18 @@ class Tokens:
         return self
 
 
+def encode(backend: Any, job: Job) -> tuple[Tokens, Tokens]:
+    """The tokens of a job's contexts and of its questions.
+
+    backend: a `tokenizers` object, its truncation and padding off.
+    """
+    contexts, questions, limit = job
+    return (
+        Tokens.encode(backend, contexts).exact(contexts),
+        Tokens.encode(backend, questions, limit),
+    )
+
+
 def _next(wanted: np.ndarray) -> np.ndarray:
     """For each place, and the one past the end, the first place from there on that is wanted."""
     n = len(wanted)
@@ -87,3 +110,27 @@ def _kinds() -> np.ndarray:
         elif unicodedata.category(chr(c))[0] == "M":
             kinds[c] = _MARK
     return kinds
+
+
+def _serve() -> None:
+    """Reads a tokenizer's JSON text, then jobs, and writes the arrays of each; ends with its input.
+
+    All as pickles, on the pipes that were standard input and output.
+    """
+    from tokenizers import Tokenizer
+
+    source, sink = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints is no answer
+    backend = Tokenizer.from_str(pickle.load(source))
+    while True:
+        try:
+            job = pickle.load(source)
+        except EOFError:
+            return
+        found = [(t.starts, t.ids, t.offsets) for t in encode(backend, job)]
+        pickle.dump(found, sink, protocol=pickle.HIGHEST_PROTOCOL)
+        sink.flush()
+
+
+if __name__ == "__main__":
+    _serve()

@@ -2,38 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kdfast.errors import UserError
-
-HEADER = "header.json"
-
-# name -> (type, values per entry). One file each, raw values in this machine's byte order.
-ARRAYS = {
-    "input_ids": (np.int32, 1),
-    "window_start": (np.int64, 1),
-    "lengths": (np.int32, 1),
-    "question": (np.int32, 1),
-    "context": (np.int32, 1),
-    "first_token": (np.int32, 1),
-    "count": (np.int32, 1),
-    "prefix": (np.int32, 1),
-    "start_positions": (np.int32, 1),
-    "end_positions": (np.int32, 1),
-    "trainable": (np.bool_, 1),
-    "question_token_start": (np.int64, 1),
-    "question_offsets": (np.int32, 2),
-    "context_token_start": (np.int64, 1),
-    "context_offsets": (np.int32, 2),
-    "question_id_start": (np.int64, 1),
-    "question_id_bytes": (np.uint8, 1),
-}
+from kdfast.squad.array_files import ARRAYS, HEADER, damaged, open_arrays
 
 
 class Texts(Sequence[str]):
@@ -62,7 +37,8 @@ class Windows:
 
     A window is special tokens, question, special tokens, a run of its context, special tokens.
 
-    input_ids int32 (tokens,): all windows after one another, no padding
+    input_ids uint16, or int32 where an id needs it, (tokens,): all windows after one another, no
+        padding
     window_start int64 (W + 1,): where each window begins in input_ids; lengths int32 (W,)
     question, context int32 (W,): which question and which context
     first_token, count int32 (W,): the window holds `count` of its context's tokens, from there on
@@ -70,9 +46,11 @@ class Windows:
     start_positions, end_positions int32 (W,): the answer's first and last token, as positions in
         the window; 0: no answer in this window; -100: unlabelled question
     trainable bool (W,): False where the question's answer was not found in its context
-    question_token_start int64 (Q + 1,), question_offsets int32 (question tokens, 2): characters
-    context_token_start int64 (C + 1,), context_offsets int32 (context tokens, 2): characters,
-        [first, past the last) without leading blanks
+    question_token_start int64 (Q + 1,), context_token_start int64 (C + 1,): where the tokens of
+        each question and context begin in the arrays of the two lines below
+    question_char_start, context_char_start uint16, or int32 where needed: each token's first
+        character, leading blanks left out
+    question_char_count, context_char_count uint8, uint16 or int32: how many its characters are
     question_ids: Q strings
     pad_token_id; uses_token_types: token type 1 from `prefix` to the window's end
     key: hex, names the content; settings: what the windows were cut by; counts: see `notes`
@@ -90,9 +68,11 @@ class Windows:
     end_positions: np.ndarray
     trainable: np.ndarray
     question_token_start: np.ndarray
-    question_offsets: np.ndarray
+    question_char_start: np.ndarray
+    question_char_count: np.ndarray
     context_token_start: np.ndarray
-    context_offsets: np.ndarray
+    context_char_start: np.ndarray
+    context_char_count: np.ndarray
 
     def __init__(self, arrays: dict[str, np.ndarray], header: dict[str, Any]):
         for name in ARRAYS:
@@ -125,7 +105,7 @@ class Windows:
         position = np.arange(width)
         mask = position < lengths[:, None]
         place = np.where(mask, self.window_start[indices][:, None] + position, 0)
-        ids = np.where(mask, self.input_ids[place], self.pad_token_id).astype(np.int64)
+        ids = np.where(mask, self.input_ids[place].astype(np.int64), self.pad_token_id)
         types = np.zeros_like(ids)
         if self.uses_token_types:
             types[mask & (position >= self.prefix[indices][:, None])] = 1
@@ -135,7 +115,7 @@ class Windows:
         """The characters of a span: context[first:past] of the window's context.
 
         window: window numbers; start, end: positions in the window of the span's first and last
-        token, both among its context tokens; scalars or arrays of one shape. Returns int32 of that
+        token, both among its context tokens; scalars or arrays of one shape. Returns int64 of that
         shape. Positions outside the context tokens give characters of another place: not checked.
         """
         base = (
@@ -143,7 +123,8 @@ class Windows:
             + self.first_token[window]
             - self.prefix[window]
         )
-        return self.context_offsets[base + start, 0], self.context_offsets[base + end, 1]
+        first, last = (self.context_char_start[base + at].astype(np.int64) for at in (start, end))
+        return first, last + self.context_char_count[base + end]
 
     def notes(self) -> list[str]:
         """What a user should hear about these windows: one sentence for each thing that is so."""
@@ -157,49 +138,10 @@ class Windows:
         return [f"{self.counts[k]} {of} {s}" for k, s in sentences.items() if self.counts[k]]
 
 
-def write_header(folder: Path, header: dict[str, Any]) -> None:
-    """Completes a folder of array files: records their sizes, and makes all of it durable."""
-    sizes = {name: (folder / f"{name}.bin").stat().st_size for name in ARRAYS}
-    with (folder / HEADER).open("w", encoding="utf-8") as file:
-        json.dump({**header, "bytes": sizes}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def open_windows(folder: Path, key: str) -> Windows:
-    """Maps the arrays of a finished folder; reads nothing but the header.
-
-    Raises UserError where the folder is not what `write_header` left: a file missing, shortened or
-    of another key.
-    """
-
-    def damaged(why: str) -> UserError:
-        return UserError(f"{folder}: a damaged cache ({why}): delete this folder and run again")
-
-    try:
-        header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
-        sizes, found = header["bytes"], header["key"]
-    except OSError as error:
-        raise damaged(f"{HEADER}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
-        raise damaged(f"{HEADER} is not a header") from None
-    if found != key:
-        raise damaged(f"{HEADER} belongs to {found}")
-    arrays = {}
-    for name, (kind, columns) in ARRAYS.items():
-        path = folder / f"{name}.bin"
-        try:
-            size = path.stat().st_size
-            if size != sizes.get(name):
-                raise damaged(f"{path.name} has {size} bytes, not {sizes.get(name)}")
-            # An empty file cannot be mapped.
-            flat = np.memmap(path, dtype=kind, mode="r") if size else np.empty(0, dtype=kind)
-        except OSError as error:
-            raise damaged(f"{path.name}: {error.strerror}") from None
-        # A plain view: what is gathered from it is then an ordinary array.
-        flat = flat.view(np.ndarray)
-        arrays[name] = flat.reshape(-1, columns) if columns > 1 else flat
+    """The windows in a finished folder, mapped. Raises UserError as open_arrays does."""
+    arrays, header = open_arrays(folder, key)
     try:
         return Windows(arrays, header)
     except KeyError as error:
-        raise damaged(f"{HEADER} has no {error}") from None
+        raise damaged(folder, f"{HEADER} has no {error}") from None

@@ -4,7 +4,7 @@ import random
 
 import numpy as np
 
-from kdfast.squad import windows
+from kdfast.squad.array_files import ARRAYS
 from kdfast.squad.records import Answer, Example
 
 SMALL = {"max_seq_length": 48, "max_query_length": 24, "doc_stride": 7}
@@ -45,7 +45,7 @@ def characters(w, index):
 
 
 def arrays_of(w):
-    return {name: getattr(w, name) for name in windows.ARRAYS if hasattr(w, name)}
+    return {name: getattr(w, name) for name in ARRAYS if hasattr(w, name)}
 
 
 def assert_same_windows(a, b):

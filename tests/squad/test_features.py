@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kdfast.errors import UserError
-from kdfast.squad import cutting, features, windows
+from kdfast.squad import array_files, cutting, features
 from kdfast.squad.features import prepare, tokenizer_key, windows_of
 from tests.corpora import shared
 from tests.squad.made_up import SMALL, assert_same_windows, random_examples
@@ -96,7 +96,7 @@ def test_a_torn_cache_is_refused(tmp_path, source, damage):
     tokenizer = of_family("bert")
     key = prepare(source, tokenizer, cache_dir=cache, **SMALL).key
     folder = cache / "features" / key
-    array, header = folder / "input_ids.bin", folder / windows.HEADER
+    array, header = folder / "input_ids.bin", folder / array_files.HEADER
     if damage == "short":
         array.write_bytes(array.read_bytes()[:-4])
     elif damage == "long":

@@ -102,7 +102,7 @@ def test_long_questions_are_cut(family):
         assert len(row) <= 48
     assert w.prefix[-1] == len(template.before) + len(template.between)  # no question at all
     assert w.question_token_start.tolist() == [0, 24, 24]
-    assert len(w.question_offsets) == 24
+    assert len(w.question_char_start) == 24
 
 
 def test_padded():
@@ -165,7 +165,7 @@ def test_each_context_is_tokenised_once(monkeypatch):
     contexts = {e.context for e in examples}
     assert sorted(t for t in texts if t in contexts) == sorted(contexts)
     assert w.counts["contexts"] == len(contexts)
-    assert len(w.context_offsets) == len(in_order.context_offsets)
+    assert len(w.context_char_start) == len(in_order.context_char_start)
 
     def per_question(windows_):
         found = {}
