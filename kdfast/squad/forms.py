@@ -100,6 +100,8 @@ _REQUIRED = object()
 
 def _field(where: str, record: Any, key: str, kind: Any, default: Any = _REQUIRED) -> Any:
     """record[key], of the given type. A field with a default may be absent or null."""
+    if type(record) is dict and type(record.get(key)) is kind:
+        return record[key]  # as nearly always
     if not isinstance(record, dict):
         raise UserError(f"{where}: {type(record).__name__} where an object with {key!r} belongs")
     value = record.get(key)

@@ -1,5 +1,6 @@
 """Made-up examples, and helpers that tests of windows share."""
 
+import json
 import random
 
 import numpy as np
@@ -36,6 +37,21 @@ def random_examples(seed, contexts=25, per_context=3):
                 answers = (Answer(text, start), Answer(context[0], 0))
             found.append(Example(f"{c}-{q}", "", question, context, answers))
     return found
+
+
+def write_source(path, examples):
+    """Writes a list of flat records; returns its name as `prepare` takes it."""
+    rows = [
+        {
+            "id": e.id,
+            "question": e.question,
+            "context": e.context,
+            "answers": [{"text": a.text, "answer_start": a.start} for a in e.answers],
+        }
+        for e in examples
+    ]
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    return str(path)
 
 
 def characters(w, index):

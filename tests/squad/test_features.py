@@ -4,6 +4,7 @@ import json
 import shutil
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,23 +13,16 @@ import pytest
 from kdfast.errors import UserError
 from kdfast.squad import array_files, cutting, features
 from kdfast.squad.features import prepare, tokenizer_key, windows_of
+from kdfast.squad.records import Answer, Example, read_examples
 from tests.corpora import shared
-from tests.squad.made_up import SMALL, assert_same_windows, random_examples
+from tests.squad.made_up import (
+    SMALL,
+    assert_same_windows,
+    characters,
+    random_examples,
+    write_source,
+)
 from tests.tokenizers import FAMILIES, of_family
-
-
-def write_source(path, examples):
-    rows = [
-        {
-            "id": e.id,
-            "question": e.question,
-            "context": e.context,
-            "answers": [{"text": a.text, "answer_start": a.start} for a in e.answers],
-        }
-        for e in examples
-    ]
-    path.write_text(json.dumps(rows), encoding="utf-8")
-    return str(path)
 
 
 @pytest.fixture
@@ -194,12 +188,59 @@ def test_a_cache_folder_that_cannot_be(tmp_path, source):
         prepare(source, of_family("bert"), cache_dir=tmp_path / "file" / "cache", **SMALL)
 
 
-def test_bytes_on_disk(tmp_path):
-    """At most 12 per real token together with the teacher's four (two fp16 logits)."""
-    path = shared("newwiki_dev.json")
-    w = prepare(str(path), of_family("bert"), cache_dir=tmp_path)
-    stored = sum(p.stat().st_size for p in tmp_path.rglob("*") if p.is_file())
-    assert stored <= 8 * len(w.input_ids)
+def stored_per_token(cache, windows):
+    """Bytes of the features and of the teacher's logits, two in fp16, for every real token."""
+    stored = sum(p.stat().st_size for p in cache.rglob("*") if p.is_file())
+    return stored / len(windows.input_ids) + 4
+
+
+@pytest.mark.parametrize("vocabulary", [300, 70_000])
+def test_bytes_on_disk(tmp_path, vocabulary):
+    """At most 12 for every real token, also with one question a context and many ids."""
+    tokenizer = FAMILIES["bert"]()
+    examples = read_examples(str(shared("newwiki_dev.json")))
+    contexts = {e.context: e for e in examples}
+    tokenizer.add_tokens([f"unheardof{i}" for i in range(vocabulary - len(tokenizer))])
+    most = f"unheardof{vocabulary - len(FAMILIES['bert']()) - 1}"
+    once = [Example(e.id, e.title, f"{most} {e.question}", c, ()) for c, e in contexts.items()]
+    source = write_source(tmp_path / "once.json", once)
+    w = prepare(source, tokenizer, cache_dir=tmp_path / "cache")
+    assert w.input_ids.dtype == (np.uint16 if vocabulary < 1 << 16 else np.int32)
+    assert w.counts["questions"] == w.counts["contexts"]
+    assert stored_per_token(tmp_path / "cache", w) <= 12
+
+
+def test_arrays_widen_where_values_ask_for_it(tmp_path, monkeypatch):
+    """Ids above 65,535, characters above 65,535, words of over 255 characters: late in the file."""
+    tokenizer = FAMILIES["bert"]()
+    tokenizer.add_tokens([f"unheardof{i}" for i in range(70_000)])
+    examples = random_examples(6)
+    long = "the " * 17_000 + "x" * 300 + " Rollo " + "y" * 66_000
+    examples.append(
+        Example("z", "", "unheardof69999", long, (Answer("Rollo", long.index("Rollo")),))
+    )
+    examples += [replace(e, id=f"{e.id}-again") for e in random_examples(6, 2)]
+    monkeypatch.setattr(cutting, "_BATCH_QUESTIONS", 8)
+    source = write_source(tmp_path / "source.json", examples)
+    w = prepare(source, tokenizer, cache_dir=tmp_path / "cache", **SMALL)
+    assert_same_windows(windows_of(examples, tokenizer, **SMALL), w)
+    for name in ("input_ids", "context_char_start", "context_char_count"):
+        assert getattr(w, name).dtype == np.int32
+    assert w.question_char_count.dtype == np.uint8
+    at = np.flatnonzero(w.question == len(random_examples(6)))
+    (inside,) = at[w.start_positions[at] > 0][:1]
+    first, past = w.char_span(inside, w.start_positions[inside], w.end_positions[inside])
+    assert long[first:past] == "Rollo"
+    assert max(past for i in at for _, past in characters(w, i)) == len(long)
+    assert w.padded(at[:1])["input_ids"][0, 1] == len(tokenizer) - 1
+    narrow = prepare(
+        write_source(tmp_path / "narrow.json", random_examples(6)),
+        tokenizer,
+        cache_dir=tmp_path / "cache",
+        **SMALL,
+    )
+    assert [narrow.input_ids.dtype, narrow.context_char_start.dtype] == [np.uint16, np.uint16]
+    np.testing.assert_array_equal(w.input_ids[: len(narrow.input_ids)], narrow.input_ids)
 
 
 @pytest.mark.parametrize(
