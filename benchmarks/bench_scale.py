@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, BertConfig, BertForQuestionAnswering
 from .rounds import machine
 from .watched_run import Phase, watched_run
 
-SMALL, SIZES = 1_000, (5_000, 20_000)
+SMALL, SIZES = 1_000, (100_000, 1_000_000)
 STEPS, BATCH = 100, 32
 LIMIT = 2_000_000_000  # bytes of anonymous memory; the models here have under a million
 BYTES_PER_TOKEN = 12

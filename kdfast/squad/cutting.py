@@ -18,7 +18,7 @@ from kdfast.squad.tokens import Job, Tokens, ragged, starts_of
 
 UNLABELLED = -100
 # Of the contexts of a batch; of all its questions' contexts, which its windows grow with.
-_BATCH_CHARACTERS = 1 << 20
+_BATCH_CHARACTERS = 1 << 19
 _BATCH_CHARACTERS_ASKED = 1 << 22
 _BATCH_QUESTIONS = 4096
 
@@ -59,7 +59,7 @@ class Cutter:
     def arrays(self, examples: Iterable[Example]) -> Iterator[dict[str, np.ndarray]]:
         """Yields dictionaries whose arrays, joined over all of them by name, are those of Windows.
 
-        Memory: that of a batch of about a million characters, plus 16 bytes and a dictionary
+        Memory: that of a batch of about half a million characters, plus 16 bytes and a dictionary
         entry for each context.
         """
         names = ("questions", "contexts", "windows", "tokens", "context_tokens", "question_tokens")

@@ -25,7 +25,7 @@ from kdfast.squad.tokens import Job, Tokens, encode
 Encoder = Callable[[Iterable[Job]], Iterator[tuple[Tokens, Tokens]]]
 
 # So many batches are encoded here before processes are started: about what starting them costs.
-FEW_BATCHES = 2
+FEW_BATCHES = 4
 # The process that reads and writes feeds about so many.
 MOST_PROCESSES = 8
 
