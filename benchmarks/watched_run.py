@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-POLL = 0.02  # seconds
+POLL = 0.05  # seconds
 TICK = os.sysconf("SC_CLK_TCK")
 PHASES = ("prepare", "teacher", "train")
 

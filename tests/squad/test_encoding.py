@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -41,7 +42,7 @@ def test_processes_write_the_same_bytes(tmp_path, processes):
     for count in (1, 2, 3):
         cache = tmp_path / f"cache{count}"
         w = features.prepare(
-            source, of_family("roberta"), cache_dir=cache, processes=count, **SMALL
+            source, of_family("deberta"), cache_dir=cache, processes=count, **SMALL
         )
         found.append(contents(cache / "features" / w.key))
         assert [process.returncode for process in processes] == [-signal.SIGKILL] * len(processes)
@@ -81,6 +82,16 @@ def test_a_killed_process_ends_in_a_sentence(tmp_path, processes, monkeypatch):
     assert len(features.prepare(source, of_family("bert"), **arguments)) > 0
 
 
+def test_a_process_is_light():
+    """It brings no copy of this one, and does not import kdfast, which would bring torch."""
+    worker = encoding._Worker(of_family("bert").backend_tokenizer.to_str())
+    contexts, questions = worker.encode((["the Normans"], ["who"], 9))
+    maps = Path(f"/proc/{worker.process.pid}/maps").read_text()
+    worker.end()
+    assert len(contexts.ids) and len(questions.ids)
+    assert "numpy" in maps and "libtorch" not in maps
+
+
 def test_processes_end_when_their_starter_is_killed():
     program = (
         "import os\n"
@@ -105,8 +116,7 @@ def test_processes_end_when_their_starter_is_killed():
 def running(pid):
     try:
         os.kill(pid, 0)
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except (ProcessLookupError, FileNotFoundError):
         return False
 

@@ -199,14 +199,14 @@ def test_bytes_on_disk(tmp_path, vocabulary):
     """At most 12 for every real token, also with one question a context and many ids."""
     tokenizer = FAMILIES["bert"]()
     examples = read_examples(str(shared("newwiki_dev.json")))
-    contexts = {e.context: e for e in examples}
+    contexts = {e.context[:450]: e for e in examples}  # a window each
     tokenizer.add_tokens([f"unheardof{i}" for i in range(vocabulary - len(tokenizer))])
     most = f"unheardof{vocabulary - len(FAMILIES['bert']()) - 1}"
     once = [Example(e.id, e.title, f"{most} {e.question}", c, ()) for c, e in contexts.items()]
     source = write_source(tmp_path / "once.json", once)
     w = prepare(source, tokenizer, cache_dir=tmp_path / "cache")
     assert w.input_ids.dtype == (np.uint16 if vocabulary < 1 << 16 else np.int32)
-    assert w.counts["questions"] == w.counts["contexts"]
+    assert w.counts["windows"] == w.counts["questions"] == w.counts["contexts"]
     assert stored_per_token(tmp_path / "cache", w) <= 12
 
 

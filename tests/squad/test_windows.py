@@ -138,6 +138,24 @@ def test_batches_do_not_matter(monkeypatch):
     assert_same_windows(windows_of(examples, of_family("xlm_roberta"), **SMALL), whole)
 
 
+def test_a_batch_has_a_bound(monkeypatch):
+    """By its contexts, by their questions, and by what these ask of them together."""
+    monkeypatch.setattr(cutting, "_BATCH_CHARACTERS", 200)
+    monkeypatch.setattr(cutting, "_BATCH_CHARACTERS_ASKED", 1000)
+    monkeypatch.setattr(cutting, "_BATCH_QUESTIONS", 20)
+
+    def sizes(lengths):
+        contexts = {n: "x" * n for n in lengths}
+        examples = [Example("", "", "", contexts[n], ()) for n in lengths]
+        batches = list(cutting._batches(examples))
+        assert [e for batch in batches for e in batch] == examples
+        return [len(batch) for batch in batches]
+
+    assert sizes([90, 91, 92, 93, 94]) == [3, 2]
+    assert sizes([90] * 3 + [500] * 5) == [5, 2, 1]
+    assert sizes([1] * 50) == [20, 20, 10]
+
+
 def test_each_context_is_tokenised_once(monkeypatch):
     """However its questions are spread: in the file's order, and shuffled over many batches."""
     real = of_family("roberta")
