@@ -199,10 +199,11 @@ def test_bytes_on_disk(tmp_path, vocabulary):
     """At most 12 for every real token, also with one question a context and many ids."""
     tokenizer = FAMILIES["bert"]()
     examples = read_examples(str(shared("newwiki_dev.json")))
-    contexts = {e.context[:450]: e for e in examples}  # a window each
-    tokenizer.add_tokens([f"unheardof{i}" for i in range(vocabulary - len(tokenizer))])
-    most = f"unheardof{vocabulary - len(FAMILIES['bert']()) - 1}"
-    once = [Example(e.id, e.title, f"{most} {e.question}", c, ()) for c, e in contexts.items()]
+    contexts = {e.context[:300]: e for e in examples}  # a window each
+    added = [f"unheardof{i}" for i in range(vocabulary)]
+    tokenizer.add_tokens(added)
+    asked = f"{added[-1]} "
+    once = [Example(e.id, e.title, asked + e.question, c, ()) for c, e in contexts.items()]
     source = write_source(tmp_path / "once.json", once)
     w = prepare(source, tokenizer, cache_dir=tmp_path / "cache")
     assert w.input_ids.dtype == (np.uint16 if vocabulary < 1 << 16 else np.int32)
