@@ -42,7 +42,7 @@ def start(count: int, function: Callable[[int], Any]) -> tuple[list, Any, Any]:
     keeper = FORK.Process(target=_keep_store, args=(port,), daemon=True)
     keeper.start()
     variables = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port.get()}
-    variables["TORCHELASTIC_USE_AGENT_STORE"] = True
+    variables |= {"TORCHELASTIC_USE_AGENT_STORE": True, "OMP_NUM_THREADS": 1}
 
     def child(rank: int) -> None:
         for name, value in {**variables, "RANK": rank, "LOCAL_RANK": rank}.items():

@@ -1,0 +1,184 @@
+"""KDTrainer: the Trainer's own loop with the gradient of the whole step."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForQuestionAnswering, Trainer, TrainingArguments
+
+from kdfast import fused_kd_loss
+from kdfast.distill.config import TrainConfig
+from kdfast.errors import UserError
+from kdfast.hf import KDCollator, KDDataset, KDMixin, KDTrainer, kd_dataset
+from tests import forks
+
+pytest.importorskip("accelerate", reason="the Hugging Face Trainer needs accelerate")
+
+
+@pytest.fixture
+def data(world):
+    """The settings, and the rows of 12 windows."""
+    config = TrainConfig(
+        teacher=world.teacher,
+        student=world.student,
+        train_file=world.train_file,
+        cache_dir=str(world.path / "cache"),
+        max_seq_length=200,
+        temperature=2.0,
+        distillation_loss_weight=0.6,
+    )
+    rows = kd_dataset(config)
+    return config, KDDataset(rows.windows, rows.chosen[:12], rows.teacher_logits)
+
+
+def student(world):
+    model = AutoModelForQuestionAnswering.from_pretrained(world.student)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.config.attention_probs_dropout_prob = 0.0
+    return model.eval()
+
+
+def weights(model):
+    return torch.cat([each.detach().flatten() for each in model.parameters()]).clone()
+
+
+def moved(world, data, batch, accumulation, kind=KDTrainer, **changes):
+    """Minus the gradient that one step of plain SGD took, with rate 1."""
+    config, rows = data
+    model = student(world)
+    before = weights(model)
+    arguments = TrainingArguments(
+        output_dir=str(world.path / "hf"),
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        max_steps=1,
+        optim="sgd",
+        learning_rate=1.0,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        **changes,
+    )
+    kind(model=model, args=arguments, train_dataset=rows, kd=config).train()
+    return weights(model).cpu() - before
+
+
+def whole(world, data):
+    """Minus the gradient of all rows as one padded batch, through the public function."""
+    config, rows = data
+    model = student(world)
+    batch = KDCollator(rows.pad_token_id)([rows[number] for number in range(len(rows))])
+    teacher, start, end = (
+        batch.pop(name) for name in ("teacher_logits", "start_positions", "end_positions")
+    )
+    outputs = model(**batch)
+    fused_kd_loss(
+        (outputs.start_logits, outputs.end_logits),
+        teacher,
+        start,
+        end,
+        temperature=config.temperature,
+        distillation_loss_weight=config.distillation_loss_weight,
+        mask=batch["attention_mask"].bool(),
+    ).backward()
+    return -torch.cat([each.grad.flatten() for each in model.parameters()])
+
+
+def distance(one, other):
+    return float((one - other).norm() / other.norm())
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(12, 1), (3, 4), (5, 3), (1, 12), (7, 2)])
+def test_accumulation_has_the_gradient_of_the_whole_batch(world, data, batch, accumulation):
+    assert distance(moved(world, data, batch, accumulation), whole(world, data)) < 1e-5
+
+
+def test_half_precision_comes_near(world, data):
+    assert distance(moved(world, data, 5, 3, bf16=True), whole(world, data)) < 0.05
+
+
+class MeanOfMeans(KDMixin, Trainer):
+    """What a Trainer does with a loss that is each batch's mean."""
+
+    loss_is_scaled_for_ga = False
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return super().compute_loss(model, inputs, return_outputs, None)
+
+
+def test_that_check_sees_the_mean_of_means(world, data):
+    assert distance(moved(world, data, 5, 3, MeanOfMeans), whole(world, data)) > 1e-3
+
+
+def test_two_devices_have_the_gradient_of_one(world, data):
+    def rank(number):
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(
+            reset_partial_state=True
+        )  # what the parent found: one process
+        return moved(world, data, 2, 3, ddp_backend="gloo").tolist()
+
+    for found in forks.run(2, rank):
+        assert not isinstance(found, str), found
+        assert distance(torch.tensor(found), whole(world, data)) < 1e-5
+
+
+def test_rows_hold_the_cache_of_their_own_window(data):
+    _, rows = data
+    for number in (0, 5, 11):
+        row, index = rows[number], rows.chosen[number]
+        begin = rows.windows.window_start[index]
+        end = begin + rows.windows.lengths[index]
+        np.testing.assert_array_equal(row["input_ids"], rows.windows.input_ids[begin:end])
+        np.testing.assert_array_equal(row["teacher_logits"], rows.teacher_logits[begin:end])
+
+
+def test_shuffled_columns_are_refused(data):
+    _, rows = data
+    collate = KDCollator(rows.pad_token_id)
+    one, other = rows[0], rows[1]
+    for name in ("teacher_logits", "teacher_window"):
+        one[name], other[name] = other[name], one[name]
+    with pytest.raises(UserError, match="belong to other input_ids"):
+        collate([one, other])
+
+
+def test_rows_without_a_teacher_are_refused(world, data):
+    config, rows = data
+    row = rows[0]
+    del row["teacher_logits"]
+    with pytest.raises(UserError, match="A row has no teacher_logits"):
+        KDCollator(rows.pad_token_id)([row])
+    trainer = KDTrainer(
+        model=student(world),
+        args=TrainingArguments(str(world.path / "hf"), use_cpu=True, report_to="none"),
+        kd=config,
+    )
+    with pytest.raises(UserError, match="without teacher_logits"):
+        trainer.compute_loss(trainer.model, {"input_ids": torch.ones(1, 4, dtype=torch.int64)})
+    with pytest.raises(UserError, match="needs a teacher"):
+        kd_dataset(TrainConfig(student=world.student, train_file=world.train_file))
+
+
+def test_the_example_of_the_readme(world, monkeypatch):
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(from kdfast\.hf import.*?)```", text, re.DOTALL)
+    for theirs, ours in (
+        ("deepset/roberta-large-squad2", world.teacher),
+        ("roberta-base", world.student),
+        ("rajpurkar/squad_v2", world.train_file),
+    ):
+        assert theirs in code
+        code = code.replace(theirs, ours)
+    monkeypatch.chdir(world.path)
+    monkeypatch.setenv("HOME", str(world.path))
+    exec(compile(code, "README.md", "exec"), {})
+    assert (world.path / "distilled-hf" / "model.safetensors").is_file()
