@@ -16,17 +16,17 @@ import torch
 from torch import nn
 from transformers import AutoModelForQuestionAnswering
 
-from kdfast.distill.feed import forward_tokens
+from kdfast.distill.costs import forward_tokens, matmul_rate
 from kdfast.distill.models import SpanModel
 from kdfast.distill.precision import AUTOCAST
 from kdfast.distill.teacher import Source, fill_cache
 from kdfast.squad.windows import Windows
 
 from .bert_reader import FORMULA, bert_reader, forward_operations
-from .limits import matmul_rate
 from .reading_corpus import corpus, made_up_corpus
 from .rounds import machine
 
+CPU = torch.device("cpu")
 HERE = Path(__file__).parent
 THREADS = 2
 PRECISIONS = {"fp32": "no", "bf16": "bf16"}
@@ -82,8 +82,7 @@ def cached_pass(
 ) -> np.ndarray:
     """kdfast's own pass into a cache of its own: fp16 (tokens, 2). The one place that calls it."""
     source = Source(weights=name, tokenizer="", windows="", precision=precision)
-    device = torch.device("cpu")
-    return fill_cache(folder, source, SpanModel(model), windows, device, forward_tokens(device))
+    return fill_cache(folder, source, SpanModel(model), windows, CPU, forward_tokens(CPU))
 
 
 def kl(one: np.ndarray, other: np.ndarray) -> float:
@@ -149,7 +148,7 @@ def run_chunk(model: nn.Module, windows: Windows, folder: Path, number: int) -> 
         passes[f"kdfast, {name}"] = kind, every, own
     rows = []
     for name, (kind, taken, run) in passes.items():
-        rate = matmul_rate(kind)
+        rate = matmul_rate(CPU, kind)
         started = time.perf_counter()
         run()
         seconds = time.perf_counter() - started

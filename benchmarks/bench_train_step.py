@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 import torch
 
+from kdfast.distill.costs import count_work, matmul_rate
+from kdfast.distill.models import SpanModel
 from kdfast.distill.precision import AUTOCAST
 
 from . import train_step_report
-from .bert_reader import bert_reader
-from .limits import matmul_rate, peak_memory
+from .bert_reader import bert_reader, forward_operations
+from .peak_memory import peak_memory
 from .reading_corpus import corpus, made_up_corpus
 from .rounds import machine
-from .train_contenders import WIDTH, Kdfast, Padded, Problem, collate
+from .train_contenders import CPU, WIDTH, Kdfast, Padded, Problem, collate
 from .trainer_contender import BY_LENGTH, RANDOM, HuggingFace
 
 THREADS = 2
@@ -132,7 +134,7 @@ def run_cell(cell: Cell, windows, folder: Path) -> list[dict]:
     for number in range(rounds):
         drawn = draws(windows, cell.batch, seed=number + 1)
         for name, contender in group.items():
-            peaks.append(matmul_rate(AUTOCAST[cell.precision] or torch.float32))
+            peaks.append(matmul_rate(CPU, AUTOCAST[cell.precision] or torch.float32))
             turns[name].append(contender(grouped[number] if name == GROUPED else drawn))
     peak = statistics.median(peaks)
     return [
@@ -177,6 +179,12 @@ def test_the_gate_can_fail(small):
     moved = {"moved": Padded(replace(problem, teacher_logits=other), None)}
     with pytest.raises(AssertionError, match="moved"):
         gate(group | moved, draws(windows, 8, seed=0), 1e-5)
+
+
+def test_operations_are_those_that_training_reports(small):
+    windows, problem, _ = small()
+    counted = count_work(SpanModel(problem.reader)).of(windows.lengths)
+    assert counted == pytest.approx(forward_operations(problem.reader.config, windows.lengths))
 
 
 def test_length_grouping_is_the_trainers_own(small):

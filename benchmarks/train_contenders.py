@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kdfast.distill import costs
 from kdfast.distill.config import TrainConfig
-from kdfast.distill.feed import flat_positions
-from kdfast.distill.log import TrainLog
+from kdfast.distill.feed import flat_positions, make_feed
+from kdfast.distill.log import Clock, TrainLog
 from kdfast.distill.models import SpanModel
 from kdfast.distill.optim import Updater, make_optimizer
 from kdfast.distill.precision import AUTOCAST
@@ -170,15 +171,18 @@ class Kdfast:
         self.live_teacher = live_teacher
         self.model = copy.deepcopy(problem.reader)
         self.optimizer = make_optimizer(self.model, WEIGHT_DECAY)
+        self.lengths = problem.windows.lengths
         self.timeline = Timeline()
         span_model = SpanModel(self.model)
-        span_model.register_forward_pre_hook(lambda *_: self.timeline.begin("forward"))
-        span_model.register_forward_hook(lambda *_: self.timeline.begin("loss"))
         updater = TimedUpdater(span_model, self.optimizer, None, problem.max_grad_norm)
         updater.timeline = self.timeline
-        self.stepper = make_stepper(problem, span_model, updater)
+        work = costs.count_work(span_model)
+        self.stepper = make_stepper(problem, span_model, updater, work)
+        span_model.register_forward_pre_hook(lambda *_: self.timeline.begin("forward"))
+        span_model.register_forward_hook(lambda *_: self.timeline.begin("loss"))
         folder.mkdir(parents=True, exist_ok=True)
         self.log = TrainLog(folder, 0, tensorboard=False)
+        self.clock = Clock(work, matmul_rate=1.0)
         self.steps = 0
 
     def __call__(self, indices: np.ndarray) -> Turn:
@@ -187,15 +191,15 @@ class Kdfast:
             self.live_teacher(indices)
         self.timeline.begin("gather")
         report = self.stepper.run(self.steps, indices)
-        self.log.step(report)
+        self.log.step(report, self.clock.add(report, self.lengths[indices]))
         ended = time.perf_counter()
         self.steps += 1
         parts = self.timeline.seconds(ended)
         return Turn(ended - started, indices, report.padded_tokens, parts)
 
 
-def make_stepper(problem: Problem, model: SpanModel, updater: Updater) -> Stepper:
-    """The one place that knows how a Stepper is made."""
+def make_stepper(problem: Problem, model: SpanModel, updater: Updater, work: costs.Work) -> Stepper:
+    """As kdfast.train makes it with the default settings."""
     config = TrainConfig(
         temperature=TEMPERATURE,
         distillation_loss_weight=WEIGHT,
@@ -205,12 +209,15 @@ def make_stepper(problem: Problem, model: SpanModel, updater: Updater) -> Steppe
         embeds_dropout_prob=0.0,
         mixed_precision=problem.precision,
     )
+    trial = costs.Trial(model, model, CPU, AUTOCAST[problem.precision])
     return Stepper(
         config,
         model,
+        model,
         updater,
-        problem.windows,
-        problem.teacher_logits,
+        make_feed(problem.windows, problem.teacher_logits, CPU),
+        problem.windows.lengths,
+        costs.choose_rule(config, work, trial),
         CPU,
         problem.precision,
         total_steps=1000,

@@ -1,24 +1,10 @@
-"""What the machine can do, and what a call takes of it."""
+"""How much memory a call takes."""
 
 import gc
-import time
 from collections.abc import Callable
 from ctypes import CDLL
 from ctypes.util import find_library
 from pathlib import Path
-
-import torch
-
-
-def matmul_rate(kind: torch.dtype) -> float:
-    """Operations per second of torch.matmul: the fastest of a few of 1,024 x 1,024."""
-    one, other = torch.randn(2, 1024, 1024).to(kind)
-    taken = []
-    for _ in range(10):
-        started = time.perf_counter()
-        torch.matmul(one, other)
-        taken.append(time.perf_counter() - started)
-    return 2 * 1024**3 / min(taken)
 
 
 def peak_memory(call: Callable[[], object]) -> int:
