@@ -154,6 +154,7 @@ setup(
             "hypothesis>=6.100",
             "ruff>=0.12",
             "matplotlib>=3.8",
+            "accelerate>=1.1",  # the Hugging Face Trainer, which benchmarks/ trains against
             # They compile the CUDA source for a V100 where there is no CUDA 12 toolkit.
             "nvidia-cuda-nvrtc-cu12>=12.9; platform_system == 'Linux'",
             "nvidia-cuda-runtime-cu12>=12.9; platform_system == 'Linux'",

