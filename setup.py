@@ -132,7 +132,10 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["kdfast", "kdfast.*"]),
-    package_data={"kdfast.demo": ["*.yaml", "domains/*.yaml", "teacher/*"]},
+    package_data={
+        "kdfast.demo": ["*.yaml", "domains/*.yaml", "teacher/*"],
+        "kdfast.recipes": ["*.yaml"],
+    },
     ext_modules=[rows],
     cmdclass={"build_ext": BuildRows},
     install_requires=[

@@ -3,66 +3,23 @@
 import json
 import math
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from transformers import HfArgumentParser
 from transformers.utils import logging as hf_logging
 
-from kdfast.distill import models, scoring
-from kdfast.distill.config import flag
+from kdfast.distill import scoring
+from kdfast.distill.contender import Contender, questions_of, result_of
+from kdfast.distill.evaluate_config import EvaluateConfig
 from kdfast.distill.precision import pick_device, resolve
+from kdfast.distill.record import describe_machine
 from kdfast.errors import UserError
 from kdfast.files import make_writable, write_json
-from kdfast.squad import answers, features, metrics, records
+from kdfast.squad import answers, bootstrap, metrics, records, results
+from kdfast.squad.suites import EvaluationSet
 
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """Give --model to answer the questions, or --predictions to score answers that are there."""
-
-    data: str | None = flag(
-        None, "SQuAD JSON, JSONL or parquet file, or a hub dataset id[:config[:split]]."
-    )
-    model: str | None = flag(None, "Folder or hub id of the reader.")
-    predictions: str | None = flag(None, "JSON file, question id to answer, instead of --model.")
-    null_odds: str | None = flag(None, "JSON file, question id to null odds, for --predictions.")
-    null_threshold: float | None = flag(
-        None,
-        "Null odds above this mean no answer. Default: 0.0 for a model's score difference, "
-        "1.0 for files, as in the official script.",
-    )
-    output_dir: str | None = flag(None, "Folder for metrics.json and, of a model, its answers.")
-    cache_dir: str = flag("~/.cache/kdfast", "Folder for prepared features.")
-    max_seq_length: int = flag(384, "Tokens in a window, special tokens included.")
-    max_query_length: int = flag(64, "Tokens of the question that are kept.")
-    doc_stride: int = flag(128, "Context tokens from the start of a window to that of the next.")
-    max_answer_length: int = flag(30, "Tokens in the longest answer that is considered.")
-    n_best_size: int = flag(20, "Answers per question in nbest_predictions.json.")
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(
-        None, "Default: fp16 on a GPU, no on a CPU."
-    )
-
-    def check(self) -> None:
-        """Raise UserError for flags that are missing, contradictory or out of range."""
-        if not self.data:
-            raise UserError("--data is missing: name a SQuAD file or a hub dataset.")
-        if (self.model is None) == (self.predictions is None):
-            raise UserError("Give either --model or --predictions, and not both.")
-        if self.null_odds and self.predictions is None:
-            raise UserError("--null_odds goes with --predictions: leave it out with --model.")
-        if self.null_threshold is not None and math.isnan(self.null_threshold):
-            raise UserError("--null_threshold is nan: give a number.")
-        for name in (
-            "max_seq_length",
-            "max_query_length",
-            "doc_stride",
-            "max_answer_length",
-            "n_best_size",
-        ):
-            if getattr(self, name) <= 0:
-                raise UserError(f"--{name} is {getattr(self, name)}: give a number above 0.")
+FORMAT = 1  # of what is written: raise it when the meaning changes
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -83,52 +40,80 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def evaluate(config: EvaluateConfig) -> dict[str, float]:
-    """Score, print the official figures as one JSON object, and write metrics.json."""
+def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
+    """Score, print, and write what --output_dir is for. Returns the results of the sets.
+
+    Of one --data the official figures are printed as one JSON object, of a --suite a table.
+    """
     config.check()
+    sets = config.sets()
     output = open_folder(config.output_dir)
-    examples = records.read_examples(config.data, split="validation")
-    metrics.gold_answers(examples)  # data that cannot be scored are refused before a model runs
-    if config.model is not None:
-        result = answer(config, examples)
-        scores = result.metrics
+    if config.predictions is not None:
+        scores = score_files(config, read_questions(sets[0]))
+        print(json.dumps(scores, indent=2))
         if output:
-            answers.write_predictions(result.answers, output)
-        warn(f"{result.windows_per_second:.1f} windows/s")
-    else:
-        scores = score_files(config, examples)
-    print(json.dumps(scores, indent=2))
-    if output:
-        write_json(output / "metrics.json", scores)
-    return scores
+            write_json(output / "metrics.json", scores)
+        return [{"metrics": scores}]
 
-
-def answer(config: EvaluateConfig, examples: list[records.Example]) -> scoring.Evaluation:
-    """The questions answered by --model, and scored."""
     device = pick_device()
-    loaded = models.load_reader(config.model, "--model")
-    models.check_fits(loaded, config.max_seq_length, config.model)
-    windows = features.prepare(
-        config.data,
-        loaded.tokenizer,
-        split="validation",
-        max_seq_length=config.max_seq_length,
-        max_query_length=config.max_query_length,
-        doc_stride=config.doc_stride,
-        cache_dir=Path(config.cache_dir).expanduser(),
-    )
-    for note in [*loaded.notes, *windows.notes()]:
-        warn(note)
-    validation = scoring.Validation(
-        windows=windows,
-        examples=examples,
-        max_answer_length=config.max_answer_length,
-        n_best_size=config.n_best_size,
-        null_threshold=0.0 if config.null_threshold is None else config.null_threshold,
-    )
-    return validation.score(
-        loaded.model.to(device), device, resolve(config.mixed_precision, device)
-    )
+    precision = resolve(config.mixed_precision, device)
+    named = [("--model", config.model)]
+    if config.compare is not None:
+        named.append(("--compare", config.compare))
+    readers = [Contender(config, name, role, device, precision, warn) for role, name in named]
+    questions = {each.name: read_questions(each) for each in sets}
+    thresholds = [reader.null_threshold() for reader in readers]
+    about = [reader.describe(sets[0].source) for reader in readers]
+    header = {
+        "format": FORMAT,
+        "model": about[0],
+        "compared_with": about[1] if len(about) > 1 else None,
+        "settings": {
+            **config.window_settings(),
+            "max_answer_length": config.max_answer_length,
+            "precision": precision,
+            "null_threshold_from": config.null_threshold_from,
+        },
+        "bootstrap": {"resamples": bootstrap.RESAMPLES, "level": bootstrap.LEVEL, "seed": 0},
+        **describe_machine(device),
+    }
+    found = []
+    for each in sets:
+        asked = questions.pop(each.name)
+        answered = [
+            reader.answer(each.source, asked, threshold if each.unanswerable else math.inf)
+            for reader, threshold in zip(readers, thresholds, strict=True)
+        ]
+        found.append(result_of(each, answered))
+        speed = found[-1]["windows_per_second"]
+        warn(f"{each.name}: {scoring.line(found[-1]['metrics'])}  {speed:.1f} windows/s")
+        if output:
+            write_json(output / f"{each.name}.eval.json", header | found[-1])
+            write_json(output / f"{each.name}.questions.json", questions_of(answered))
+    if config.suite is None:
+        print(json.dumps(found[0]["metrics"], indent=2))
+        if output:
+            write_json(output / "metrics.json", found[0]["metrics"])
+            answers.write_predictions(answered[0].evaluation.answers, output)
+    if config.suite is not None or config.compare is not None:
+        print(results.table(found), file=sys.stdout if config.suite else sys.stderr)
+    if output:
+        write_json(output / "summary.json", header | {"sets": found})
+    return found
+
+
+def read_questions(each: EvaluationSet) -> list[records.Example]:
+    """The questions of a set. What cannot be read or scored is refused before a reader answers."""
+    try:
+        examples = records.read_examples(each.source, split="validation")
+        metrics.gold_answers(examples)
+    except UserError as error:
+        if each.file is not None:
+            raise
+        raise UserError(
+            f"Set {each.name}: {error}. --data {each.name}=FILE takes a copy."
+        ) from None
+    return examples
 
 
 def score_files(config: EvaluateConfig, examples: list[records.Example]) -> dict[str, float]:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.utils import logging as hf_logging
 
+from kdfast import recipes
 from kdfast.distill import checkpoint, costs, inputs, invariance, models, scoring
 from kdfast.distill.config import OBJECTIVE, TrainConfig
 from kdfast.distill.feed import make_feed
@@ -59,8 +60,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str]) -> TrainConfig:
-    """Flags to settings. Unknown flags and values end the program with argparse's own message."""
+    """Flags to settings, over those of a recipe, over the defaults.
+
+    Unknown flags and values end the program with argparse's own message, `--recipe list` with the
+    recipes.
+    """
     parser = HfArgumentParser(TrainConfig, prog="python -m kdfast.train", description=__doc__)
+    recipe = parser.parse_known_args(argv)[0].recipe
+    if recipe == "list":
+        print(recipes.listing())
+        parser.exit()
+    if recipe is not None:
+        parser.set_defaults(**recipes.load(recipe).settings)
     config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         parser.error(f"unknown arguments: {' '.join(unknown)}")
@@ -291,6 +302,9 @@ def say_config(config: TrainConfig, device: torch.device, precision: str, ranks:
     for name, value in asdict(config).items():
         if value is not None and value is not False:
             ranks.say(f"  {name}: {value}")
+    if config.recipe is not None:
+        for line in recipes.load(config.recipe).lines():
+            ranks.say(f"  {line}")
 
 
 if __name__ == "__main__":

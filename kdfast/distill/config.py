@@ -18,6 +18,9 @@ def flag(default: Any, text: str) -> Any:
 class TrainConfig:
     """Names follow Hugging Face and Haystack; the defaults are the published recipe's."""
 
+    recipe: str | None = flag(
+        None, "Settings of a published model; flags override them. `list` names all recipes."
+    )
     teacher: str | None = flag(
         None, "Folder or hub id of the teacher, a model fine-tuned for question answering."
     )
@@ -192,6 +195,7 @@ OBJECTIVE = tuple(
     for each in fields(TrainConfig)
     if each.name
     not in {
+        "recipe",
         "output_dir",
         "overwrite",
         "resume_from_checkpoint",

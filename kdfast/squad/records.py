@@ -17,6 +17,8 @@ __all__ = ["Answer", "Example", "Place", "fingerprint", "iter_examples", "locate
 
 _FLAT = {"context", "question", "answers"}  # any of these tells a flat record from an article
 _FILE_LIKE = re.compile(r"^[/~.]|\\|/.*/|\.(json|jsonl|ndjson|parquet|csv|txt|gz)$", re.IGNORECASE)
+# The branch on which the hub keeps CONFIG/SPLIT/*.parquet of every data set, scripts included.
+CONVERTED = "refs/convert/parquet"
 
 
 def read_examples(source: str, *, split: str | None = None) -> list[Example]:
@@ -28,9 +30,10 @@ def iter_examples(source: str, *, split: str | None = None) -> Iterator[Example]
     """Yields the questions of `source` in order, holding about one article in memory.
 
     source: a path to official SQuAD 1.1 or 2.0 JSON, or to flat records (json, jsonl, parquet)
-    with id, question, context and, optionally, title and answers; or `id[:config[:split]]` of a
-    dataset that `datasets.load_dataset` knows, in the flat form. `split` is used where a hub name
-    gives none ("train" if None).
+    with id, question, context and, optionally, title and answers; or
+    `id[@revision][:config[:split]]` of a dataset that `datasets.load_dataset` knows, in the flat
+    form. `split` is used where a hub name gives none ("train" if None). At the revision
+    refs/convert/parquet, the hub's own conversion of every data set, a config must be given.
 
     Questions that stand together on equal contexts share one context string.
 
@@ -79,7 +82,8 @@ def _path(source: str) -> Path | None:
             return path
     except (OSError, ValueError, RuntimeError) as error:  # no rights, no such user, too long
         raise UserError(f"{source!r}: not a path that can be read ({error}): check it") from None
-    if not source or _FILE_LIKE.search(source) or source.count(":") > 2:
+    named = source.replace(f"@{CONVERTED}", "")
+    if not named or _FILE_LIKE.search(named) or named.count(":") > 2:
         raise UserError(f"{source!r}: no such file: give a .json, .jsonl or .parquet file")
     return None
 
@@ -89,11 +93,16 @@ def _unreadable(path: Path, error: OSError) -> UserError:
 
 
 def _load_dataset(source: str, split: str | None) -> Any:
-    name, config, part = (*source.split(":"), "", "")[:3]
+    place, config, part = (*source.split(":"), "", "")[:3]
+    name, _, revision = (place, "", "") if Path(place).is_dir() else place.partition("@")
+    part = part or split or "train"
     try:
         import datasets
 
-        return datasets.load_dataset(name, config or None, split=part or split or "train")
+        if revision == CONVERTED:
+            files = f"hf://datasets/{place}/{config}/{part}/*.parquet"
+            return datasets.load_dataset("parquet", data_files=files, split="train")
+        return datasets.load_dataset(name, config or None, split=part, revision=revision or None)
     except Exception as error:  # the hub's client raises a dozen kinds, some of them private
         reason = (str(error).strip().splitlines() or [""])[0]
         raise UserError(

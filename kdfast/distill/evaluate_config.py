@@ -1,0 +1,107 @@
+"""The settings of an evaluation: one dataclass, whose fields are the flags of `kdfast.evaluate`."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from kdfast.distill.config import flag
+from kdfast.errors import UserError
+from kdfast.squad import suites
+
+WINDOW_SETTINGS = ("max_seq_length", "max_query_length", "doc_stride")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Give --model to answer the questions, or --predictions to score answers that are there."""
+
+    data: list[str] | None = field(
+        default=None,
+        metadata={
+            "action": "extend",
+            "metavar": "DATA",
+            "help": "SQuAD JSON, JSONL or parquet file, or a hub dataset "
+            "id[@revision][:config[:split]]; with --suite NAME=FILE, to read set NAME from there.",
+        },
+    )
+    suite: list[str] | None = field(
+        default=None,
+        metadata={
+            "action": "extend",
+            "metavar": "NAME",
+            "help": "Sets to evaluate on: card (the eight of the published card), xquad or mlqa "
+            "(every language), or one such as squadshifts.nyt or xquad.de.",
+        },
+    )
+    model: str | None = flag(None, "Folder or hub id of the reader.")
+    compare: str | None = flag(None, "Another reader, for a paired comparison with --model.")
+    predictions: str | None = flag(None, "JSON file, question id to answer, instead of --model.")
+    null_odds: str | None = flag(None, "JSON file, question id to null odds, for --predictions.")
+    null_threshold: float | None = flag(
+        None,
+        "Null odds above this mean no answer. Default: 0.0 for a model's score difference, "
+        "1.0 for files, as in the official script.",
+    )
+    null_threshold_from: str | None = flag(
+        None,
+        "Take the threshold of the best F1 on other data, which the reader answers first, or in a "
+        "result that an evaluation wrote.",
+    )
+    output_dir: str | None = flag(None, "Folder for the results and, of a model, its answers.")
+    cache_dir: str = flag("~/.cache/kdfast", "Folder for prepared features.")
+    max_seq_length: int = flag(384, "Tokens in a window, special tokens included.")
+    max_query_length: int = flag(64, "Tokens of the question that are kept.")
+    doc_stride: int = flag(128, "Context tokens from the start of a window to that of the next.")
+    max_answer_length: int = flag(30, "Tokens in the longest answer that is considered.")
+    n_best_size: int = flag(20, "Answers per question in nbest_predictions.json.")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(
+        None, "Default: fp16 on a GPU, no on a CPU."
+    )
+
+    def check(self) -> None:
+        """Raise UserError for flags that are missing, contradictory or out of range."""
+        if not self.data and not self.suite:
+            raise UserError("--data is missing: name a SQuAD file or a hub dataset, or a --suite.")
+        if (self.model is None) == (self.predictions is None):
+            raise UserError("Give either --model or --predictions, and not both.")
+        for needy in ("suite", "compare", "null_threshold_from"):
+            if getattr(self, needy) and self.model is None:
+                raise UserError(f"--{needy} goes with --model: leave it out with --predictions.")
+        if self.null_odds and self.predictions is None:
+            raise UserError("--null_odds goes with --predictions: leave it out with --model.")
+        if self.null_threshold is not None:
+            if self.null_threshold_from:
+                raise UserError(
+                    "--null_threshold and --null_threshold_from exclude each other: give one."
+                )
+            if math.isnan(self.null_threshold):
+                raise UserError("--null_threshold is nan: give a number.")
+        for name in (*WINDOW_SETTINGS, "max_answer_length", "n_best_size"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"--{name} is {getattr(self, name)}: give a number above 0.")
+        self.sets()
+
+    def sets(self) -> list[suites.EvaluationSet]:
+        """The sets of --suite, or the one that --data is. Raises UserError for unknown names."""
+        data = self.data or []
+        if self.suite is None:
+            if len(data) != 1:
+                raise UserError("--data names several: give one, or name them as sets of --suite.")
+            return [suites.own_set(data[0])]
+        files = {}
+        for each in data:
+            name, equals, file = each.partition("=")
+            if not equals or not file:
+                raise UserError(
+                    f"--data {each} does not say which set of --suite it is: NAME=FILE."
+                )
+            files[name] = file
+        return suites.choose(self.suite, files)
+
+    def window_settings(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in WINDOW_SETTINGS}
+
+    @property
+    def cache_path(self) -> Path:
+        return Path(self.cache_dir).expanduser()
