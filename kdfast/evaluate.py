@@ -74,7 +74,11 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
             "precision": precision,
             "null_threshold_from": config.null_threshold_from,
         },
-        "bootstrap": {"resamples": bootstrap.RESAMPLES, "level": bootstrap.LEVEL, "seed": 0},
+        "bootstrap": {
+            "resamples": bootstrap.RESAMPLES,
+            "level": bootstrap.LEVEL,
+            "seed": bootstrap.SEED,
+        },
         **describe_machine(device),
     }
     found = []

@@ -8,10 +8,11 @@ import numpy as np
 
 RESAMPLES = 10_000
 LEVEL = 0.95
+SEED = 0
 _DRAWS_AT_ONCE = 1 << 22  # of the questions of several resamples: bounds the memory
 
 
-def intervals(values: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+def intervals(values: np.ndarray, *, resamples: int = RESAMPLES, seed: int = SEED) -> np.ndarray:
     """(2, k): lower and upper end of the LEVEL interval of each column's mean.
 
     values: float (n, k), a row a question; n > 0. A resample draws n whole rows with replacement.
@@ -21,7 +22,7 @@ def intervals(values: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) 
     return np.percentile(means, [tail, 100 - tail], axis=0)
 
 
-def sign_flip_p(differences: np.ndarray, *, flips: int = RESAMPLES, seed: int = 0) -> float:
+def sign_flip_p(differences: np.ndarray, *, flips: int = RESAMPLES, seed: int = SEED) -> float:
     """The two-sided p of a mean difference of 0, when each difference may as well be its negative.
 
     differences: float (n,), of one question each. From 1 / (flips + 1) to 1.

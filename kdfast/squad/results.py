@@ -62,8 +62,8 @@ def worst_forms(scores: QuestionScores) -> dict[str, dict]:
 def comparison(scores: QuestionScores, other: QuestionScores) -> dict[str, dict]:
     """For exact and f1: how much better `scores` are than `other`, which are of the same questions.
 
-    mean of the differences; its interval; p of a sign-flip permutation test; the questions that went better and
-    worse. Raises ValueError where the questions differ.
+    mean of the differences; its interval; p of a sign-flip permutation test; the questions that
+    went better and worse. Raises ValueError where the questions differ.
     """
     if scores.ids != other.ids:
         raise ValueError("the two evaluations are of different questions")

@@ -170,11 +170,11 @@ def test_a_dataset_that_cannot_be_reached(monkeypatch):
     with pytest.raises(UserError, match="local"):
         fingerprint("squad_v2")
     assert asked == [
-        (("squad_v2", None), {"split": "train"}),
-        (("owner/name", "plain"), {"split": "validation"}),
-        (("owner/name", None), {"split": "test"}),
-        (("owner/name", "plain"), {"split": "validation"}),
-        (("squad_v2", None), {"split": "train"}),
+        (("squad_v2", None), {"split": "train", "revision": None}),
+        (("owner/name", "plain"), {"split": "validation", "revision": None}),
+        (("owner/name", None), {"split": "test", "revision": None}),
+        (("owner/name", "plain"), {"split": "validation", "revision": None}),
+        (("squad_v2", None), {"split": "train", "revision": None}),
     ]
 
 

@@ -1,0 +1,110 @@
+import datasets
+import pytest
+
+from kdfast.errors import UserError
+from kdfast.squad import records, suites
+
+
+def names(*wanted, **files):
+    return [each.name for each in suites.choose(wanted, files)]
+
+
+def test_the_card_has_its_eight_sets():
+    assert names("card") == [
+        "squad_v2",
+        "squad",
+        "adversarial_qa",
+        "squad_adversarial",
+        "squadshifts.amazon",
+        "squadshifts.new_wiki",
+        "squadshifts.nyt",
+        "squadshifts.reddit",
+    ]
+    assert [each.name for each in suites.CARD if each.unanswerable] == ["squad_v2"]
+    assert [each.name for each in suites.CARD if each.by_original] == ["squad_adversarial"]
+
+
+def test_sets_come_once_and_in_order():
+    assert names("mlqa.de", "squad", "mlqa", "card")[:3] == ["mlqa.de", "squad", "mlqa.ar"]
+    assert len(names("mlqa.de", "squad", "mlqa", "card")) == 8 + 7
+    assert len(names("xquad")) == 12
+
+
+def test_a_file_takes_the_place_of_a_set():
+    hub, file = suites.choose(["squad", "xquad.de"], {"xquad.de": "de.json"})
+    assert hub.source == "rajpurkar/squad:plain_text:validation" and hub.file is None
+    assert file.source == "de.json" and file.dataset == "google/xquad"
+    assert suites.SETS["xquad.de"].file is None
+
+
+@pytest.mark.parametrize(
+    ("wanted", "files", "words"),
+    [
+        (["crad"], {}, "--suite crad is not known: did you mean card?"),
+        (["squadshift.nyt"], {}, "did you mean squadshifts.nyt?"),
+        (["qqq"], {}, "give one of card, xquad, mlqa, squad_v2"),
+        (["xquad.dd"], {}, "--suite xquad.dd: dd is not known: give one of ar, de, el"),
+        (["mlqa.deu"], {}, "did you mean de?"),
+        (["card"], {"squadv2": "x"}, "--data squadv2 is not known: did you mean squad_v2?"),
+        (["card"], {"card": "x"}, "--data card is not known"),
+        (["card"], {"xquad.de": "x"}, "--data xquad.de=x is no set of --suite: add xquad.de"),
+    ],
+)
+def test_names_that_are_not_known(wanted, files, words):
+    with pytest.raises(UserError) as caught:
+        suites.choose(wanted, files)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("some/dev-v2.0.json", "dev-v2.0"),
+        ("rajpurkar/squad_v2:squad_v2:validation", "squad_v2"),
+        ("deepset/germanquad@refs/convert/parquet:plain_text:test", "germanquad"),
+    ],
+)
+def test_a_set_of_ones_own_is_named_after_its_source(source, name):
+    own = suites.own_set(source)
+    assert (own.name, own.source, own.unanswerable) == (name, source, True)
+
+
+ROW = {"id": "1", "question": "?", "context": "a b", "answers": {"text": [], "answer_start": []}}
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("squad_v2", (("rajpurkar/squad_v2", "squad_v2"), {"split": "validation"})),
+        (
+            "squad_adversarial",
+            (
+                ("parquet",),
+                {
+                    "data_files": "hf://datasets/stanfordnlp/squad_adversarial@refs/convert/parquet"
+                    "/AddOneSent/validation/*.parquet",
+                    "split": "train",
+                },
+            ),
+        ),
+    ],
+)
+def test_what_the_hub_is_asked_for(monkeypatch, name, asked):
+    found = []
+
+    def load_dataset(*place, **options):
+        found.append((place, {key: value for key, value in options.items() if value}))
+        return [ROW]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    (example,) = records.read_examples(suites.SETS[name].source)
+    assert example.id == "1" and found == [asked]
+
+
+def test_a_revision_of_a_dataset(monkeypatch):
+    found = {}
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *place, **options: found.update(options) or [ROW]
+    )
+    records.read_examples("some/set@0123abc:plain:test")
+    assert found == {"split": "test", "revision": "0123abc"}

@@ -1,0 +1,141 @@
+"""The recipes, and each run for two steps on shrunken models of its kind and real questions."""
+
+import json
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from kdfast import recipes, train
+from kdfast.distill.config import OBJECTIVE, TrainConfig
+from kdfast.errors import UserError
+from kdfast.squad import suites
+from tests import corpora, readers
+
+ROOT = Path(__file__).parents[1]
+# What a recipe is proved on: the type of its models, and questions in its language.
+PROOFS = {
+    "gelectra-base-germanquad-distilled": ("electra", "xquad_de.json"),
+    "roberta-base-squad2-distilled": ("roberta", "squad2_train.json"),
+    "xlm-roberta-base-squad2-distilled": ("xlm-roberta", "squad2_train.json"),
+}
+
+
+def test_every_recipe_has_a_proof():
+    assert recipes.names() == sorted(PROOFS)
+
+
+@pytest.mark.parametrize("name", PROOFS)
+def test_settings_are_flags_and_the_rest_is_printed(name):
+    recipe = recipes.load(name)
+    assert set(recipe.settings) <= {each.name for each in fields(TrainConfig)} - {"recipe"}
+    config = train.parse(["--recipe", name, "--output_dir", "out"])
+    config.check()
+    for flag, value in recipe.settings.items():
+        assert getattr(config, flag) == value and type(getattr(config, flag)) is type(value)
+    text = "\n".join(recipe.lines())
+    assert recipe.published["model"] in text and recipe.published["hardware"] in text
+    for figure in recipe.published["figures"]:
+        assert figure["set"] in suites.SETS and f"F1 {figure['f1']:.2f}" in text
+
+
+def test_what_was_published():
+    english, multilingual, german = (
+        recipes.load(name).settings
+        for name in (
+            "roberta-base-squad2-distilled",
+            "xlm-roberta-base-squad2-distilled",
+            "gelectra-base-germanquad-distilled",
+        )
+    )
+    assert (
+        english.items()
+        >= {
+            "teacher": "deepset/roberta-large-squad2",
+            "train_batch_size": 80,
+            "num_train_epochs": 4.0,
+            "max_seq_length": 384,
+            "learning_rate": 3e-5,
+            "warmup_ratio": 0.2,
+            "embeds_dropout_prob": 0.1,
+            "temperature": 1.5,
+            "distillation_loss_weight": 0.75,
+            "mixed_precision": "fp16",
+        }.items()
+    )
+    assert {name for name in english if english[name] != multilingual[name]} == {
+        "teacher",
+        "student",
+        "train_batch_size",
+        "temperature",
+    }
+    assert (multilingual["train_batch_size"], multilingual["temperature"]) == (56, 3.0)
+    assert recipes.load("xlm-roberta-base-squad2-distilled").published["figures"] == []
+    assert (german["train_batch_size"], german["num_train_epochs"]) == (24, 6.0)
+
+
+def test_flags_override():
+    name = "xlm-roberta-base-squad2-distilled"
+    config = train.parse(["--temperature", "2", "--recipe", name, "--train_file", "mine.json"])
+    assert (config.temperature, config.train_file, config.train_batch_size) == (
+        2.0,
+        "mine.json",
+        56,
+    )
+    assert config.recipe == name and "recipe" not in OBJECTIVE
+
+
+def test_list(capsys):
+    with pytest.raises(SystemExit) as ended:
+        train.main(["--recipe", "list"])
+    lines = capsys.readouterr().out.splitlines()
+    assert ended.value.code == 0 and [line.split()[0] for line in lines] == recipes.names()
+    assert "German" in lines[0]
+
+
+def test_a_typo(capsys):
+    assert train.main(["--recipe", "roberta-base-squad2-distiled"]) == 2
+    assert "did you mean roberta-base-squad2-distilled?" in capsys.readouterr().err
+    with pytest.raises(UserError, match="give one of gelectra"):
+        recipes.load("qqq")
+
+
+def few_questions(path: Path, source: Path, paragraphs: int) -> str:
+    """The first paragraphs of each article of a SQuAD file, as a file of its own."""
+    content = json.loads(source.read_text(encoding="utf-8"))
+    for article in content["data"]:
+        del article["paragraphs"][paragraphs:]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("name", PROOFS)
+def test_a_short_run(name, tmp_path, capsys):
+    model_type, data = PROOFS[name]
+    source = few_questions(tmp_path / "questions.json", corpora.shared(data), 1)
+    own = {
+        "teacher": readers.save(tmp_path / "teacher", model_type, layers=4, seed=1),
+        "student": readers.save(tmp_path / "student", model_type, head=False, seed=2),
+        "train_file": source,
+        "validation_file": source,
+        "output_dir": str(tmp_path / "out"),
+        "cache_dir": str(tmp_path / "cache"),
+        "max_steps": 2,
+    }
+    flags = [part for flag, value in own.items() for part in (f"--{flag}", str(value))]
+    assert train.main(["--recipe", name, *flags]) == 0
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    settings = {**recipes.load(name).settings, **own, "recipe": name}
+    assert {key: record["config"][key] for key in settings} == settings
+    assert record["steps"] == 2 and record["precision"] == "fp16" and record["metrics"]["total"] > 9
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == model_type
+    assert "made on" in capsys.readouterr().out
+
+
+def test_the_package_holds_the_recipes(tmp_path):
+    build = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    packed = sorted(path.stem for path in (tmp_path / "kdfast" / "recipes").glob("*.yaml"))
+    assert packed == recipes.names()

@@ -1,0 +1,182 @@
+"""`kdfast.evaluate` on sets of a suite, which local files stand in for."""
+
+import json
+import types
+from pathlib import Path
+
+import datasets
+import pytest
+
+from kdfast import evaluate
+from tests import corpora, readers
+
+
+@pytest.fixture
+def world(tmp_path, capsys):
+    """Two tiny readers, data, and `run(*flags)`: the program's status, output and errors."""
+    plain = corpora.write(tmp_path / "plain.json", 6)
+    perturbed = json.loads(Path(plain).read_text())
+    for article in perturbed["data"]:
+        paragraph = article["paragraphs"][0]
+        asked = paragraph["qas"].pop()  # the question without an answer
+        answered = paragraph["qas"][0]
+        added = f"{paragraph['context']} The leader of Utopia was {asked['id']}."
+        form = answered | {"id": f"{answered['id']}-high-conf-turk2"}
+        article["paragraphs"].append({"context": added, "qas": [form]})
+    (tmp_path / "perturbed.json").write_text(json.dumps(perturbed))
+    folders = types.SimpleNamespace(
+        path=tmp_path,
+        output=tmp_path / "eval",
+        first=readers.save(tmp_path / "first", seed=1),
+        second=readers.save(tmp_path / "second", "roberta", seed=2),
+        plain=plain,
+        perturbed=str(tmp_path / "perturbed.json"),
+    )
+    folders.both = [
+        *("--suite", "squad_v2", "squad_adversarial"),
+        *("--data", f"squad_v2={folders.plain}", f"squad_adversarial={folders.perturbed}"),
+    ]
+
+    def run(*flags, model=folders.first):
+        options = ["--model", model, "--cache_dir", str(tmp_path / "cache")]
+        options += ["--max_seq_length", "200", *map(str, flags)]
+        return evaluate.main(options), *capsys.readouterr()
+
+    folders.run = run
+    return folders
+
+
+def read(world, name):
+    return json.loads((world.output / f"{name}.json").read_text())
+
+
+def test_a_suite_of_two_readers(world):
+    status, out, err = world.run(
+        *world.both, "--compare", world.second, "--output_dir", world.output
+    )
+    assert status == 0, err
+    summary = read(world, "summary")
+    squad, adversarial = summary["sets"]
+    assert {path.name for path in world.output.iterdir()} == {
+        "summary.json",
+        *(
+            f"{each['name']}.{end}.json"
+            for each in summary["sets"]
+            for end in ("eval", "questions")
+        ),
+    }
+    header = {name: value for name, value in summary.items() if name != "sets"}
+    assert read(world, "squad_v2.eval") == header | squad
+    assert read(world, "squad_adversarial.eval") == header | adversarial
+    model, other = header["model"], header["compared_with"]
+    assert (model["type"], other["type"]) == ("bert", "roberta")
+    assert model["weights_sha256"] != other["weights_sha256"] and model["parameters"] > 0
+    assert 0 < model["latency"]["median_ms"] <= model["latency"]["p80_ms"]
+    assert header["versions"]["torch"] and header["settings"]["doc_stride"] == 128
+
+    assert (squad["dataset"], squad["file"]) == ("rajpurkar/squad_v2", world.plain)
+    assert (squad["null_threshold"], adversarial["null_threshold"]) == (0.0, None)
+    assert squad["metrics"]["total"] == adversarial["metrics"]["total"] == 12
+    assert "worst_forms" not in squad and adversarial["worst_forms"]["metrics"]["total"] == 6
+    assert adversarial["worst_forms"]["metrics"]["f1"] <= adversarial["metrics"]["f1"]
+    low, high = squad["intervals"]["NoAns_f1"]
+    assert 0 <= low <= squad["metrics"]["NoAns_f1"] <= high <= 100
+
+    for each in (squad, adversarial):
+        compared = each["compared"]
+        lines = read(world, f"{each['name']}.questions")
+        assert len(lines) == each["windows"] == 12
+        own = [line["f1"] for line in lines.values()]
+        others = [line["compared"]["f1"] for line in lines.values()]
+        assert 100 * sum(own) / 12 == pytest.approx(each["metrics"]["f1"])
+        assert 100 * sum(others) / 12 == pytest.approx(compared["metrics"]["f1"])
+        difference = compared["difference"]["f1"]
+        assert difference["mean"] == pytest.approx(100 * (sum(own) - sum(others)) / 12)
+        assert difference["better"] == sum(a > b for a, b in zip(own, others, strict=True))
+        assert f"| {each['name']} | 12 | {each['metrics']['exact']:.2f} [" in out
+    answers = [line["answer"] for line in read(world, "squad_adversarial.questions").values()]
+    assert all(answers)  # nobody abstains where every question has an answer
+    assert "squad_v2: exact" in err and "windows/s" in err
+
+
+def test_a_file_of_ones_own_is_written_like_a_set(world):
+    data = ["--data", world.plain]
+    status, out, _ = world.run(*data, "--output_dir", world.output)
+    assert status == 0
+    metrics = json.loads(out)
+    own = read(world, "plain.eval")
+    assert own["metrics"] == metrics == read(world, "metrics")
+    assert (own["dataset"], own["file"], own["language"]) == (None, world.plain, None)
+    assert read(world, "summary")["sets"][0]["metrics"] == metrics
+    questions = read(world, "plain.questions")
+    assert {key: line["answer"] for key, line in questions.items()} == read(world, "predictions")
+    status, out, err = world.run(*data, "--compare", world.second)
+    assert status == 0 and json.loads(out) == metrics and "| plain | " in err
+
+
+def test_a_threshold_of_other_data(world):
+    data = ["--data", world.plain]
+    world.run("--data", world.perturbed, "--null_threshold", 1e9, "--output_dir", world.output)
+    fitted = read(world, "metrics")
+    assert fitted["best_f1"] > 0  # where every question has an answer, none is worth abstaining
+    from_data = world.run(*data, "--null_threshold_from", world.perturbed)
+    given = world.run(*data, "--null_threshold", fitted["best_f1_thresh"])
+    assert from_data[0] == given[0] == 0 and from_data[1] == given[1]
+    for name in ("metrics", "perturbed.eval"):
+        of_result = ["--null_threshold_from", world.output / f"{name}.json"]
+        assert world.run(*data, *of_result)[1] == given[1]
+    assert given[1] != world.run(*data, "--null_threshold", -1e9)[1]
+
+    status, _, err = world.run(*data, *of_result, "--compare", world.second)
+    assert status == 2 and "each gets its own threshold" in err
+    summary = ["--null_threshold_from", world.output / "summary.json"]
+    status, _, err = world.run(*data, *summary)
+    assert status == 2 and "give the result of one set" in err
+
+
+def test_no_threshold_where_silence_is_best(world):
+    silent = {"best_f1": 50.0, "best_f1_thresh": 0.0, "NoAns_total": 6, "total": 12}
+    (world.path / "silent.json").write_text(json.dumps(silent))
+    flags = ["--data", world.plain, "--null_threshold_from", world.path / "silent.json"]
+    status, _, err = world.run(*flags)
+    assert status == 2 and "does best there by answering nothing" in err
+
+
+def test_no_network(world, monkeypatch):
+    def unreachable(*place, **options):
+        raise ConnectionError("Couldn't reach the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    status, out, err = world.run("--suite", "card", "--data", f"squad_v2={world.plain}")
+    assert status == 2 and not out
+    assert "Set squad: 'rajpurkar/squad:plain_text:validation'" in err
+    assert "Couldn't reach" in err and "--data squad=FILE" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--suite", "crad"], "did you mean card?"),
+        (["--suite", "card", "--data", "x.json"], "NAME=FILE"),
+        (["--data", "a.json", "b.json"], "--data names several"),
+        (["--data", "a", "--null_threshold", "1", "--null_threshold_from", "b"], "exclude"),
+        (["--data", "a.json", "--compare", "/nowhere"], "--compare /nowhere"),
+    ],
+)
+def test_faults(world, flags, words):
+    status, out, err = world.run(*flags)
+    assert status == 2 and not out and words in err and err.count("\n") == 1
+
+
+def test_flags_of_a_model_without_one(capsys):
+    for name in ("suite", "compare", "null_threshold_from"):
+        assert evaluate.main(["--predictions", "p", "--data", "d", f"--{name}", "card"]) == 2
+        assert f"--{name} goes with --model" in capsys.readouterr().err
+
+
+def test_a_model_without_a_head(world):
+    headless = readers.save(world.path / "headless", head=False)
+    status, _, err = world.run(*world.both, model=headless)
+    assert status == 2 and "has no question-answering head" in err
+    status, _, err = world.run(*world.both, "--compare", headless)
+    assert status == 2 and "--compare" in err and "has no question-answering head" in err
