@@ -216,6 +216,8 @@ def choose_rule(config: TrainConfig, work: Work, trial: Trial) -> CutRule:
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of large matrix products here: the best of some tries, 0.1 s on a CPU."""
     size = 1024 if device.type == "cpu" else 8192
+    if device.type == "cpu" and dtype == torch.float16:
+        size = 256  # most CPUs have no such products: a larger one takes seconds
     one, other = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
     best = float("inf")
     for _ in range(8):
