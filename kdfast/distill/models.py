@@ -1,6 +1,7 @@
 """Readers: how they are loaded, cut down to some layers, and called."""
 
 import copy
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -245,22 +246,31 @@ def keep_layers(loaded: Loaded, layers: list[int], name: str) -> None:
 
 def check_fits(loaded: Loaded, max_seq_length: int, name: str) -> None:
     """Raise UserError where the model has too few position or token embeddings."""
+    longest = longest_input(loaded, name)
+    if max_seq_length > longest:
+        raise UserError(
+            f"--max_seq_length is {max_seq_length}, and {name} reads {longest} tokens at most: "
+            "give a smaller one."
+        )
+
+
+def longest_input(loaded: Loaded, name: str) -> int:
+    """The most tokens that the model reads at once; sys.maxsize where nothing limits them.
+
+    Raises UserError where it has too few token embeddings for its tokenizer.
+    """
     config = loaded.model.reader.config
     if len(loaded.tokenizer) > loaded.model.reader.get_input_embeddings().num_embeddings:
         raise UserError(
             f"The tokenizer of {name} has {len(loaded.tokenizer)} tokens, more than the model's "
             "embeddings: use the tokenizer that the model was trained with."
         )
-    longest = config.max_position_embeddings
-    if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
-        longest -= config.pad_token_id + 1  # their positions start behind the padding's id
     if getattr(config, "relative_attention", False) and not config.position_biased_input:
-        return
-    if max_seq_length > longest:
-        raise UserError(
-            f"--max_seq_length is {max_seq_length}, and {name} reads {longest} tokens at most: "
-            "give a smaller one."
-        )
+        return sys.maxsize
+    if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
+        # Their positions start behind the padding's id.
+        return config.max_position_embeddings - config.pad_token_id - 1
+    return config.max_position_embeddings
 
 
 def first_line(error: Exception) -> str:

@@ -66,7 +66,7 @@ def best_spans(
     window_start = np.asarray(windows.window_start)
     if logits.shape != (window_start[-1], 2):
         raise ValueError(f"logits must be ({window_start[-1]}, 2), but are {logits.shape}")
-    _check_logits(windows, logits)
+    check_logits(windows, logits)
     question = np.asarray(windows.question)
     questions = len(windows.question_ids)
     prefix = np.asarray(windows.prefix, dtype=np.int64)
@@ -166,7 +166,8 @@ def _lowest_null(logits, question, questions):
     return logits[lowest].astype(np.float32), total[lowest]
 
 
-def _check_logits(windows, logits):
+def check_logits(windows, logits: np.ndarray) -> None:
+    """Raise UserError, naming the question, where a logit is NaN or +inf."""
     for begin in range(0, len(logits), 1 << 20):
         good = (logits[begin : begin + (1 << 20)] < np.inf).all(axis=1)
         if not good.all():

@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from kdfast.errors import UserError
 from kdfast.squad.encoding import Encoder
 from kdfast.squad.examples import Example, locate
 from kdfast.squad.template import Template
@@ -44,6 +45,8 @@ class Cutter:
     """Cuts windows out of examples.
 
     encode: how texts become tokens.
+    overlap: where given, doc_stride counts for nothing, and each window begins with the last
+    `overlap` context tokens of the one before it, however long the question is.
     spool: a file in which the tokens of the contexts seen so far are kept, so that a context which
     comes back later is not tokenised again; what it holds is of no use afterwards.
     """
@@ -53,6 +56,7 @@ class Cutter:
     max_seq_length: int
     max_query_length: int
     doc_stride: int
+    overlap: int | None = None
     spool: BinaryIO = field(default_factory=io.BytesIO)
     counts: dict[str, int] = field(default_factory=dict)
 
@@ -136,9 +140,10 @@ class Cutter:
 
         size = np.diff(contexts.starts)[local]
         room = self.max_seq_length - template.size - asked
-        per_question = 1 + -(-np.maximum(size - room, 0) // self.doc_stride)
+        step = self._steps(batch, size, room)
+        per_question = 1 + -(-np.maximum(size - room, 0) // step)
         q = np.repeat(np.arange(len(batch)), per_question)
-        begin = self.doc_stride * (ragged(np.zeros(len(batch), dtype=np.int64), per_question))
+        begin = step[q] * ragged(np.zeros(len(batch), dtype=np.int64), per_question)
         count = np.minimum(size[q] - begin, room[q])
         prefix = len(template.before) + asked[q] + len(template.between)
         lengths = prefix + count + len(template.after)
@@ -186,6 +191,26 @@ class Cutter:
         counts["context_tokens"] += len(new.ids)
         counts["question_tokens"] += len(questions.ids)
         return arrays
+
+    def _steps(self, batch: list[Example], size: np.ndarray, room: np.ndarray) -> np.ndarray:
+        """The tokens from the start of a question's window to that of its next one.
+
+        size: tokens of its context; room: those of them that fit in a window. Raises UserError
+        where a window would have nothing that the one before it has not.
+        """
+        if self.overlap is None:
+            return np.full(len(batch), self.doc_stride)
+        step = room - self.overlap
+        stuck = np.flatnonzero((room < 1) | ((size > room) & (step < 1)))
+        if len(stuck):
+            first = stuck[0]
+            raise UserError(
+                f"the question {batch[first].question[:80]!r} leaves {max(0, room[first])} of "
+                f"{self.max_seq_length} tokens for its context, too few for windows that overlap "
+                f"by {self.overlap}: give a smaller doc_stride or max_question_len, or a larger "
+                "max_seq_len"
+            )
+        return np.maximum(step, 1)
 
     def _labels(
         self, batch: list[Example], contexts: Tokens, local: np.ndarray

@@ -101,16 +101,23 @@ def windows_of(
     max_seq_length: int = 384,
     max_query_length: int = 64,
     doc_stride: int = 128,
+    overlap: int | None = None,
 ) -> Windows:
-    """As `prepare`, for examples at hand, in memory and without a cache (key "")."""
+    """As `prepare`, for examples at hand, in memory and without a cache (key "").
+
+    overlap: instead of doc_stride, the context tokens that two neighbouring windows share. A
+    question that leaves too little room for it raises UserError once its context needs more than
+    one window.
+    """
     settings = {
         "max_seq_length": max_seq_length,
         "max_query_length": max_query_length,
         "doc_stride": doc_stride,
     }
     template = Template.learn(tokenizer)
-    _check(settings, template)
-    cutter = Cutter(encoder(tokenizer), template, **settings)
+    if overlap is None:
+        _check(settings, template)
+    cutter = Cutter(encoder(tokenizer), template, **settings, overlap=overlap)
     parts: dict[str, list[np.ndarray]] = {name: [] for name in ARRAYS}
     for arrays in cutter.arrays(examples):
         for name, array in arrays.items():
