@@ -17,12 +17,12 @@ from kdfast.squad.batches import cut_by_tokens
 from kdfast.squad.examples import Example
 from kdfast.squad.features import windows_of
 from kdfast.squad.pipeline import pipeline_answers
+from kdfast.squad.questions import Pair, pairs_of
 from kdfast.squad.words import Words
 
 # Characters of questions and contexts that are in work at once: their windows bound the memory.
 CHUNK_CHARACTERS = 1 << 21
 
-Pair = tuple[str, str]
 Answers = dict | list[dict]
 
 
@@ -66,8 +66,8 @@ class Reader:
         mixed_precision: str = "no",
     ):
         self.name = str(model)
+        self.device = pick_device() if device is None else _usable(device)
         loaded = models.load_reader(self.name, "model")
-        self.device = pick_device() if device is None else torch.device(device)
         self.tokenizer = loaded.tokenizer
         self.notes = loaded.notes
         self._longest = models.longest_input(loaded, self.name)
@@ -126,7 +126,7 @@ class Reader:
             doc_stride,
             align_to_words,
         )
-        results = list(self.stream(_pairs(inputs, question, context), settings))
+        results = list(self.stream(pairs_of(inputs, question, context), settings))
         return results[0] if len(results) == 1 else results
 
     def stream(
@@ -189,66 +189,13 @@ class Reader:
         )
 
 
-def check_text(role: str, text: object) -> str:
-    """`text`, if it is a text that a tokenizer takes. Raises UserError, naming `role`, if not."""
-    if not isinstance(text, str):
-        raise UserError(f"{role} is {type(text).__name__}: give a text.")
-    if not text:
-        raise UserError(f"{role} is empty: give a text.")
+def _usable(device: str | torch.device) -> torch.device:
     try:
-        text.encode()
-    except UnicodeEncodeError as error:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
         raise UserError(
-            f"{role} holds half a surrogate pair at character {error.start}: write the character "
-            "whole."
+            f"device {str(device)!r} cannot be used ({models.first_line(error)}): name another."
         ) from None
-    return text
-
-
-def _pairs(inputs: tuple, question, context) -> list[Pair]:
-    """The questions and contexts of a call, checked."""
-    if inputs and (question is not None or context is not None):
-        raise UserError("Give the questions either as they are or as question= and context=.")
-    if inputs:
-        return _of_inputs(inputs)
-    if question is None or context is None:
-        raise UserError(f"{'question' if question is None else 'context'} is missing: give it.")
-    if isinstance(question, str):
-        if not isinstance(context, str):
-            raise UserError("question is one text and context is not: give one context.")
-        return [(check_text("question", question), check_text("context", context))]
-    questions = list(question)
-    contexts = [context] * len(questions) if isinstance(context, str) else list(context)
-    if len(questions) != len(contexts):
-        raise UserError(
-            f"{len(questions)} questions and {len(contexts)} contexts: give as many of each."
-        )
-    return [
-        (check_text(f"question[{n}]", q), check_text(f"context[{n}]", c))
-        for n, (q, c) in enumerate(zip(questions, contexts, strict=True))
-    ]
-
-
-def _of_inputs(inputs: tuple) -> list[Pair]:
-    if len(inputs) == 2 and all(isinstance(text, str) for text in inputs):
-        return [(check_text("question", inputs[0]), check_text("context", inputs[1]))]
-    items = inputs
-    if len(inputs) == 1 and not isinstance(inputs[0], (dict, str)):
-        try:
-            items = list(inputs[0])
-        except TypeError:
-            items = inputs
-    pairs = []
-    for n, item in enumerate(items):
-        if not isinstance(item, dict) or not {"question", "context"} <= item.keys():
-            raise UserError(f'input {n} is no dict with "question" and "context": give one.')
-        pairs.append(
-            (
-                check_text(f"question of input {n}", item["question"]),
-                check_text(f"context of input {n}", item["context"]),
-            )
-        )
-    return pairs
 
 
 def _chunks(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:

@@ -23,8 +23,9 @@ RANKS = {
     "fused_kd_loss": 4,
     "squad": 4,
     "distill": 5,
+    "reader": 6,
 }
-PROGRAM = 6
+PROGRAM = 7
 SPELLINGS = [
     "from kdfast import fused_kd_loss; call = fused_kd_loss",
     "import kdfast; call = kdfast.fused_kd_loss",
@@ -105,6 +106,8 @@ def test_arrows_point_down():
         ("kdfast.fused_kd_loss", "import triton.language"),
         ("kdfast.backends.native", "from kdfast.backends import triton_rows"),
         ("kdfast.distill.step", "from kdfast.train import main"),
+        ("kdfast.reader", "from kdfast import predict"),
+        ("kdfast.distill.scoring", "from kdfast.reader import Reader"),
         ("kdfast.train", "from tests.demo import corpus"),
     ],
 )
@@ -139,6 +142,17 @@ def test_spellings_in_a_fresh_interpreter(order):
         "assert 'kdfast' not in sys.modules",
         "z, p = torch.eye(3)[None, :, :2], torch.zeros(1, dtype=torch.long)",
         *(line for which in order for line in (SPELLINGS[which], CALL)),
+    )
+
+
+def test_reader_is_imported_on_first_use():
+    fresh(
+        "import sys, kdfast",
+        "assert 'Reader' in kdfast.__all__ and 'transformers' not in sys.modules",
+        "reader = kdfast.Reader",
+        "from kdfast import Reader",
+        "import kdfast.reader",
+        "assert reader is Reader is kdfast.reader.Reader and not hasattr(kdfast, 'nothing')",
     )
 
 

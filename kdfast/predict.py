@@ -1,0 +1,203 @@
+"""`python -m kdfast.predict`: answer one question, or those of a file, with a reader.
+
+A file holds SQuAD JSON, or one {"question", "context"} a line (JSONL), with an "id" if you like.
+The answers are JSONL: {"id", "question", "score", "start", "end", "answer"} a question, or, with
+--top_k above 1, {"id", "question", "answers"}, a list of the answers.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from itertools import tee
+from pathlib import Path
+from typing import Literal, TextIO
+
+from tqdm import tqdm
+from transformers import HfArgumentParser
+from transformers.utils import logging as hf_logging
+
+from kdfast.distill.config import flag
+from kdfast.errors import UserError
+from kdfast.files import make_writable
+from kdfast.reader import Reader, ReaderSettings
+from kdfast.squad.forms import article_examples
+from kdfast.squad.json_items import json_items
+from kdfast.squad.questions import check_text
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """Give --question with --context or --context_file, or --data."""
+
+    model: str | None = flag(None, "Folder or hub id of the reader.")
+    question: str | None = flag(None, "One question.")
+    context: str | None = flag(None, "The text that --question is about.")
+    context_file: str | None = flag(None, "UTF-8 text file, instead of --context.")
+    data: str | None = flag(None, "SQuAD JSON, or JSONL of question and context.")
+    output: str | None = flag(None, "JSONL file for the answers. Default: standard output.")
+    top_k: int = flag(1, "Answers to a question.")
+    handle_impossible_answer: bool = flag(False, 'Let "" (no answer) compete.')
+    max_answer_len: int = flag(15, "Tokens in the longest answer that is considered.")
+    max_question_len: int = flag(64, "Tokens of the question that are kept.")
+    max_seq_len: int | None = flag(
+        None, "Tokens in a window. Default: 384, or what the model reads at most."
+    )
+    doc_stride: int | None = flag(
+        None,
+        "Context tokens that two windows share (in kdfast.train and kdfast.evaluate: the step "
+        "from window to window). Default: 128, or half of --max_seq_len where that is less.",
+    )
+    align_to_words: bool = flag(True, "Widen answers to whole words.")
+    mixed_precision: Literal["no", "fp16", "bf16"] = flag("no", "fp16 is faster on a GPU.")
+
+    def check(self) -> None:
+        """Raise UserError for flags that are missing, contradictory or out of range."""
+        if self.model is None:
+            raise UserError("--model is missing: name the reader's folder or hub id.")
+        if (self.question is None) == (self.data is None):
+            raise UserError("Give either --question or --data, and not both.")
+        if self.data is not None and (self.context is not None or self.context_file is not None):
+            raise UserError("--context goes with --question: the records of --data hold theirs.")
+        if self.question is not None and (self.context is None) == (self.context_file is None):
+            raise UserError("Give --question either --context or --context_file.")
+        self.settings().check()
+
+    def settings(self) -> ReaderSettings:
+        return ReaderSettings(**{f.name: getattr(self, f.name) for f in fields(ReaderSettings)})
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The program. Returns the exit status: 0, or 2 for a mistake in what it was given."""
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    parser = HfArgumentParser(PredictConfig, prog="python -m kdfast.predict", description=__doc__)
+    config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    try:
+        predict(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # whoever reads the answers has enough of them
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        print(f"error: the answers cannot be written ({error.strerror}).", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def predict(config: PredictConfig) -> None:
+    """Answer the questions in their order, each line as soon as it is there."""
+    config.check()
+    # Read once for its faults alone: the last record's must not cost the answers before it.
+    total = sum(1 for _ in records(config))
+    with opened(config.output) as output:
+        reader = Reader(config.model, mixed_precision=config.mixed_precision)
+        for note in reader.notes:
+            print(note, file=sys.stderr, flush=True)
+        asked, named = tee(records(config))
+        pairs = ((question, context) for _, question, context in asked)
+        with tqdm(
+            total=total,
+            disable=config.data is None,
+            bar_format="{l_bar}{bar}| {n:.0f}/{total_fmt} questions [{elapsed}<{remaining}]",
+        ) as bar:
+            results = reader.stream(pairs, config.settings(), progress=bar.update)
+            for result, (name, question, _) in zip(results, named, strict=True):
+                answers = result if isinstance(result, list) else [result]
+                found = answers[0] if config.top_k == 1 else {"answers": answers}
+                line = {"id": name, "question": question, **found}
+                print(json.dumps(line, ensure_ascii=False), file=output, flush=True)
+
+
+def records(config: PredictConfig) -> Iterator[tuple[object, str, str]]:
+    """Yields (id, question, context), checked; holds one article in memory.
+
+    A record without an id has its number, from 0.
+    """
+    if config.data is None:
+        context = config.context
+        if context is None:
+            context = check_text(f"--context_file {config.context_file}", read(config.context_file))
+        yield 0, check_text("--question", config.question), check_text("--context", context)
+        return
+    path = Path(config.data).expanduser()
+    if not path.is_file():  # nor a pipe, which could not be read twice
+        raise UserError(f"--data {path} is no file: name a SQuAD JSON or JSONL file.")
+    number = 0
+    try:
+        for place, item in json_items(path):
+            where = f"{path}: {place}"
+            if isinstance(item, dict) and "paragraphs" in item:
+                for at, example in article_examples(where, item):
+                    check_text(f"{at}: its question", example.question)
+                    yield example.id, example.question, example.context
+                    number += 1
+                continue
+            if not isinstance(item, dict) or not {"question", "context"} <= item.keys():
+                raise UserError(f"{where}: no object with question and context: give one.")
+            question, context = (
+                check_text(f"{where}: its {key}", item[key]) for key in ("question", "context")
+            )
+            yield identity(where, item, number), question, context
+            number += 1
+    except OSError as error:
+        raise UserError(f"--data {path} cannot be read ({error.strerror}): check it.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--data {path} is not UTF-8 text: save it as UTF-8.") from error
+    if not number:
+        raise UserError(f"--data {path} holds no question: give a file with at least one.")
+
+
+def identity(where: str, record: dict, number: int) -> str | int:
+    """The record's id, or `number` if it has none."""
+    name = record.get("id")
+    if name is None:
+        return number
+    if isinstance(name, bool) or not isinstance(name, (str, int)):
+        raise UserError(f"{where}: its id is {type(name).__name__}: give a text or a number.")
+    return name if isinstance(name, int) else check_text(f"{where}: its id", name)
+
+
+def read(name: str) -> str:
+    """The text of a file, to the character: offsets count from its first one."""
+    try:
+        return Path(name).expanduser().read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(
+            f"--context_file {name} cannot be read ({error.strerror}): check it."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--context_file {name} is not UTF-8 text: save it as UTF-8.") from error
+
+
+@contextmanager
+def opened(name: str | None) -> Iterator[TextIO]:
+    """Standard output, or file `name`, which a run that fails leaves as NAME.part."""
+    if name is None:
+        yield sys.stdout
+        return
+    path = Path(name).expanduser()
+    part = path.with_name(path.name + ".part")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(21, "Is a directory")
+        make_writable(path.parent)
+        file = part.open("w", encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"--output {name} cannot be written ({error.strerror}): name another."
+        ) from error
+    with file:
+        yield file
+    part.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
