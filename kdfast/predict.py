@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from errno import EISDIR
 from itertools import tee
 from pathlib import Path
 from typing import Literal, TextIO
@@ -179,23 +180,28 @@ def read(name: str) -> str:
 
 @contextmanager
 def opened(name: str | None) -> Iterator[TextIO]:
-    """Standard output, or file `name`, which a run that fails leaves as NAME.part."""
+    """Standard output, or file `name`; what a run that fails has written is left in NAME.part."""
     if name is None:
         yield sys.stdout
         return
     path = Path(name).expanduser()
-    part = path.with_name(path.name + ".part")
+    part = path.parent / f"{path.name}.part"
     try:
         if path.is_dir():
-            raise IsADirectoryError(21, "Is a directory")
+            raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
         make_writable(path.parent)
         file = part.open("w", encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"--output {name} cannot be written ({error.strerror}): name another."
         ) from error
-    with file:
-        yield file
+    try:
+        with file:
+            yield file
+    except BaseException:
+        if part.stat().st_size == 0:
+            part.unlink()
+        raise
     part.replace(path)
 
 
