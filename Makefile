@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test setup lint bench clean
+.PHONY: train test setup lint bench haystack clean
 
 train: setup
 	$(BIN)/python -m kdfast.train
@@ -29,5 +29,10 @@ lint: setup
 bench: setup
 	$(BIN)/python -m pytest benchmarks/ --benchmark
 
+# Haystack 2's extractive reader, which tests/test_haystack.py lets read a model, by itself.
+haystack:
+	$(PYTHON) -m venv .venv-haystack
+	.venv-haystack/bin/pip install --quiet torch 'haystack-ai>=2,<3' transformers accelerate
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) .venv-haystack build *.egg-info

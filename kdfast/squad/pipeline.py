@@ -16,7 +16,7 @@ from kdfast.squad.tokens import ragged, starts_of
 from kdfast.squad.windows import Windows
 from kdfast.squad.words import Words
 
-# What the pipeline made of a context without a single token.
+# The answer to a question whose context has no token at all.
 NOTHING = {"score": 0.0, "start": 0, "end": 0, "answer": ""}
 
 
@@ -51,8 +51,10 @@ def pipeline_answers(
 
     Source: postprocess, select_starts_ends and decode_spans of
     transformers/pipelines/question_answering.py, 4.57.6. That takes float32 for the softmax, this
-    float64; and where a window has fewer spans than it is to propose, that fills up with spans of
-    probability 0 over the question and special tokens, where this has only real ones.
+    float64. Where a window has fewer spans than it is to propose, that fills up with spans of
+    probability 0 over other tokens, this has only real ones; a context without a token has the
+    answer "" with the score 0. And a first token that a question holds once more, as in a question
+    about "<s>", has no part in the softmax here.
     """
     check_logits(windows, logits)
     question = np.asarray(windows.question, dtype=np.int64)
@@ -91,10 +93,12 @@ def pipeline_answers(
         found[q] = _merged(contexts[q], proposed)
     result = []
     for merged, null_score in zip(found, null.tolist(), strict=True):
-        answers = list(merged.values()) or [dict(NOTHING)]
+        answers = list(merged.values())
         if handle_impossible_answer:
             answers.append({**NOTHING, "score": null_score})
-        answers = sorted(answers, key=lambda answer: answer["score"], reverse=True)[:top_k]
+        answers = sorted(
+            answers or [dict(NOTHING)], key=lambda answer: answer["score"], reverse=True
+        )[:top_k]
         result.append(answers[0] if len(answers) == 1 else answers)
     return result
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from kdfast.errors import UserError
 from kdfast.squad import cutting
 from kdfast.squad.features import tokenizer_key, windows_of
 from kdfast.squad.records import Example, read_examples
@@ -65,6 +66,42 @@ def test_windows_equal_the_usual_route(family):
     w = assert_same_as_hf(of_family(family), random_examples(1), SMALL)
     assert w.counts["windows"] > 5 * w.counts["contexts"]
     assert w.uses_token_types == (family in ("bert", "deberta_v2"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_windows_that_overlap_equal_the_usual_route(family):
+    """Its `stride` is that overlap, whatever the question's length is."""
+    tokenizer, examples = of_family(family), random_examples(2)
+    w = windows_of(examples, tokenizer, max_seq_length=48, max_query_length=24, overlap=7)
+    usual = [
+        ids
+        for e in examples
+        for ids in tokenizer(
+            e.question,
+            e.context,
+            truncation="only_second",
+            max_length=48,
+            stride=7,
+            return_overflowing_tokens=True,
+        )["input_ids"]
+    ]
+    assert len(usual) == len(w) > 1.5 * len(examples)
+    assert [w.padded([i])["input_ids"][0].tolist() for i in range(len(w))] == usual
+
+
+def test_an_overlap_that_leaves_nothing_new():
+    tokenizer = of_family("bert")
+    examples = [Example("a", "", "who were the people ?", "the people " * 30, None)]
+    room = 48 - 5 - Template.learn(tokenizer).size
+    settings = {"max_seq_length": 48, "max_query_length": 24}
+    w = windows_of(examples, tokenizer, **settings, overlap=room - 1)
+    assert np.diff(w.first_token).tolist() == [1] * (60 - room)
+    with pytest.raises(UserError, match=f"leaves {room} of 48 tokens .* overlap by {room}"):
+        windows_of(examples, tokenizer, **settings, overlap=room)
+    short = [Example("a", "", "who were the people ?", "the people", None)]
+    assert len(windows_of(short, tokenizer, **settings, overlap=room)) == 1
+    with pytest.raises(UserError, match="leaves 0 of 8 tokens"):
+        windows_of(short, tokenizer, max_seq_length=8, max_query_length=24, overlap=0)
 
 
 def test_windows_equal_the_usual_route_on_real_files():
