@@ -201,7 +201,7 @@ class Cutter:
         if self.overlap is None:
             return np.full(len(batch), self.doc_stride)
         step = room - self.overlap
-        stuck = np.flatnonzero((room < 1) | ((size > room) & (step < 1)))
+        stuck = np.flatnonzero((size > room) & (step < 1))
         if len(stuck):
             first = stuck[0]
             raise UserError(

@@ -19,14 +19,12 @@ class Words:
     offsets int32 (tokens, 2): the characters of each, [first, past the last), as the tokenizer
         gives them: unlike Windows.context_offsets they may begin with a blank
     first, last int64 (tokens,): the first and the last token of the word that each is a piece of
-    in_word bool (tokens,): False where the tokenizer counts a token to no word
     """
 
     starts: np.ndarray
     offsets: np.ndarray
     first: np.ndarray
     last: np.ndarray
-    in_word: np.ndarray
 
     @classmethod
     def encode(cls, tokenizer: Any, texts: list[str]) -> Words:
@@ -40,13 +38,14 @@ class Words:
         for begin, encoding in zip(starts.tolist(), encodings, strict=False):
             part = slice(begin, begin + len(encoding.ids))
             offsets[part] = np.array(encoding.offsets, dtype=np.int32).reshape(-1, 2)
-            number[part] = [-1 if word is None else word for word in encoding.word_ids]
+            # Only the special tokens that are put around a pair are of no word.
+            number[part] = encoding.word_ids
         opens = np.ones(tokens, dtype=bool)
-        opens[1:] = (number[1:] != number[:-1]) | (number[1:] < 0)
+        opens[1:] = number[1:] != number[:-1]
         opens[starts[:-1][starts[:-1] < tokens]] = True
         edges = np.append(np.flatnonzero(opens), tokens)
         run = np.cumsum(opens) - 1
-        return cls(starts, offsets, edges[run], edges[run + 1] - 1, number >= 0)
+        return cls(starts, offsets, edges[run], edges[run + 1] - 1)
 
     def characters(
         self, start: np.ndarray, end: np.ndarray, low: np.ndarray, high: np.ndarray
@@ -55,9 +54,7 @@ class Words:
 
         start, end int64 (n,): the tokens of each span; low, high: the first and the last token that
         may take part, so that a word which a window cuts counts as what the window holds of it.
-        A span that begins or ends in no word stays as it is.
         """
-        widen = self.in_word[start] & self.in_word[end]
-        start = np.where(widen, np.maximum(self.first[start], low), start)
-        end = np.where(widen, np.minimum(self.last[end], high), end)
+        start = np.maximum(self.first[start], low)
+        end = np.minimum(self.last[end], high)
         return self.offsets[start, 0], self.offsets[end, 1]
