@@ -102,14 +102,16 @@ class Reader:
         top_k: answers to a question, fewer where its context has not as many.
         handle_impossible_answer: let "" compete, with the probability that there is no answer.
         max_answer_len: tokens in the longest answer considered.
-        max_question_len: tokens of a question that are kept. (transformers 4 said so too, but its
-            fast tokenizers never cut a question.)
+        max_question_len: tokens of a question that are kept. (transformers 4 said so too, but with
+            a fast tokenizer never cut a question, and failed at a very long one.)
         max_seq_len: tokens in a window, special ones included; None means 384, or fewer where the
             model reads fewer.
         doc_stride: context tokens that two windows of one question share. This is the pipeline's
             meaning; in training and evaluation doc_stride is the step from window to window. None
             means 128, or half of max_seq_len where that is less.
-        align_to_words: widen answers to whole words, as the tokenizer splits words.
+        align_to_words: widen answers to whole words, as the tokenizer splits words. As there, an
+            answer's characters are those its tokens stand for, so that some tokenizers leave out a
+            combining mark at its end.
 
         Scores, and how they are summed over equal texts, are described in
         squad.pipeline.pipeline_answers. The search is exact, over all spans of every window.
