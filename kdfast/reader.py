@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from kdfast.distill import models
-from kdfast.distill.feed import flat_positions, forward_tokens, forward_windows
+from kdfast.distill.costs import forward_tokens
+from kdfast.distill.feed import flat_positions, forward_windows
 from kdfast.distill.precision import AUTOCAST, pick_device, resolve
 from kdfast.errors import UserError
 from kdfast.squad.batches import cut_by_tokens
