@@ -16,6 +16,7 @@ from transformers.utils import logging as hf_logging
 
 from kdfast.distill import checkpoint, costs, inputs, models, scoring
 from kdfast.distill.config import OBJECTIVE, TrainConfig
+from kdfast.distill.dropout import speed_up_dropout
 from kdfast.distill.feed import make_feed
 from kdfast.distill.log import Clock, TrainLog, progress_line
 from kdfast.distill.optim import Updater, make_optimizer
@@ -95,6 +96,8 @@ def train(config: TrainConfig, ranks: Ranks | None = None) -> dict:
     ranks.agree({"training data": windows.key, "teacher": teacher_key})
 
     model = student.model.to(device)
+    if device.type == "cpu" and not config.torch_compile:  # it compiles its own dropout
+        speed_up_dropout(model)
     scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
     updater = Updater(
         model, make_optimizer(model, config.weight_decay), scaler, config.max_grad_norm

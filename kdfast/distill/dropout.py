@@ -115,7 +115,7 @@ def attention_forward(
         )
     bias = None
     if attention_mask is not None:
-        bias = torch.zeros(attention_mask.shape, dtype=query.dtype)
+        bias = torch.zeros(attention_mask.shape)
         bias.masked_fill_(~attention_mask, -torch.inf)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     mixed = AttentionFunction.apply(query, key, value, bias, scaling, dropout)
@@ -125,18 +125,20 @@ def attention_forward(
 class AttentionFunction(torch.autograd.Function):
     """(keep * scale * softmax(scaling * query @ key^T + bias)) @ value.
 
-    query, key, value: (B, H, L, D), all of one type. bias: of that type, broadcast to
-    (B, H, L, L), without a gradient; or None. The softmax and the mask are saved.
+    query, key, value: (B, H, L, D), all of one type. bias: broadcast to (B, H, L, L), without a
+    gradient; or None. Scores and softmax are fp32 at least: rounded scores would err most.
     """
 
     @staticmethod
     def forward(ctx, query, key, value, bias, scaling: float, p: float) -> torch.Tensor:
         shape = query.shape
         query, key, value = (each.flatten(0, 1) for each in (query, key, value))
-        scores = product(query, key.mT, scaling)
+        wide = torch.promote_types(query.dtype, torch.float32)
+        with torch.autocast("cpu", enabled=False):
+            scores = product(query.to(wide), key.to(wide).mT, scaling)
         if bias is not None:
             scores.view(*shape[:-1], -1).add_(bias)
-        weights = torch.softmax(scores, dim=-1)
+        weights = torch.softmax(scores, dim=-1).to(value.dtype)
         keep, scale = keep_mask(weights.shape, p)
         ctx.save_for_backward(query, key, value, weights, keep)
         ctx.factors = scaling, scale
