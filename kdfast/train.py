@@ -219,7 +219,7 @@ def distil(
             upcoming = order.step(progress.steps + 1) if progress.steps + 1 < total else None
             report = stepper.run(progress.steps, indices, upcoming)
             if stepper.rule != progress.rule:
-                bar.write(f"Out of memory: steps are now cut by {stepper.rule}.")
+                ranks.say(f"Out of memory: steps are now cut by {stepper.rule}.")
                 progress.rule = stepper.rule
             if report is not None:
                 speed = results.step(report, windows.lengths[indices])

@@ -45,7 +45,7 @@ class Run:
             if killer is not None and number == victim:
                 instants.watch((str(output), flags_cache), killer)
             status = self.world.run(**flags)
-            if killer is not None and killer.last is None:
+            if killer is not None and killer.last is None and number == victim:
                 (self.world.path / "instants").write_text(str(len(killer.seen)))
             forks.leave(status)
 
@@ -53,7 +53,7 @@ class Run:
         return forks.start(self.count, rank)[0]
 
     def end(self, processes):
-        """The exit codes. Ranks that outlive another one learn of it, or are killed as by torchrun."""
+        """The exit codes. Ranks that outlive another learn of it, or are killed as by torchrun."""
         codes = {}
         while len(codes) < len(processes):
             if any(codes.values()):
@@ -90,9 +90,7 @@ class Run:
 
 @pytest.mark.parametrize("precision", ["no", "fp16"])
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_killed_run_ends_with_the_bits_of_a_whole_one(
-    world, monkeypatch, long, count, precision
-):
+def test_a_killed_run_ends_with_the_bits_of_a_whole_one(world, monkeypatch, long, count, precision):
     # So that the scaler's state matters: it grows until steps overflow.
     scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**14, growth_interval=2)
     monkeypatch.setattr(torch.amp, "GradScaler", scaler)

@@ -143,12 +143,12 @@ def find_checkpoint(name: str, output_dir: Path) -> tuple[Path, list[str]]:
     """
     if name != "last":
         folder = Path(name).expanduser()
-        read_state(folder)
-        if fault := torn(folder):
+        if (folder / STATE_FILE).is_file() and (fault := torn(folder)):
             raise UserError(
                 f"--resume_from_checkpoint {folder} is damaged ({fault}): name an earlier one, or "
                 "give `last` for the last whole one in --output_dir."
             )
+        read_state(folder)
         return folder, []
     notes = []
     for folder in reversed(list_checkpoints(output_dir)):

@@ -76,9 +76,8 @@ class Results:
         )
 
     def evaluate(self) -> str | None:
-        """Evaluate, and keep the model where it is the best so far; returns a line to be said.
-
-        None where the run is to stop: the evaluation is then still due.
+        """Evaluate, and keep the model where it is the best so far; returns a line that rank 0 is
+        to say. Where the run is to stop there is none, and the evaluation is still due.
         """
         with self.clock.stopped():
             evaluation = self._score(self.stop)
@@ -93,7 +92,8 @@ class Results:
                 self.log.evaluation(progress.steps, evaluation.metrics)
                 if is_best:
                     replace_model(self.output / "best", self.student.model, self.student.tokenizer)
-        return f"step {progress.steps}: {scoring.line(evaluation.metrics)}"
+        line = f"step {progress.steps}: {scoring.line(evaluation.metrics)}"
+        return line if self.ranks.is_first else None
 
     def save(self) -> None:
         """Write a checkpoint of the steps so far, unless there is one."""
