@@ -1,19 +1,31 @@
-"""Files that are never half there: written beside, synced, renamed."""
+"""Files that are never half there: written beside, synced, renamed; summed, reserved, locked."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import re
 import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+SUMS_FILE = "SHA256SUMS"
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write `content` as JSON so that a reader sees the old file or the new one, never a part."""
-    beside = path.with_name(path.name + ".new")
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    write_text(path, text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8; a reader sees the old file or the new one, whatever happens."""
+    beside = path.with_name(f".{path.name}.new")
     with beside.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
@@ -37,6 +49,40 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def write_sums(folder: Path, names: Iterable[str]) -> None:
+    """Write SHA256SUMS over these files of `folder`, as `sha256sum --check` reads it."""
+    lines = (f"{sha256_of(folder / name)}  {name}\n" for name in names)
+    write_text(folder / SUMS_FILE, "".join(lines))
+
+
+def fault_in(folder: Path, needed: tuple[str, ...], most_bytes: int | None = None) -> str | None:
+    """Why the files of `folder` are not those that write_sums saw, in a few words; None: they are.
+
+    needed: names that must be among them. most_bytes: where the needed files are larger together,
+    they are taken as they are.
+    """
+    try:
+        size = sum((folder / name).stat().st_size for name in needed)
+        if most_bytes is not None and size > most_bytes:
+            return None
+        lines = (folder / SUMS_FILE).read_text(encoding="utf-8").splitlines()
+        found = [re.fullmatch(r"([0-9a-f]{64})  ([^/\0]+)", line) for line in lines]
+        if not all(found):
+            return f"{SUMS_FILE} is damaged"
+        sums = {match[2]: match[1] for match in found}
+        for name in needed:
+            if name not in sums:
+                return f"{SUMS_FILE} lacks {name}"
+        for name, digest in sums.items():
+            if sha256_of(folder / name) != digest:
+                return f"{name} is not what was written"
+    except OSError as error:
+        return f"{Path(error.filename or folder).name}: {error.strerror}"
+    except ValueError:
+        return f"{SUMS_FILE} is damaged"
+    return None
+
+
 def make_writable(folder: Path) -> None:
     """Create `folder` if missing. Raises OSError unless a file can be written there."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,11 +90,56 @@ def make_writable(folder: Path) -> None:
         pass
 
 
+def reserve(path: Path, size: int) -> None:
+    """Create a file of `size` zero bytes whose room on the disk is taken.
+
+    A disk that is too small says so now, with OSError, and not as a bus error amid a mapped write.
+    """
+    with path.open("wb") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+            return
+        except AttributeError:  # macOS has none
+            pass
+        except OSError as error:  # nor have some file systems
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+        block = bytes(1 << 20)
+        for start in range(0, size, len(block)):
+            file.write(block[: size - start])
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Hold the lock file `path`, and delete it at the end; yields False where another holds it."""
+    while True:
+        with path.open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            # Unless its last holder has deleted it meanwhile, so that others lock a new one.
+            if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                try:
+                    yield True
+                finally:
+                    path.unlink(missing_ok=True)
+                return
+
+
 def sync_folder(folder: Path) -> None:
     """fsync every file in `folder`, subfolders too, and the folder itself."""
     for path in [*folder.rglob("*"), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """fsync one file, or what a folder lists."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

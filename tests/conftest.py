@@ -1,5 +1,18 @@
 import pytest
 
+KILLS = (28, 250)
+
+
+def pytest_addoption(parser):
+    text = f"kill runs {KILLS[1]} times instead of {KILLS[0]}, and train for thousands of steps"
+    parser.addoption("--long", action="store_true", help=text)
+
+
+@pytest.fixture
+def long(request):
+    """Whether --long was given."""
+    return request.config.getoption("--long")
+
 
 @pytest.fixture
 def world(tmp_path, monkeypatch):

@@ -1,55 +1,48 @@
-"""Checkpoints: a model folder plus what the next step needs. safetensors and JSON, no pickle."""
+"""Checkpoints: a model folder plus what the next step needs. safetensors and JSON, no pickle.
 
-import errno
+Each stands at the boundary of two steps and holds all that decides what follows. SHA256SUMS in it
+tells a whole one from one that is torn or was changed.
+"""
+
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from kdfast.distill.model_folders import save_model, writing
 from kdfast.distill.models import SpanModel
 from kdfast.distill.optim import Updater
 from kdfast.errors import UserError
-from kdfast.files import read_json_object, sync_folder, write_json
+from kdfast.files import fault_in, read_json_object, sync, sync_folder, write_json, write_sums
 from kdfast.squad.batches import CutRule
 
-FORMAT = 2
+FORMAT = 3
 STATE_FILE = "trainer_state.json"
+MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 
 
 @dataclass
 class Progress:
-    """Where a run stands. steps: attempted so far; best_f1: of the evaluations so far, or None.
+    """Where a run stands.
 
-    rule: how its steps are cut, None before the first.
+    steps: attempted so far. evaluated: steps before the last evaluation. best_f1: of the
+    evaluations so far on `validation` (Validation.key), or None. rule: how its steps are cut, None
+    before the first. clock: Clock.sums of all steps. starts: the steps at which it was started.
     """
 
     steps: int = 0
+    evaluated: int = 0
     best_f1: float | None = None
+    validation: str | None = None
     rule: CutRule | None = None
-
-
-def save_model(folder: Path, model: SpanModel, tokenizer) -> None:
-    """Write config, safetensors and tokenizer into `folder`, as AutoModel… loads them."""
-    try:
-        model.reader.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    except OSError as error:
-        raise _write_error(folder, error) from error
-
-
-def replace_model(folder: Path, model: SpanModel, tokenizer) -> None:
-    """As save_model, but `folder` is the old one or the new one at every instant but a rename."""
-    beside = folder.with_name(folder.name + ".new")
-    shutil.rmtree(beside, ignore_errors=True)
-    save_model(beside, model, tokenizer)
-    shutil.rmtree(folder, ignore_errors=True)
-    beside.rename(folder)
+    clock: list[float] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
 
 
 def save_checkpoint(
@@ -64,71 +57,72 @@ def save_checkpoint(
     """Write output_dir/checkpoint-STEPS beside, sync, rename, and keep the last `limit` up to it.
 
     Later ones, of a run that was resumed from before them, are deleted: this run passes them anew.
-    identity: the config and the keys of data and teacher, which a resumed run must share.
+    identity: what a resumed run must share, see distill.resume.
     """
     target = output_dir / f"checkpoint-{progress.steps}"
     beside = output_dir / f"{target.name}.new"
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
+    with writing(beside):
+        shutil.rmtree(beside, ignore_errors=True)
         save_model(beside, model, tokenizer)
         save_file(_optimizer_tensors(model, updater), beside / OPTIMIZER_FILE)
         state = {
             "format": FORMAT,
-            "steps": progress.steps,
             "updates": updater.updates,
-            "best_f1": progress.best_f1,
-            "cuts": None if progress.rule is None else asdict(progress.rule),
             "scaler": None if updater.scaler is None else updater.scaler.state_dict(),
+            "progress": asdict(progress),
             "identity": identity,
         }
         write_json(beside / STATE_FILE, state)
+        write_sums(beside, sorted(path.name for path in beside.iterdir()))
         sync_folder(beside)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(beside, target)
-    except OSError as error:
-        raise _write_error(beside, error) from error
-    checkpoints = list_checkpoints(output_dir)
-    passed = checkpoints.index(target) + 1
-    for old in [*checkpoints[passed:], *checkpoints[:passed][:-limit]]:
-        shutil.rmtree(old)
+        sync(output_dir)  # before others are deleted
+        checkpoints = list_checkpoints(output_dir)
+        passed = checkpoints.index(target) + 1
+        for old in [*checkpoints[passed:], *checkpoints[:passed][:-limit]]:
+            shutil.rmtree(old)
     return target
 
 
-def load_checkpoint(
-    folder: Path, model: SpanModel, updater: Updater, identity: dict[str, Any]
-) -> Progress:
-    """Put weights, optimizer and scaler back. Raises UserError if it is of another run, or torn."""
+def remove_leftovers(output_dir: Path) -> None:
+    """Delete what a kill amid a write has left beside what it was to replace."""
+    for path in output_dir.iterdir():
+        if re.fullmatch(r"(checkpoint-\d+|best|last|model)\.(new|old)", path.name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The state file of a checkpoint. Raises UserError where there is none of this format."""
     state = read_json_object(folder / STATE_FILE)
-    parts = ("identity", "steps", "updates", "best_f1", "cuts", "scaler")
+    parts = ("identity", "progress", "updates", "scaler")
     if state.get("format") != FORMAT or any(part not in state for part in parts):
         raise UserError(
             f"--resume_from_checkpoint {folder} holds no {STATE_FILE} of format {FORMAT}: "
             "name a checkpoint-STEP folder of this program."
         )
-    saved = state["identity"]
-    different = [name for name in identity if identity[name] != saved.get(name)]
-    if different:
-        told = ", ".join(f"{name} ({saved.get(name)} -> {identity[name]})" for name in different)
-        raise UserError(
-            f"--resume_from_checkpoint {folder} belongs to another run; these differ: {told}. "
-            "Start with the same settings and data, or start anew in another --output_dir."
-        )
+    return state
+
+
+def load_checkpoint(folder: Path, model: SpanModel, updater: Updater) -> Progress:
+    """Put weights, optimizer and scaler back. Raises UserError where they do not fit."""
+    state = read_state(folder)
     try:
-        weights = load_file(folder / "model.safetensors")
+        model.reader.load_state_dict(load_file(folder / MODEL_FILE))
         tensors = load_file(folder / OPTIMIZER_FILE)
-        model.reader.load_state_dict(weights)
         if state["updates"] and not tensors:
             raise ValueError(f"{OPTIMIZER_FILE} is empty")
         _restore_optimizer(model, updater, tensors)
+        if updater.scaler is not None and state["scaler"]:
+            updater.scaler.load_state_dict(state["scaler"])
+        updater.updates = state["updates"]
+        saved = state["progress"]
+        rule = None if saved["rule"] is None else CutRule(**saved["rule"])
+        return Progress(**{**saved, "rule": rule})
     except Exception as error:  # safetensors has its own error type for a torn file
         raise UserError(
             f"--resume_from_checkpoint {folder} cannot be read ({error}): name an earlier one."
         ) from error
-    if updater.scaler is not None:
-        updater.scaler.load_state_dict(state["scaler"])
-    updater.updates = state["updates"]
-    rule = None if state["cuts"] is None else CutRule(**state["cuts"])
-    return Progress(steps=state["steps"], best_f1=state["best_f1"], rule=rule)
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -141,17 +135,41 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def find_checkpoint(name: str, output_dir: Path) -> Path:
-    """The folder that --resume_from_checkpoint names: `last`, or a path."""
+def find_checkpoint(name: str, output_dir: Path) -> tuple[Path, list[str]]:
+    """The folder that --resume_from_checkpoint names, and what a user should hear about it.
+
+    `last` is the last one that is whole. Raises UserError for a path to one that is not, and where
+    there is none.
+    """
     if name != "last":
-        return Path(name).expanduser()
-    checkpoints = list_checkpoints(output_dir)
-    if not checkpoints:
+        folder = Path(name).expanduser()
+        if (folder / STATE_FILE).is_file() and (fault := torn(folder)):
+            raise UserError(
+                f"--resume_from_checkpoint {folder} is damaged ({fault}): name an earlier one, or "
+                "give `last` for the last whole one in --output_dir."
+            )
+        read_state(folder)
+        return folder, []
+    notes = []
+    for folder in reversed(list_checkpoints(output_dir)):
+        if (fault := torn(folder)) is None:
+            read_state(folder)
+            return folder, notes
+        notes.append(f"{folder} is damaged ({fault}): the checkpoint before it is used.")
+    if notes:
         raise UserError(
-            f"--resume_from_checkpoint last: {output_dir} holds no checkpoint; leave the flag out "
-            "to start anew."
+            f"--resume_from_checkpoint last: every checkpoint in {output_dir} is damaged; "
+            "start anew with --overwrite or in another --output_dir."
         )
-    return checkpoints[-1]
+    raise UserError(
+        f"--resume_from_checkpoint last: {output_dir} holds no checkpoint; leave the flag out "
+        "to start anew."
+    )
+
+
+def torn(folder: Path) -> str | None:
+    """What is damaged in a checkpoint, or None."""
+    return fault_in(folder, (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE))
 
 
 def _optimizer_tensors(model: SpanModel, updater: Updater) -> dict[str, torch.Tensor]:
@@ -172,12 +190,3 @@ def _restore_optimizer(
         name, key = full_name.rsplit("|", 1)
         parameter = parameters[name]
         updater.optimizer.state[parameter][key] = value.to(parameter.device)
-
-
-def _write_error(folder: Path, error: OSError) -> UserError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(
-            f"The disk is full while {folder} is written: free some space and go on with "
-            "--resume_from_checkpoint last; earlier checkpoints are whole."
-        )
-    return UserError(f"{folder} cannot be written ({error.strerror}): choose another --output_dir.")

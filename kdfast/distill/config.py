@@ -37,7 +37,10 @@ class TrainConfig:
     output_dir: str | None = flag(None, "Folder for the student, its checkpoints and run.json.")
     overwrite: bool = flag(False, "Replace an earlier run in --output_dir.")
     resume_from_checkpoint: str | None = flag(
-        None, "Continue from a checkpoint folder, or from the `last` one in --output_dir."
+        None, "Continue from a checkpoint folder, or from the `last` whole one in --output_dir."
+    )
+    allow_changes: str | None = flag(
+        None, "Flags, such as learning_rate,max_steps, that a resumed run may bring new values of."
     )
     cache_dir: str = flag("~/.cache/kdfast", "Folder for prepared features and teacher logits.")
 
@@ -81,10 +84,16 @@ class TrainConfig:
         False, "Keep no activations inside a layer: less memory, a third more work."
     )
     seed: int = flag(42, "Keys the order of the data, dropout and a new head.")
+    deterministic: bool = flag(
+        False, "Kernels that give the same bits every time, slower ones on a GPU."
+    )
 
     eval_steps: int | None = flag(None, "Evaluate every so many steps. Default: at the end only.")
     save_steps: int | None = flag(None, "Write a checkpoint every so many steps. Default: none.")
     save_total_limit: int = flag(2, "Checkpoints that are kept.")
+    grace_seconds: float = flag(
+        30.0, "From SIGTERM or SIGINT to the end: a step that would take over half is dropped."
+    )
     load_best_model_at_end: bool = flag(
         False, "Put the model with the best f1 into --output_dir, and the last one into last/."
     )
@@ -167,7 +176,10 @@ class TrainConfig:
             value = getattr(self, name)
             if not 0 <= value <= top or not math.isfinite(value):
                 raise UserError(f"--{name} is {value}: give a number from 0 to {top:g}.")
+        if not self.grace_seconds >= 0:
+            raise UserError(f"--grace_seconds is {self.grace_seconds}: give 0 or more.")
         self.kept_layers()
+        self.allowed_changes()
 
     def kept_layers(self) -> list[int] | None:
         """The layers of --student_layers, or None. Raises UserError where they are no list."""
@@ -184,12 +196,23 @@ class TrainConfig:
             )
         return layers
 
+    def allowed_changes(self) -> set[str]:
+        """The flags of --allow_changes. Raises UserError for one that may not change."""
+        names = {name.strip().lstrip("-") for name in (self.allow_changes or "").split(",")} - {""}
+        if wrong := sorted(names - CHANGEABLE):
+            raise UserError(
+                f"--allow_changes names {', '.join(wrong)}, which may not change within a run: "
+                f"those that may are {', '.join(sorted(CHANGEABLE))}."
+            )
+        return names
+
     @property
     def cache_path(self) -> Path:
         return Path(self.cache_dir).expanduser()
 
 
-# What a resumed run must share with the run that it continues.
+# What a resumed run must share with the run that it continues. Data and models are compared by
+# content (distill.resume).
 OBJECTIVE = tuple(
     each.name
     for each in fields(TrainConfig)
@@ -199,11 +222,16 @@ OBJECTIVE = tuple(
         "output_dir",
         "overwrite",
         "resume_from_checkpoint",
+        "allow_changes",
         "cache_dir",
+        "teacher",
+        "student",
+        "train_file",
         "validation_file",
         "eval_steps",
         "save_steps",
         "save_total_limit",
+        "grace_seconds",
         "load_best_model_at_end",
         "max_answer_length",
         "n_best_size",
@@ -211,3 +239,19 @@ OBJECTIVE = tuple(
         "check_invariance",
     }
 )
+# How a step is cut: the same objective, other rounding.
+CUTS = {"max_tokens_per_micro_batch", "measure_costs", "gradient_accumulation_steps"}
+# Of OBJECTIVE, what --allow_changes may name: neither what is learned nor the order of the data.
+CHANGEABLE = CUTS | {
+    "num_train_epochs",
+    "max_steps",
+    "learning_rate",
+    "warmup_ratio",
+    "weight_decay",
+    "max_grad_norm",
+    "embeds_dropout_prob",
+    "mixed_precision",
+    "torch_compile",
+    "gradient_checkpointing",
+    "deterministic",
+}

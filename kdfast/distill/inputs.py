@@ -49,19 +49,19 @@ def prepare(
     return windows
 
 
-def cached_teacher(
+def teacher_source(
     config: TrainConfig,
     windows: features.Windows,
     student: models.Loaded,
     device: torch.device,
     precision: str,
     ranks: Ranks,
-) -> tuple[np.ndarray | None, str | None]:
-    """The teacher's logits and their key; the teacher is loaded only where the cache lacks them."""
+) -> teacher.Source | None:
+    """What determines the teacher's logits; None where they have no weight."""
     if config.distillation_loss_weight == 0:
         if config.teacher is not None:
             ranks.say("--distillation_loss_weight is 0: the teacher's logits are not computed.")
-        return None, None
+        return None
     folder = models.local_folder(config.teacher, "--teacher")
     key = features.tokenizer_key(models.load_tokenizer(folder, "--teacher"))
     if key != features.tokenizer_key(student.tokenizer):
@@ -70,18 +70,31 @@ def cached_teacher(
             "tokenizers, so their logits stand on different tokens: use models that share one."
         )
     kind = teacher_precision(precision, device)
-    source = teacher.Source(teacher.weights_key(folder), key, windows.key, kind)
-    logits = teacher.open_cache(config.cache_path, source, len(windows.input_ids))
-    if ranks.share(str(logits is not None)) == "True":
+    return teacher.Source(teacher.weights_key(folder), key, windows.key, kind)
+
+
+def teacher_logits(
+    config: TrainConfig,
+    source: teacher.Source | None,
+    windows: features.Windows,
+    device: torch.device,
+    ranks: Ranks,
+) -> np.ndarray | None:
+    """The teacher's logits of `source`; the teacher is loaded only where the cache lacks them."""
+    if source is None:
+        return None
+    tokens = len(windows.input_ids)
+    cached = ranks.is_first and teacher.open_cache(config.cache_path, source, tokens) is not None
+    if ranks.share(str(cached)) == "True":
         ranks.say(f"Teacher logits: cache {source.key} in {config.cache_path}.")
-        return teacher.open_cache(config.cache_path, source, len(windows.input_ids)), source.key
+        return teacher.open_cache(config.cache_path, source, tokens, verify=False)
     loaded = models.load_reader(config.teacher, "--teacher")
     models.check_fits(loaded, config.max_seq_length, config.teacher)
     for note in loaded.notes:
         ranks.say(note)
     total = len(windows.lengths)
     with tqdm(total=total, desc="teacher", unit="window", disable=not ranks.is_first) as bar:
-        logits = teacher.fill_cache(
+        return teacher.fill_cache(
             config.cache_path,
             source,
             loaded.model.to(device),
@@ -91,7 +104,6 @@ def cached_teacher(
             bar.update,
             ranks,
         )
-    return logits, source.key
 
 
 def trained_windows(config: TrainConfig, windows: features.Windows, ranks: Ranks) -> np.ndarray:

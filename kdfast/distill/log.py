@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from kdfast.distill.costs import Work
+from kdfast.distill.model_folders import writing
 from kdfast.distill.step import StepReport
+from kdfast.files import write_text
 
 LOG_FILE = "train_log.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -33,14 +37,16 @@ class Speed:
 class TrainLog:
     """Appends to output_dir/train_log.jsonl; a resumed run drops the lines after its checkpoint.
 
-    steps: the steps that the run has behind it.
+    steps: the steps that the run has behind it; evaluated: those before its last evaluation.
+    Raises UserError where the disk is full.
     """
 
-    def __init__(self, output_dir: Path, steps: int, tensorboard: bool):
+    def __init__(self, output_dir: Path, steps: int, evaluated: int, tensorboard: bool):
         self.path = output_dir / LOG_FILE
-        kept = read_log(output_dir, steps)
-        self.file = self.path.open("w", encoding="utf-8")
-        self.file.writelines(json.dumps(line) + "\n" for line in kept)
+        kept = read_log(output_dir, steps, evaluated)
+        with writing(self.path):
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+            self.file = self.path.open("a", encoding="utf-8")
         self.writer = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -65,13 +71,16 @@ class TrainLog:
         self.flush()
 
     def flush(self) -> None:
-        self.file.flush()
+        """Make it durable."""
+        with writing(self.path):
+            self.file.flush()
+            os.fsync(self.file.fileno())
         if self.writer:
             self.writer.flush()
 
     def close(self) -> None:
-        self.flush()
-        self.file.close()
+        with writing(self.path):
+            self.file.close()
         if self.writer:
             self.writer.close()
 
@@ -81,19 +90,22 @@ class TrainLog:
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in line.items()
         }
-        self.file.write(json.dumps(line) + "\n")
+        with writing(self.path):
+            self.file.write(json.dumps(line) + "\n")
 
 
-def read_log(output_dir: Path, steps: int) -> list[dict]:
-    """The lines of the first `steps` steps of a run, a torn last line left out."""
+def read_log(output_dir: Path, steps: int, evaluated: int) -> list[dict]:
+    """The lines of the first `steps` steps of a run and of its evaluations up to `evaluated`, a
+    torn last line left out."""
     path = output_dir / LOG_FILE
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    content = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for text in content.splitlines():
         try:
             line = json.loads(text)
         except ValueError:
             continue
-        if line.get("step", -1) < steps and line.get("evaluated_after", 0) <= steps:
+        if line.get("step", -1) < steps and line.get("evaluated_after", 0) <= evaluated:
             lines.append(line)
     return lines
 
@@ -101,14 +113,15 @@ def read_log(output_dir: Path, steps: int) -> list[dict]:
 class Clock:
     """Seconds spent in training steps, and what they did; evaluation and saving do not count.
 
-    matmul_rate: operations a second of large matrix products in the run's type.
+    matmul_rate: operations a second of large matrix products in the run's type. before: `sums` of
+    the steps that the run has behind it, as a checkpoint holds them.
     """
 
-    def __init__(self, work: Work, matmul_rate: float):
+    def __init__(self, work: Work, matmul_rate: float, before: Sequence[float] = ()):
         self.work = work
         self.matmul_rate = matmul_rate
         # Seconds, windows, tokens, padded tokens, operations.
-        self.sums = np.zeros(5)
+        self.sums = np.array(before) if before else np.zeros(5)
         self._since = time.perf_counter()
 
     def add(self, report: StepReport, lengths: np.ndarray) -> Speed:

@@ -1,7 +1,6 @@
 """Readers: how they are loaded, cut down to some layers, and called."""
 
 import sys
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -57,11 +57,15 @@ class Updater:
         if self.parameters[0].is_cuda:
             torch.cuda.empty_cache()
 
-    def update(self, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, rate: float, dropped: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step with learning rate `rate`, and gradients set to None.
 
+        dropped: bool scalar on the device, True where the gradients are not to be used.
         Returns (norm, skipped), fp32 scalars on the device: the norm before clipping, and 1.0
-        where a gradient is not finite, in which case weights and Adam's state stay as they were.
+        where a gradient is not finite or the step dropped, in which case weights and Adam's state
+        stay as they were. Unless the step was dropped, finish() completes it.
         """
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
@@ -69,13 +73,19 @@ class Updater:
         norm = torch.nn.utils.get_total_norm(gradients)
         torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
         skipped = 1.0 - torch.isfinite(norm).float()
+        if dropped is not None:
+            skipped = torch.maximum(skipped, dropped.float())
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         # Fused AdamW leaves everything as it is where found_inf is 1, without a read by the host.
         self.optimizer.found_inf = skipped
         self.optimizer.step()
         del self.optimizer.found_inf
-        if self.scaler is not None:
-            self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return norm, skipped
+
+    def finish(self, skipped: float) -> None:
+        """Count a step that update() has made or skipped, and let the scaler learn from it."""
+        self.updates += 1 - int(skipped)
+        if self.scaler is not None:
+            self.scaler.update()

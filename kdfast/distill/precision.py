@@ -1,5 +1,7 @@
 """Which floating-point type the matrix products of a run use."""
 
+import os
+
 import torch
 
 from kdfast.errors import UserError
@@ -29,6 +31,22 @@ def resolve(mixed_precision: str | None, device: torch.device) -> str:
             "own: use fp16."
         )
     return mixed_precision
+
+
+def be_deterministic(device: torch.device) -> None:
+    """Make torch choose kernels that give the same bits every time, and refuse those that cannot.
+
+    Raises UserError on a GPU where cuBLAS has not been told to do so, which only its own
+    environment variable can (docs.nvidia.com/cuda/cublas, "Results reproducibility").
+    """
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    if device.type == "cuda" and workspace not in (":4096:8", ":16:8"):
+        raise UserError(
+            "--deterministic: cuBLAS gives the same bits only with CUBLAS_WORKSPACE_CONFIG=:4096:8 "
+            "in the environment: start with it."
+        )
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 def teacher_precision(mixed_precision: str, device: torch.device) -> str:

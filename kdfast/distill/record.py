@@ -4,6 +4,8 @@ import hashlib
 import os
 import platform
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -11,14 +13,17 @@ from typing import Any
 import torch
 
 import kdfast
-from kdfast.distill.checkpoint import list_checkpoints
+from kdfast.distill.checkpoint import list_checkpoints, remove_leftovers
 from kdfast.distill.config import TrainConfig
 from kdfast.distill.log import LOG_FILE, TENSORBOARD_FOLDER
+from kdfast.distill.model_folders import writing
 from kdfast.distill.ranks import Ranks
 from kdfast.errors import UserError
-from kdfast.files import make_writable, sha256_of, write_json
+from kdfast.files import locked, make_writable, sha256_of, write_json
 
 RUN_FILE = "run.json"
+LOCK_FILE = ".lock"
+FOLDERS = ("best", "last", TENSORBOARD_FOLDER)
 PACKAGES = ("kdfast", "torch", "triton", "transformers", "datasets", "tokenizers", "numpy")
 
 
@@ -44,7 +49,7 @@ def open_output(config: TrainConfig) -> Path:
                 f"--output_dir {output} does not exist, so there is nothing to resume there: "
                 "name the folder of the earlier run."
             )
-    elif output.is_dir() and any(output.iterdir()):
+    elif output.is_dir() and any(not path.name.startswith(".") for path in output.iterdir()):
         if not config.overwrite:
             raise UserError(
                 f"--output_dir {output} is not empty: name another, or add --overwrite, or "
@@ -60,6 +65,20 @@ def open_output(config: TrainConfig) -> Path:
     return output
 
 
+@contextmanager
+def sole_run(output: Path, ranks: Ranks) -> Iterator[None]:
+    """Hold `output`, which is there, for this run. Raises UserError where another run has it."""
+    if not ranks.is_first:
+        yield
+        return
+    with locked(output / LOCK_FILE) as is_ours:
+        if not is_ours:
+            raise UserError(
+                f"--output_dir {output} is in use by a run that has not ended: name another folder."
+            )
+        yield
+
+
 def check_is_run(output: Path) -> None:
     """Raise UserError unless `output` is the folder of an earlier run."""
     if not (output / RUN_FILE).is_file() and not (output / LOG_FILE).is_file():
@@ -70,16 +89,16 @@ def check_is_run(output: Path) -> None:
 
 
 def remove_run(output: Path) -> None:
-    """Delete what an earlier run wrote beside its model, and nothing else."""
-    for folder in [*list_checkpoints(output), *(output / n for n in ("best", "last"))]:
+    """Delete what an earlier run wrote beside its model and its log, and nothing else."""
+    remove_leftovers(output)
+    folders = (*list_checkpoints(output), *(output / name for name in FOLDERS))
+    for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
-    shutil.rmtree(output / TENSORBOARD_FOLDER, ignore_errors=True)
-    for name in (RUN_FILE, LOG_FILE):
-        (output / name).unlink(missing_ok=True)
+    (output / RUN_FILE).unlink(missing_ok=True)
 
 
 def code_key() -> str:
-    """A hash of this package's source: ranks, and a run and its resumption, must share it."""
+    """A hash of this package's source. Ranks must share it; a resumed run says where it differs."""
     digest = hashlib.sha256()
     package = Path(kdfast.__file__).parent
     for path in sorted(package.rglob("*.py")):
@@ -114,7 +133,8 @@ def check_shared(folder: Path, ranks: Ranks, role: str) -> None:
 
 def write_run(output: Path, content: dict[str, Any]) -> None:
     """Write run.json: everything about the run that a reader of its figures needs."""
-    write_json(output / RUN_FILE, content)
+    with writing(output / RUN_FILE):
+        write_json(output / RUN_FILE, content)
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:

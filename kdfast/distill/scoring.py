@@ -11,6 +11,7 @@ from kdfast.distill.feed import flat_positions, forward_windows
 from kdfast.distill.models import SpanModel
 from kdfast.distill.precision import AUTOCAST
 from kdfast.distill.ranks import Ranks
+from kdfast.distill.stopping import StopSignals
 from kdfast.squad import answers, metrics
 from kdfast.squad.batches import cut_by_tokens
 from kdfast.squad.features import Windows
@@ -40,27 +41,47 @@ class Validation:
     n_best_size: int
     null_threshold: float = 0.0
 
+    @property
+    def key(self) -> str:
+        """Names what figures are measured on: they compare only where it is the same."""
+        return (
+            f"{self.windows.key} {self.max_answer_length} {self.n_best_size} {self.null_threshold}"
+        )
+
     def score(
-        self, model: SpanModel, device: torch.device, precision: str, ranks: Ranks | None = None
-    ) -> Evaluation:
+        self,
+        model: SpanModel,
+        device: torch.device,
+        precision: str,
+        ranks: Ranks | None = None,
+        stop: StopSignals | None = None,
+    ) -> Evaluation | None:
         """Let the model answer every question, and score the answers.
 
-        Each of the ranks reads its share of the windows, and all return the same.
+        Each of the ranks reads its share of the windows, and all return the same: None where `stop`
+        cut one of them short, and stop.agreed says so.
         """
-        ranks = ranks or Ranks()
+        ranks, stop = ranks or Ranks(), stop or StopSignals()
         windows = self.windows
-        logits = np.zeros((len(windows.input_ids), 2), dtype=np.float32)
+        # In the last row, the ranks that were cut short.
+        logits = np.zeros((len(windows.input_ids) + 1, 2), dtype=np.float32)
         everything = np.arange(len(windows))
         batches = cut_by_tokens(everything, windows.lengths, forward_tokens(device))
         batches = batches[ranks.rank :: ranks.count]
         started = time.perf_counter()
         for indices, rows in forward_windows(model, windows, batches, device, AUTOCAST[precision]):
             logits[flat_positions(windows, indices)] = rows
+            if stop.is_asked:
+                logits[-1] = 1
+                break
         logits = ranks.sum_array(torch.from_numpy(logits)).numpy()
+        stop.agreed = stop.agreed or bool(logits[-1, 0])
+        if stop.agreed:
+            return None
         rate = len(windows) / (time.perf_counter() - started)
         spans = answers.best_spans(
             windows,
-            logits,
+            logits[:-1],
             max_answer_length=self.max_answer_length,
             n_best_size=self.n_best_size,
         )

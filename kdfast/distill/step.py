@@ -1,5 +1,6 @@
 """One optimizer step: micro-batches in, one update and one read out."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -12,9 +13,12 @@ from kdfast.distill.models import SpanModel
 from kdfast.distill.optim import Updater, learning_rate
 from kdfast.distill.precision import AUTOCAST
 from kdfast.distill.ranks import Ranks
+from kdfast.distill.stopping import StopSignals
 from kdfast.errors import UserError
 from kdfast.fused_kd_loss import kd_loss_rows
 from kdfast.squad.batches import CutRule, deal
+
+STOPS = 5  # its place among the facts of a step
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Stepper:
     forward: the model, or what torch.compile made of it. lengths: int (W,), tokens of every
     window that the feed has. rule: how a step is cut; it changes where memory does not suffice.
     multiple: of which the feed makes every width one. ranks: the processes that share each step;
-    None: this one alone.
+    None: this one alone. stop: what may ask for an end after a step, or amid a long one.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class Stepper:
         total_steps: int,
         multiple: int = 1,
         ranks: Ranks | None = None,
+        stop: StopSignals | None = None,
     ):
         self.config = config
         self.model = model
@@ -75,11 +80,17 @@ class Stepper:
         self.total_steps = total_steps
         self.multiple = multiple
         self.ranks = ranks or Ranks()
+        self.stop = stop or StopSignals()
+        self._dropped = False
 
-    def run(self, step: int, indices: np.ndarray, upcoming: np.ndarray | None = None) -> StepReport:
+    def run(
+        self, step: int, indices: np.ndarray, upcoming: np.ndarray | None = None
+    ) -> StepReport | None:
         """Optimizer step number `step` over the windows `indices`.
 
         upcoming: the windows of the next step, if there is one, to be made ready meanwhile.
+        None: a rank that is to stop dropped the step, and nothing has changed. stop.agreed says
+        whether this step, dropped or not, is the last one.
         Raises UserError where memory does not suffice for a window alone.
         """
         self.model.train()
@@ -104,11 +115,14 @@ class Stepper:
         padded_tokens = sum(map(self.padded_tokens, batches))
         facts = self._facts(sums, padded_tokens, len(batches))
         facts = self.ranks.sum_gradients(self.updater.parameters, facts)
-        norm, skipped = self.updater.update(rate)
+        norm, skipped = self.updater.update(rate, facts[STOPS] > self.ranks.count)
         norm, skipped, *facts = read_step(torch.cat([torch.stack([norm, skipped]), facts]))
-        loss, soft, hard, padded_tokens, micro_batches, *rooms = facts
+        loss, soft, hard, padded_tokens, micro_batches, stops, *rooms = facts
         self._take_smallest(rooms)
-        self.updater.updates += 1 - int(skipped)
+        self.stop.agreed = stops > 0
+        if stops > self.ranks.count:
+            return None
+        self.updater.finish(skipped)
         return StepReport(
             step=step,
             loss=loss,
@@ -127,11 +141,14 @@ class Stepper:
     def _facts(self, sums: torch.Tensor, padded_tokens: int, micro_batches: int) -> torch.Tensor:
         """What this rank adds to the step's report, summed with the gradients.
 
-        Behind it stands a place for each rank's room, so that all can take the smallest.
+        In place STOPS: 1 from a rank that is to stop, and more than all those from one that has
+        dropped the step. Behind it stands a place for each rank's room, so that all can take the
+        smallest.
         """
         rooms = [0] * self.ranks.count
         rooms[self.ranks.rank] = self.rule.parts or self.rule.max_tokens
-        facts = torch.tensor([padded_tokens, micro_batches, *rooms], dtype=sums.dtype)
+        stops = self.ranks.count + 1 if self._dropped else int(self.stop.is_asked)
+        facts = torch.tensor([padded_tokens, micro_batches, stops, *rooms], dtype=sums.dtype)
         return torch.cat([sums, facts.to(sums.device, non_blocking=True)])
 
     def _take_smallest(self, rooms: list[float]) -> None:
@@ -174,12 +191,16 @@ class Stepper:
         Returns (loss, soft, hard) of the step, each already divided by count, on the device.
         """
         sums = torch.zeros(3, device=self.device)
+        started, self._dropped = time.monotonic(), False
         ready = self.feed.micro_batches(batches)
         if upcoming is not None:
             self.feed.expect(self.cut(upcoming))
         # Around all of them: autocast forgets its half-precision weights at its end.
         with self._autocast(self.autocast is not None):
             for number, batch in enumerate(ready):
+                if self.stop.must_drop(started, number, len(batches)):
+                    self._dropped = True
+                    break
                 seed_generators(self.config.seed, step, self.ranks.rank, number)
                 logits = self.forward(**batch.inputs)
                 with self._autocast(False):

@@ -2,10 +2,10 @@
 
 A cache is a folder `teacher/KEY` with two files. `logits.bin` holds fp16 (tokens, 2), the raw
 start and end logits of every real token of every window, flat in the order of Windows.input_ids.
-`header.json` says whose they are. A pass writes into `KEY.partial` and renames it when all is on
-the disk, so that a half-written cache is never read; `done.bin` in there has a byte for each
-micro-batch, 1 where it is safe, so that a killed pass goes on where it stopped, with as many ranks
-as there are then.
+`header.json` says whose they are, and SHA256SUMS what both files hold. A pass writes into
+`KEY.partial` and renames it when all is on the disk, so that a half-written cache is never read;
+`done.bin` in there has a byte for each micro-batch, 1 where it is safe, so that a killed pass goes
+on where it stopped, with as many ranks as there are then.
 """
 
 import errno
@@ -28,11 +28,23 @@ from kdfast.distill.models import SpanModel
 from kdfast.distill.precision import AUTOCAST
 from kdfast.distill.ranks import Ranks
 from kdfast.errors import UserError
-from kdfast.files import read_json_object, sha256_of, write_json
+from kdfast.files import (
+    fault_in,
+    read_json_object,
+    reserve,
+    sha256_of,
+    sync,
+    write_json,
+    write_sums,
+)
 from kdfast.squad.batches import cut_by_tokens
 from kdfast.squad.features import Windows
 
-FORMAT = 2
+FORMAT = 3
+# Up to this size a finished cache is read once and compared with its sums when it is opened: some
+# seconds. A larger one is taken as it is.
+VERIFIED_BYTES = 4 * 2**30
+FILES = ("header.json", "logits.bin")
 SECONDS_BETWEEN_SAVES = 10.0
 
 
@@ -61,10 +73,13 @@ def weights_key(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def open_cache(cache_dir: Path, source: Source, tokens: int) -> np.ndarray | None:
+def open_cache(
+    cache_dir: Path, source: Source, tokens: int, verify: bool = True
+) -> np.ndarray | None:
     """The finished cache of `source` as fp16 (tokens, 2), memory-mapped; None where there is none.
 
-    Raises UserError for a folder of that key whose header or size is not what it must be.
+    verify: read all of it, up to VERIFIED_BYTES, and compare it with its sums.
+    Raises UserError for a folder of that key whose header, size or content is not what it must be.
     """
     folder = cache_dir / "teacher" / source.key
     if not folder.is_dir():
@@ -79,6 +94,10 @@ def open_cache(cache_dir: Path, source: Source, tokens: int) -> np.ndarray | Non
         raise UserError(
             f"Teacher cache {folder} does not match this run in {', '.join(wrong)}: "
             "delete that folder, and it is made anew."
+        )
+    if verify and (fault := fault_in(folder, FILES, VERIFIED_BYTES)):
+        raise UserError(
+            f"Teacher cache {folder} is damaged ({fault}): delete that folder, and it is made anew."
         )
     return np.memmap(path, dtype=np.float16, mode="r", shape=(tokens, 2))
 
@@ -119,7 +138,7 @@ def fill_cache(
                 _fill(partial, source, model, windows, device, progress, ranks)
     except OSError as error:
         raise _disk_error(partial, error) from error
-    cached = open_cache(cache_dir, source, tokens)
+    cached = open_cache(cache_dir, source, tokens, verify=False)
     assert cached is not None
     return cached
 
@@ -161,8 +180,10 @@ def _fill(
     del logits, done
     ranks.barrier()
     if ranks.is_first:
+        write_sums(partial, FILES)
         finished = partial.with_suffix("")
         os.replace(partial, finished)
+        sync(finished.parent)
         (finished / "done.bin").unlink()
     ranks.barrier()
 
@@ -188,9 +209,7 @@ def _start(partial: Path, source: Source, windows: Windows, max_tokens: int) -> 
     partial.mkdir(parents=True)
     sizes = {"logits.bin": tokens * 4, "done.bin": len(_cuts(windows, max_tokens))}
     for name, size in sizes.items():
-        with (partial / name).open("wb") as file:
-            # A disk that is too small says so now, and not as a bus error amid the pass.
-            os.posix_fallocate(file.fileno(), 0, size)
+        reserve(partial / name, size)
     write_json(header_path, {**expected, "max_tokens": max_tokens})
 
 

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from kdfast.errors import UserError
-from kdfast.squad.array_files import ARRAYS, ArrayFile, narrowest, write_header
+from kdfast.files import fault_in, write_sums
+from kdfast.squad.array_files import ARRAYS, HEADER, ArrayFile, narrowest, write_header
 from kdfast.squad.cutting import Cutter
 from kdfast.squad.encoding import MOST_PROCESSES, Encoder, encoder, processor_count
 from kdfast.squad.examples import Example
@@ -24,7 +25,11 @@ from kdfast.squad.records import fingerprint, iter_examples
 from kdfast.squad.template import Template, whole_texts
 from kdfast.squad.windows import Windows, open_windows
 
-FORMAT = 2  # part of every key: raise it when files or meaning change
+FORMAT = 3  # part of every key: raise it when files or meaning change
+# Up to this size together, the files of a cache are read once and compared with their sums when it
+# is opened: some seconds. Larger ones are taken as they are.
+VERIFIED_BYTES = 4 * 2**30
+FILES = (HEADER, *(f"{name}.bin" for name in ARRAYS))
 
 
 def tokenizer_key(tokenizer: Any) -> str:
@@ -91,7 +96,10 @@ def prepare(
                 f"--cache_dir {cache_dir}: features cannot be written there "
                 f"({error.strerror or error}): make room or give another folder"
             ) from None
-    return open_windows(folder, key)
+    windows = open_windows(folder, key)
+    if fault := fault_in(folder, FILES, VERIFIED_BYTES):
+        raise UserError(f"{folder}: a damaged cache ({fault}): delete this folder and run again")
+    return windows
 
 
 def windows_of(
@@ -180,6 +188,7 @@ def _write(
             for file in files.values():
                 file.close()
         write_header(partial, _header(key, settings, cutter), files)
+        write_sums(partial, FILES)
         _sync(partial)
         partial.rename(folder)
         _sync(folder.parent)

@@ -1,0 +1,94 @@
+"""Model folders of a run: written so that a kill or a full disk never leaves half of one."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from kdfast.distill.models import SpanModel
+from kdfast.errors import UserError
+from kdfast.files import sync_folder
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Inside, a disk that refuses a write raises UserError, which names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise _write_error(path, error.errno, error.strerror or str(error)) from error
+    except SafetensorError as error:
+        # Its text is all that it keeps of the system's error.
+        number = errno.ENOSPC if os.strerror(errno.ENOSPC) in str(error) else None
+        raise _write_error(path, number, str(error)) from error
+
+
+def save_model(folder: Path, model: SpanModel, tokenizer) -> None:
+    """Write config, safetensors and tokenizer into `folder`, as AutoModel… loads them."""
+    with writing(folder):
+        model.reader.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def replace_model(folder: Path, model: SpanModel, tokenizer) -> None:
+    """As save_model; whenever it is killed, mend_model finds the old folder or the new one."""
+    beside, old = _beside(folder)
+    with writing(folder):
+        shutil.rmtree(beside, ignore_errors=True)
+        save_model(beside, model, tokenizer)
+        sync_folder(beside)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        beside.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def mend_model(folder: Path) -> None:
+    """Bring back the old folder where a kill came between replace_model's renames."""
+    _, old = _beside(folder)
+    if old.is_dir() and not folder.exists():
+        old.rename(folder)
+
+
+def place_model(folder: Path, model: SpanModel, tokenizer) -> None:
+    """As save_model, into a folder that holds other things too: each file is the old or the new."""
+    beside = folder / "model.new"
+    shutil.rmtree(beside, ignore_errors=True)
+    save_model(beside, model, tokenizer)
+    move_files(beside, folder)
+
+
+def place_copy(source: Path, folder: Path) -> None:
+    """Copy the files of model folder `source` into `folder`, as place_model does."""
+    beside = folder / "model.new"
+    with writing(folder):
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.copytree(source, beside)
+    move_files(beside, folder)
+
+
+def move_files(beside: Path, folder: Path) -> None:
+    """Make the files of `beside` durable and move them into `folder`."""
+    with writing(folder):
+        sync_folder(beside)
+        for path in beside.iterdir():
+            os.replace(path, folder / path.name)
+        beside.rmdir()
+
+
+def _beside(folder: Path) -> tuple[Path, Path]:
+    return folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+
+
+def _write_error(path: Path, number: int | None, reason: str) -> UserError:
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(
+            f"The disk is full while {path} is written: free some space and go on with "
+            "--resume_from_checkpoint last; earlier checkpoints are whole."
+        )
+    return UserError(f"{path} cannot be written ({reason}): choose another --output_dir.")
