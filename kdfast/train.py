@@ -15,7 +15,7 @@ from transformers import HfArgumentParser
 from transformers.utils import logging as hf_logging
 
 from kdfast import recipes
-from kdfast.distill import checkpoint, costs, inputs, models, resume
+from kdfast.distill import checkpoint, costs, inputs, invariance, models, resume
 from kdfast.distill.config import TrainConfig
 from kdfast.distill.dropout import speed_up_dropout
 from kdfast.distill.feed import make_feed
