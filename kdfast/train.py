@@ -181,7 +181,7 @@ def distil(
         stop,
     )
     if config.check_invariance:
-        return check_invariance(stepper, order, ranks)
+        return invariance.report(stepper, order.step(0), ranks)
     if config.overwrite and ranks.is_first:  # not before all that the run needs has proved good
         remove_run(output)
     matmul_rate = costs.matmul_rate(device, AUTOCAST[precision] or torch.float32)
@@ -208,7 +208,6 @@ def distil(
         while not stop.agreed:
             is_last = progress.steps >= total
             if is_last:
-                check_learned(updater)
                 results.place_student()
             if results.must_evaluate() and (figures := results.evaluate()):
                 bar.write(figures)
@@ -237,7 +236,6 @@ def distil(
         ranks.say(f"{progress.steps - updater.updates} of {progress.steps} steps were skipped.")
     results.finish()
 
-    evaluation = results.evaluation
     record = {
         "config": asdict(config),
         "precision": precision,
@@ -245,31 +243,15 @@ def distil(
         **describe_machine(device),
         "student_parameters": sum(each.numel() for each in model.parameters()),
         "train_windows": len(chosen),
-        "steps": progress.steps,
-        "updates": updater.updates,
-        "starts": progress.starts,
         "teacher_cache": source and source.key,
-        "cuts": asdict(progress.rule),
         "matmul_flops_per_second": matmul_rate,
-        "train_speed": asdict(results.clock.speed()),
-        "metrics": None if evaluation is None else evaluation.metrics,
-        "eval_windows_per_second": None if evaluation is None else evaluation.windows_per_second,
-        "best_f1": progress.best_f1,
+        **results.figures(),
     }
     if ranks.is_first:
         write_run(output, record)
     ranks.barrier()
     ranks.say(f"The student is in {output}; run.json there holds settings, versions and figures.")
     return record
-
-
-def check_learned(updater: Updater) -> None:
-    """Raise UserError where no step has changed the weights."""
-    if updater.updates == 0:
-        raise UserError(
-            "No step reached the weights, as every gradient was not finite: check the student's "
-            "weights, or lower --learning_rate."
-        )
 
 
 def check_invariance(stepper: Stepper, order: TrainingOrder, ranks: Ranks) -> dict:

@@ -179,7 +179,9 @@ def test_two_runs_share_a_cache(world):
     def run(number):
         forks.leave(world.run(output_dir=world.path / f"out{number}"))
 
-    processes = [forks.start(1, lambda _, n=n: run(n))[0][0] for n in range(3)]
+    processes = [forks.FORK.Process(target=run, args=(number,)) for number in range(3)]
+    for process in processes:
+        process.start()
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0, 0]
@@ -295,10 +297,7 @@ def test_a_rank_that_is_killed_ends_the_others_with_a_sentence(world, monkeypatc
             status = world.run(**FLAGS, max_tokens_per_micro_batch=250)
         forks.leave(status)
 
-    processes, _ = forks.start(2, rank)
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [2, -signal.SIGKILL]
+    assert forks.exit_codes(2, rank) == [2, -signal.SIGKILL]
     assert "another rank died without a word" in (world.path / "said").read_text()
     assert checkpoint.list_checkpoints(world.output)
 

@@ -50,7 +50,8 @@ class Run:
             forks.leave(status)
 
         flags_cache = str(self.world.path / "cache")
-        return forks.start(self.count, rank)[0]
+        processes, _, self.keeper = forks.start(self.count, rank)
+        return processes
 
     def end(self, processes):
         """The exit codes. Ranks that outlive another learn of it, or are killed as by torchrun."""
@@ -64,6 +65,7 @@ class Run:
                 process.join(0.01)
                 if process.exitcode is not None:
                     codes[number] = process.exitcode
+        self.keeper.kill()
         return list(codes.values())
 
     def found(self):

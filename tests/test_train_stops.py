@@ -101,9 +101,7 @@ def test_a_second_signal_stops_at_once(world, monkeypatch):
         monkeypatch.setattr(stopping, "SECONDS_OF_ONE_REQUEST", 0.0)
         forks.leave(world.run(**FLAGS))
 
-    (process,), _ = forks.start(1, rank)
-    process.join(60)
-    assert process.exitcode == -signal.SIGTERM
+    assert forks.exit_codes(1, rank) == [-signal.SIGTERM]
     assert steps_of(world.output) == []
 
 
@@ -120,11 +118,6 @@ def test_ranks_stop_at_the_same_step_where_one_is_asked(world, monkeypatch, is_d
                 )
         forks.leave(world.run(**flags))
 
-    def codes(processes):
-        for process in processes:
-            process.join(60)
-        return [process.exitcode for process in processes]
-
     forgotten = {"clock", "starts"}
 
     def end():
@@ -133,14 +126,14 @@ def test_ranks_stop_at_the_same_step_where_one_is_asked(world, monkeypatch, is_d
         return log_of(world.output), states["scaler"], kept
 
     whole_run = {**flags, "save_steps": 6}
-    assert codes(forks.start(2, lambda _: forks.leave(world.run(**whole_run)))[0]) == [0, 0]
+    assert forks.exit_codes(2, lambda _: forks.leave(world.run(**whole_run))) == [0, 0]
     whole = end()
     shutil.rmtree(world.output)
-    assert codes(forks.start(2, rank)[0]) == [143, 143]
+    assert forks.exit_codes(2, rank) == [143, 143]
     (steps,) = steps_of(world.output)
     assert len([line for line in log_of(world.output) if "step" in line]) == steps < 6
     go_on = {**whole_run, "resume_from_checkpoint": "last"}
-    assert codes(forks.start(2, lambda _: forks.leave(world.run(**go_on)))[0]) == [0, 0]
+    assert forks.exit_codes(2, lambda _: forks.leave(world.run(**go_on))) == [0, 0]
     assert end() == whole
 
 

@@ -4,12 +4,14 @@ With dropout off the splits differ in the order of sums alone, so that fp64 show
 fp32 what reordering costs.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
 
+from kdfast.distill.ranks import Ranks
 from kdfast.distill.step import Stepper
+from kdfast.errors import UserError
 from kdfast.squad.batches import CutRule, deal
 
 # Windows of the step that take part: in one piece and in fp64 they must fit into memory.
@@ -76,6 +78,22 @@ def table(splits: list[Split]) -> str:
             f"{each.name:<34}{each.micro_batches:>14}{each.fp64:>11.1e}{each.fp32:>11.1e}{mark}"
         )
     return "\n".join(lines)
+
+
+def report(stepper: Stepper, indices: np.ndarray, ranks: Ranks) -> dict:
+    """Say how the gradient of a step depends on how it is split. Raises UserError where it does."""
+    splits = check(stepper, indices)
+    ranks.say(
+        "Distance of the gradient from that of one piece in fp64, over its norm; dropout is off."
+    )
+    ranks.say(table(splits))
+    wrong = [each.name for each in splits if not each.good]
+    if wrong:
+        raise UserError(
+            f"The gradient depends on the split: see {', '.join(wrong)} above. Do not train with "
+            "this model; report it with the table."
+        )
+    return {"splits": [asdict(each) for each in splits]}
 
 
 def _ways(stepper: Stepper, longest: int) -> dict[str, tuple[CutRule, int]]:

@@ -1,6 +1,6 @@
 """What a run leaves in its folder as it goes: log, evaluations, checkpoints, the student."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from kdfast.distill.optim import Updater
 from kdfast.distill.ranks import Ranks
 from kdfast.distill.step import StepReport
 from kdfast.distill.stopping import StopSignals
+from kdfast.errors import UserError
 
 
 @dataclass
@@ -113,7 +114,15 @@ class Results:
         self._saved = self.progress.steps
 
     def place_student(self) -> None:
-        """The last model into output_dir, before anything else can fail."""
+        """The last model into output_dir, before anything else can fail.
+
+        Raises UserError where no step has changed the weights.
+        """
+        if self.updater.updates == 0:
+            raise UserError(
+                "No step reached the weights, as every gradient was not finite: check the "
+                "student's weights, or lower --learning_rate."
+            )
         if self.log:
             with self.clock.stopped():
                 place_model(self.output, self.student.model, self.student.tokenizer)
@@ -129,6 +138,21 @@ class Results:
         if self.config.load_best_model_at_end:
             replace_model(self.output / "last", self.student.model, self.student.tokenizer)
             place_copy(self.output / "best", self.output)
+
+    def figures(self) -> dict[str, Any]:
+        """What run.json holds of the run's course. train_speed is that of all `steps`, those before
+        the last of `starts` included, on whatever machines they ran."""
+        progress, found = self.progress, self.evaluation
+        return {
+            "steps": progress.steps,
+            "updates": self.updater.updates,
+            "starts": progress.starts,
+            "cuts": asdict(progress.rule),
+            "train_speed": asdict(self.clock.speed()),
+            "metrics": None if found is None else found.metrics,
+            "eval_windows_per_second": None if found is None else found.windows_per_second,
+            "best_f1": progress.best_f1,
+        }
 
     def _score(self, stop: StopSignals | None) -> scoring.Evaluation | None:
         model = self.student.model

@@ -35,7 +35,7 @@ def step_of(run, indices):
     """One step, its gradient before the update, and the report."""
     kept = []
     update = run.updater.update
-    run.updater.update = lambda rate: (kept.append(vector(run)), update(rate))[1]
+    run.updater.update = lambda *given: (kept.append(vector(run)), update(*given))[1]
     report = run.stepper.run(3, indices)
     return kept[0], report
 
