@@ -9,6 +9,7 @@ import datasets
 import pytest
 
 from kdfast import evaluate
+from kdfast.distill import scoring
 from tests import corpora, forks, readers
 
 
@@ -193,16 +194,29 @@ def test_a_model_without_a_head(world):
 def test_two_ranks_say_and_write_once(world):
     flags = [*world.both, "--compare", world.second, "--max_seq_length", "200"]
     flags += ["--model", world.first, "--cache_dir", str(world.path / "cache")]
+    flags += ["--max_query_length", "4"]  # so that there is something to say of the questions
     said = [world.path / f"said{number}" for number in range(2)]
+    forward, read_here = scoring.forward_windows, []
+
+    def counted(model, windows, batches, *rest):
+        read_here.append(sum(map(len, batches)))
+        return forward(model, windows, batches, *rest)
 
     def rank(number):
+        scoring.forward_windows = counted
+        scoring.forward_tokens = lambda device: 400
         sys.stdout = sys.stderr = said[number].open("w")
         status = evaluate.main([*flags, "--output_dir", str(world.path / "ranks")])
         sys.stdout.close()
-        return status
+        return status, read_here
 
-    assert forks.run(2, rank) == [0, 0]
-    assert "windows/s" in said[0].read_text() and said[1].read_text() == ""
+    (first, some), (second, others) = forks.run(2, rank)
+    assert (first, second) == (0, 0)
+    # Two sets, two readers: 12 windows each time, of which each rank reads its share.
+    assert [sum(pair) for pair in zip(some, others, strict=True)] == [12] * 4
+    assert min(some + others) > 0
+    assert "were cut at" in said[0].read_text() and "windows/s" in said[0].read_text()
+    assert said[1].read_text() == ""
     assert world.run(*flags, "--output_dir", world.output)[0] == 0
     together = json.loads((world.path / "ranks" / "summary.json").read_text())
     assert together["ranks"] == 2
