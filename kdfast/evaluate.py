@@ -4,7 +4,6 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any
 
 from transformers import HfArgumentParser
 from transformers.utils import logging as hf_logging
@@ -13,6 +12,7 @@ from kdfast.distill import scoring
 from kdfast.distill.contender import Contender, questions_of, result_of
 from kdfast.distill.evaluate_config import EvaluateConfig
 from kdfast.distill.precision import pick_device, resolve
+from kdfast.distill.ranks import Ranks
 from kdfast.distill.record import describe_machine
 from kdfast.errors import UserError
 from kdfast.files import make_writable, write_json
@@ -31,17 +31,19 @@ def main(argv: list[str] | None = None) -> int:
     if unknown:
         parser.error(f"unknown arguments: {' '.join(unknown)}")
     try:
-        evaluate(config)
+        with Ranks.join() as ranks:
+            evaluate(config, ranks)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not error.is_repeated:
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
     return 0
 
 
-def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
-    """Score, print, and write what --output_dir is for. Returns the results of the sets.
+def evaluate(config: EvaluateConfig, ranks: Ranks) -> None:
+    """Score, print, and write what --output_dir is for; the first of the ranks does the last two.
 
     Of one --data the official figures are printed as one JSON object, of a --suite a table.
     """
@@ -49,18 +51,18 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     sets = config.sets()
     output = open_folder(config.output_dir)
     if config.predictions is not None:
-        scores = score_files(config, read_questions(sets[0]))
-        print(json.dumps(scores, indent=2))
-        if output:
-            write_json(output / "metrics.json", scores)
-        return [{"metrics": scores}]
+        scores = score_files(config, read_questions(sets[0]), ranks)
+        if ranks.is_first:
+            report_scores(scores, output)
+        return
 
-    device = pick_device()
+    device = pick_device(ranks.local_rank)
     precision = resolve(config.mixed_precision, device)
     named = [("--model", config.model)]
     if config.compare is not None:
         named.append(("--compare", config.compare))
-    readers = [Contender(config, name, role, device, precision, warn) for role, name in named]
+    readers = [Contender(config, name, role, device, precision, ranks) for role, name in named]
+    ranks.agree({"settings": config, "weights": [reader.weights for reader in readers]})
     questions = {each.name: read_questions(each) for each in sets}
     thresholds = [reader.null_threshold() for reader in readers]
     about = [reader.describe(sets[0].source) for reader in readers]
@@ -79,6 +81,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
             "level": bootstrap.LEVEL,
             "seed": bootstrap.SEED,
         },
+        "ranks": ranks.count,
         **describe_machine(device),
     }
     found = []
@@ -88,22 +91,31 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
             reader.answer(each.source, asked, threshold if each.unanswerable else math.inf)
             for reader, threshold in zip(readers, thresholds, strict=True)
         ]
+        if not ranks.is_first:
+            continue
         found.append(result_of(each, answered))
         speed = found[-1]["windows_per_second"]
-        warn(f"{each.name}: {scoring.line(found[-1]['metrics'])}  {speed:.1f} windows/s")
+        ranks.warn(f"{each.name}: {scoring.line(found[-1]['metrics'])}  {speed:.1f} windows/s")
         if output:
             write_json(output / f"{each.name}.eval.json", header | found[-1])
             write_json(output / f"{each.name}.questions.json", questions_of(answered))
+    if not ranks.is_first:
+        return
     if config.suite is None:
-        print(json.dumps(found[0]["metrics"], indent=2))
+        report_scores(found[0]["metrics"], output)
         if output:
-            write_json(output / "metrics.json", found[0]["metrics"])
             answers.write_predictions(answered[0].evaluation.answers, output)
     if config.suite is not None or config.compare is not None:
         print(results.table(found), file=sys.stdout if config.suite else sys.stderr)
     if output:
         write_json(output / "summary.json", header | {"sets": found})
-    return found
+
+
+def report_scores(scores: dict[str, float], output: Path | None) -> None:
+    """The official figures, to stdout and into metrics.json."""
+    print(json.dumps(scores, indent=2))
+    if output:
+        write_json(output / "metrics.json", scores)
 
 
 def read_questions(each: EvaluationSet) -> list[records.Example]:
@@ -120,16 +132,18 @@ def read_questions(each: EvaluationSet) -> list[records.Example]:
     return examples
 
 
-def score_files(config: EvaluateConfig, examples: list[records.Example]) -> dict[str, float]:
+def score_files(
+    config: EvaluateConfig, examples: list[records.Example], ranks: Ranks
+) -> dict[str, float]:
     """The answers of --predictions, scored."""
     found = read_object(config.predictions, "--predictions", str)
     odds = read_object(config.null_odds, "--null_odds", float) if config.null_odds else None
     gold = metrics.gold_answers(examples)
     missing, unknown = metrics.unmatched_ids(gold, found)
     if missing:
-        warn(f"{len(missing)} questions without a prediction score 0, such as {missing[0]}.")
+        ranks.warn(f"{len(missing)} questions without a prediction score 0, such as {missing[0]}.")
     if unknown:
-        warn(f"{len(unknown)} predictions are of unknown questions, such as {unknown[0]}.")
+        ranks.warn(f"{len(unknown)} predictions are of unknown questions, such as {unknown[0]}.")
     threshold = 1.0 if config.null_threshold is None else config.null_threshold
     return metrics.score(gold, found, odds, threshold)
 
@@ -167,11 +181,6 @@ def open_folder(name: str | None) -> Path | None:
             f"--output_dir {folder} cannot be written ({error.strerror}): name another."
         ) from error
     return folder
-
-
-def warn(text: str) -> None:
-    """What is not the result goes to stderr, so that stdout is one JSON object."""
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ RANKS = {
     "files": 0,
     "_C": 0,
     "arguments": 1,
+    "recipes": 1,
     "reference": 1,
     "backends": 2,
     "kd_rows": 3,
@@ -108,6 +109,7 @@ def test_arrows_point_down():
         ("kdfast.distill.step", "from kdfast.train import main"),
         ("kdfast.reader", "from kdfast import predict"),
         ("kdfast.distill.scoring", "from kdfast.reader import Reader"),
+        ("kdfast.recipes", "from kdfast.distill.config import TrainConfig"),
         ("kdfast.train", "from tests.demo import corpus"),
     ],
 )

@@ -1,6 +1,7 @@
 """`kdfast.evaluate` on sets of a suite, which local files stand in for."""
 
 import json
+import sys
 import types
 from pathlib import Path
 
@@ -8,11 +9,12 @@ import datasets
 import pytest
 
 from kdfast import evaluate
-from tests import corpora, readers
+from kdfast.distill import scoring
+from tests import corpora, forks, readers
 
 
 @pytest.fixture
-def world(tmp_path, capsys):
+def world(tmp_path, capfd):
     """Two tiny readers, data, and `run(*flags)`: the program's status, output and errors."""
     plain = corpora.write(tmp_path / "plain.json", 6)
     perturbed = json.loads(Path(plain).read_text())
@@ -40,7 +42,7 @@ def world(tmp_path, capsys):
     def run(*flags, model=folders.first):
         options = ["--model", model, "--cache_dir", str(tmp_path / "cache")]
         options += ["--max_seq_length", "200", *map(str, flags)]
-        return evaluate.main(options), *capsys.readouterr()
+        return evaluate.main(options), *capfd.readouterr()
 
     folders.run = run
     return folders
@@ -119,13 +121,15 @@ def test_a_threshold_of_other_data(world):
     world.run("--data", world.perturbed, "--null_threshold", 1e9, "--output_dir", world.output)
     fitted = read(world, "metrics")
     assert fitted["best_f1"] > 0  # where every question has an answer, none is worth abstaining
-    from_data = world.run(*data, "--null_threshold_from", world.perturbed)
+    out = ["--output_dir", world.path / "fitted"]
+    from_data = world.run(*data, "--null_threshold_from", world.perturbed, *out)
+    used = json.loads((world.path / "fitted" / "plain.eval.json").read_text())["null_threshold"]
+    assert used == fitted["best_f1_thresh"] != 0
     given = world.run(*data, "--null_threshold", fitted["best_f1_thresh"])
     assert from_data[0] == given[0] == 0 and from_data[1] == given[1]
     for name in ("metrics", "perturbed.eval"):
         of_result = ["--null_threshold_from", world.output / f"{name}.json"]
         assert world.run(*data, *of_result)[1] == given[1]
-    assert given[1] != world.run(*data, "--null_threshold", -1e9)[1]
 
     status, _, err = world.run(*data, *of_result, "--compare", world.second)
     assert status == 2 and "each gets its own threshold" in err
@@ -168,6 +172,11 @@ def test_faults(world, flags, words):
     assert status == 2 and not out and words in err and err.count("\n") == 1
 
 
+def test_a_local_file_that_is_not_there(world):
+    status, _, err = world.run("--suite", "squad", "--data", "squad=/nowhere.json")
+    assert status == 2 and "no such file" in err and "takes a copy" not in err
+
+
 def test_flags_of_a_model_without_one(capsys):
     for name in ("suite", "compare", "null_threshold_from"):
         assert evaluate.main(["--predictions", "p", "--data", "d", f"--{name}", "card"]) == 2
@@ -180,3 +189,38 @@ def test_a_model_without_a_head(world):
     assert status == 2 and "has no question-answering head" in err
     status, _, err = world.run(*world.both, "--compare", headless)
     assert status == 2 and "--compare" in err and "has no question-answering head" in err
+
+
+def test_two_ranks_say_and_write_once(world):
+    flags = [*world.both, "--compare", world.second, "--max_seq_length", "200"]
+    flags += ["--model", world.first, "--cache_dir", str(world.path / "cache")]
+    flags += ["--max_query_length", "4"]  # so that there is something to say of the questions
+    said = [world.path / f"said{number}" for number in range(2)]
+    forward, read_here = scoring.forward_windows, []
+
+    def counted(model, windows, batches, *rest):
+        read_here.append(sum(map(len, batches)))
+        return forward(model, windows, batches, *rest)
+
+    def rank(number):
+        scoring.forward_windows = counted
+        scoring.forward_tokens = lambda device: 400
+        sys.stdout = sys.stderr = said[number].open("w")
+        status = evaluate.main([*flags, "--output_dir", str(world.path / "ranks")])
+        sys.stdout.close()
+        return status, read_here
+
+    (first, some), (second, others) = forks.run(2, rank)
+    assert (first, second) == (0, 0)
+    # Two sets, two readers: 12 windows each time, of which each rank reads its share.
+    assert [sum(pair) for pair in zip(some, others, strict=True)] == [12] * 4
+    assert min(some + others) > 0
+    assert "were cut at" in said[0].read_text() and "windows/s" in said[0].read_text()
+    assert said[1].read_text() == ""
+    assert world.run(*flags, "--output_dir", world.output)[0] == 0
+    together = json.loads((world.path / "ranks" / "summary.json").read_text())
+    assert together["ranks"] == 2
+    for ours, alone in zip(together["sets"], read(world, "summary")["sets"], strict=True):
+        assert ours["intervals"] == alone["intervals"]
+        assert ours["compared"]["difference"] == alone["compared"]["difference"]
+        assert ours["metrics"] == pytest.approx(alone["metrics"])

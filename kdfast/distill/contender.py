@@ -1,7 +1,7 @@
 """A reader under evaluation: how it is loaded, what it makes of a set, what is written of that."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,12 @@ import torch
 
 from kdfast.distill import latency, models, scoring, teacher
 from kdfast.distill.evaluate_config import EvaluateConfig
+from kdfast.distill.ranks import Ranks
 from kdfast.errors import UserError
 from kdfast.files import read_json_object
 from kdfast.squad import features, metrics, results
 from kdfast.squad.records import Example, read_examples
 from kdfast.squad.suites import EvaluationSet
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -56,13 +55,13 @@ class Contender:
         role: str,
         device: torch.device,
         precision: str,
-        say: Say,
+        ranks: Ranks,
     ):
         loaded = models.load_reader(name, role)
         models.check_fits(loaded, config.max_seq_length, name)
+        self.config, self.name, self.ranks = config, name, ranks
         for note in loaded.notes:
-            say(note)
-        self.config, self.name, self.say = config, name, say
+            self.ranks.warn(note)
         self.device, self.precision = device, precision
         self.tokenizer = loaded.tokenizer
         self.model = loaded.model.to(device)
@@ -73,7 +72,7 @@ class Contender:
         config = self.config
         windows = self._windows(source)
         for note in windows.notes():
-            self.say(f"{self.name}: {note}")
+            self.ranks.warn(f"{self.name}: {note}")
         validation = scoring.Validation(
             windows=windows,
             examples=examples,
@@ -81,7 +80,7 @@ class Contender:
             n_best_size=config.n_best_size,
             null_threshold=null_threshold,
         )
-        evaluation = validation.score(self.model, self.device, self.precision)
+        evaluation = validation.score(self.model, self.device, self.precision, self.ranks)
         found = evaluation.answers
         scores = metrics.question_scores(metrics.gold_answers(examples), found.never_null)
         scores = metrics.apply_threshold(scores, found.null_odds, null_threshold)
@@ -110,7 +109,7 @@ class Contender:
                 f"--null_threshold_from {name} holds no best_f1_thresh: give the result of one set."
             )
         else:
-            self.say(f"{self.name}: looking for the best threshold on {name}")
+            self.ranks.warn(f"{self.name}: looking for the best threshold on {name}")
             examples = read_examples(name, split="validation")
             figures = self.answer(name, examples, 0.0).evaluation.metrics
         if figures["best_f1"] <= 100.0 * figures.get("NoAns_total", 0) / figures["total"]:

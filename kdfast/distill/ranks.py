@@ -7,6 +7,7 @@ communicates.
 
 import hashlib
 import os
+import sys
 from collections.abc import Iterable
 from datetime import timedelta
 
@@ -69,6 +70,11 @@ class Ranks:
         """Print a line, once for all ranks."""
         if self.is_first:
             print(text, flush=True)
+
+    def warn(self, text: str) -> None:
+        """As `say`, to stderr: for programs whose stdout is a result."""
+        if self.is_first:
+            print(text, file=sys.stderr, flush=True)
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

@@ -19,7 +19,7 @@ class EvaluationSet:
 
     revision: None is the main one. language: its code, None where it is not known.
     unanswerable: it has questions without an answer. Only there may a reader abstain, as in the
-        evaluation behind the published figures.
+        QuestionAnsweringEvaluator of Hugging Face's `evaluate`.
     by_original: its ids are ORIGINAL-SUFFIX for a perturbed form of the question ORIGINAL.
     file: what is read in place of the hub's set.
     """
