@@ -11,6 +11,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 from kdfast import files
 from kdfast.distill import checkpoint, model_folders, scoring, teacher
@@ -177,6 +178,7 @@ def test_two_runs_do_not_share_a_folder(world, capsys):
 
 def test_two_runs_share_a_cache(world):
     def run(number):
+        torch.set_num_threads(1)  # the parent's threads did not fork
         forks.leave(world.run(output_dir=world.path / f"out{number}"))
 
     processes = [forks.FORK.Process(target=run, args=(number,)) for number in range(3)]

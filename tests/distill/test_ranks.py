@@ -137,6 +137,7 @@ def test_one_cache_is_written_by_many(setup, tmp_path, count):
     alone = fill(tmp_path / "one")
     assert all(np.array_equal(np.array(each, dtype=np.float16), alone) for each in found)
     assert sorted(path.name for path in (tmp_path / "many/teacher" / source.key).iterdir()) == [
+        "SHA256SUMS",
         "header.json",
         "logits.bin",
     ]
