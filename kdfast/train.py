@@ -15,6 +15,7 @@ from transformers import HfArgumentParser
 from transformers.utils import logging as hf_logging
 
 from kdfast import recipes
+from kdfast.card import CardConfig, publish
 from kdfast.distill import checkpoint, costs, inputs, invariance, models, scoring
 from kdfast.distill.config import OBJECTIVE, TrainConfig
 from kdfast.distill.feed import make_feed
@@ -82,6 +83,8 @@ def train(config: TrainConfig, ranks: Ranks | None = None) -> dict:
     """One run from files to a finished student; returns what run.json holds."""
     ranks = ranks or Ranks()
     config.check()
+    if not config.check_invariance:
+        CardConfig.of_run(config).check()
     device = pick_device(ranks.local_rank)
     precision = resolve(config.mixed_precision, device)
     ranks.agree({"settings": config, "code": code_key(), "torch": torch.__version__})
@@ -236,6 +239,8 @@ def train(config: TrainConfig, ranks: Ranks | None = None) -> dict:
         write_run(output, record)
     ranks.barrier()
     ranks.say(f"The student is in {output}; run.json there holds settings, versions and figures.")
+    if ranks.is_first:
+        publish(CardConfig.of_run(config), ranks.say)
     return record
 
 

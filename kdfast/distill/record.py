@@ -73,8 +73,9 @@ def remove_run(output: Path) -> None:
     """Delete what an earlier run wrote beside its model, and nothing else."""
     for folder in [*list_checkpoints(output), *(output / n for n in ("best", "last"))]:
         shutil.rmtree(folder, ignore_errors=True)
-    shutil.rmtree(output / TENSORBOARD_FOLDER, ignore_errors=True)
-    for name in (RUN_FILE, LOG_FILE):
+    for name in (TENSORBOARD_FOLDER, "figures", ".eval_results"):
+        shutil.rmtree(output / name, ignore_errors=True)
+    for name in (RUN_FILE, LOG_FILE, "README.md", "report.html"):
         (output / name).unlink(missing_ok=True)
 
 
