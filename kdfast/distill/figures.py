@@ -127,16 +127,16 @@ def agreement(files: RunFiles) -> "Figure | None":
     if not bars:
         return None
     figure, (axes,) = _figure(height=1.4 + 0.55 * len(bars))
-    names = [
-        "both right",
-        "only this model",
-        "only the other",
-        "both wrong, alike",
-        "both wrong, apart",
-    ]
-    colors = [GREEN, PALE_BLUE, PALE_ORANGE, GREY, PALE_GREY]
+    legend = {
+        "both right": GREEN,
+        "only this model": PALE_BLUE,
+        "only the other": PALE_ORANGE,
+        "both wrong, alike": GREY,
+        "both wrong, apart": PALE_GREY,
+    }
     left = np.zeros(len(bars))
-    for (name, color), shares in zip(legend.items(), np.array(list(bars.values())).T, strict=True):
+    columns = np.array(list(bars.values())).T
+    for (name, color), shares in zip(legend.items(), columns, strict=True):
         axes.barh(list(bars), shares, left=left, color=color, label=name, height=0.6)
         for row, share in enumerate(shares):
             if share >= 5:
