@@ -1,5 +1,6 @@
 """The text of a model card: sections as on the published cards, figures from result files alone."""
 
+import json
 from typing import Any
 
 from kdfast.distill.run_files import RunFiles, Source, as_text, short
@@ -207,7 +208,7 @@ def usage(loaded_as: str) -> str:
     return f"""```python
 from kdfast import Reader
 
-reader = Reader({loaded_as!r})
+reader = Reader({json.dumps(loaded_as)})
 answer = reader(
     question="Who led the expedition?",
     context="The expedition of 1907 was led by Ernest Shackleton.",
