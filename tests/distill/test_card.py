@@ -4,31 +4,18 @@ import json
 import re
 from pathlib import Path
 
-import httpx2
 import pytest
 import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
+from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import filter_repo_objects
 
 from kdfast import card as program
 from kdfast.distill import card, run_files
 from kdfast.errors import UserError
+from tests.programs import edit
 
 SET = "dev"
-
-
-def edit(folder: Path, name: str, /, **changes) -> dict:
-    """Change values of a JSON file in the folder; A__B is B within A. Returns the whole."""
-    path = folder / name
-    content = json.loads(path.read_text())
-    for key, value in changes.items():
-        *above, last = key.split("__")
-        at = content
-        for each in above:
-            at = at[each]
-        at[last] = value
-    path.write_text(json.dumps(content))
-    return content
 
 
 def write(folder: Path, **arguments) -> tuple[dict, str]:
@@ -281,7 +268,7 @@ def test_no_push_without_a_card(finished, monkeypatch):
     assert hub.calls == []
 
 
-@pytest.mark.parametrize("error", [httpx2.ConnectError("no route"), OSError("")])
+@pytest.mark.parametrize("error", [HTTPError("no route"), OSError("")])
 def test_a_hub_that_refuses(finished, monkeypatch, capsys, error):
     monkeypatch.setattr(card, "HfApi", lambda: Hub(error))
     flags = ["--model_dir", str(finished.folder), "--push_to_hub", "me/reader"]
