@@ -135,6 +135,7 @@ setup(
     package_data={
         "kdfast.demo": ["*.yaml", "domains/*.yaml", "teacher/*"],
         "kdfast.recipes": ["*.yaml"],
+        "kdfast.distill": ["templates/*"],
     },
     ext_modules=[rows],
     cmdclass={"build_ext": BuildRows},
@@ -145,12 +146,14 @@ setup(
         "transformers>=5.0",
         "datasets>=4.0",
         "safetensors>=0.5",
-        "huggingface_hub>=1.0",
+        "huggingface_hub>=1.4",
+        "Jinja2>=3.1",
         "pyyaml>=6.0",
         "tqdm>=4.66",
     ],
     extras_require={
         "tensorboard": ["tensorboard>=2.16"],
+        "plots": ["matplotlib>=3.8"],
         "test": [
             "pytest>=8.0",
             "pytest-benchmark>=5.0",

@@ -15,6 +15,7 @@ from transformers import HfArgumentParser
 from transformers.utils import logging as hf_logging
 
 from kdfast import recipes
+from kdfast.card import CardConfig, publish
 from kdfast.distill import checkpoint, costs, inputs, invariance, models, resume
 from kdfast.distill.config import TrainConfig
 from kdfast.distill.dropout import speed_up_dropout
@@ -92,6 +93,8 @@ def train(config: TrainConfig, ranks: Ranks | None = None, stop: StopSignals | N
     ranks, stop = ranks or Ranks(), stop or StopSignals()
     config.check()
     stop.grace_seconds = config.grace_seconds
+    if not config.check_invariance:
+        CardConfig.of_run(config).check()
     device = pick_device(ranks.local_rank)
     precision = resolve(config.mixed_precision, device)
     if config.deterministic:
@@ -251,6 +254,8 @@ def distil(
         write_run(output, record)
     ranks.barrier()
     ranks.say(f"The student is in {output}; run.json there holds settings, versions and figures.")
+    if ranks.is_first:
+        publish(CardConfig.of_run(config), ranks.say)
     return record
 
 

@@ -51,3 +51,17 @@ def log_of(folder: Path) -> list[dict]:
     lines = map(json.loads, (folder / "train_log.jsonl").read_text().splitlines())
     clock = {each.name for each in fields(Speed)}
     return [{k: v for k, v in line.items() if k not in clock} for line in lines]
+
+
+def edit(folder: Path, name: str, /, **changes) -> dict:
+    """Change values of a JSON file in the folder; A__B is B within A. Returns the whole."""
+    path = folder / name
+    content = json.loads(path.read_text())
+    for key, value in changes.items():
+        *above, last = key.split("__")
+        at = content
+        for each in above:
+            at = at[each]
+        at[last] = value
+    path.write_text(json.dumps(content))
+    return content

@@ -103,6 +103,14 @@ class TrainConfig:
         False, "Train nothing: compare one step's gradient over many ways to split it, and report."
     )
     report_to: Literal["none", "tensorboard"] = flag("none", "Write TensorBoard files.")
+    report: bool = flag(
+        False, "Let student and teacher answer --validation_file, and write report.html."
+    )
+    language: str | None = flag(None, "For the card: code of the data's language, or de,es.")
+    license: str | None = flag(None, "For the card: the model's license, such as cc-by-4.0.")
+    push_to_hub: str | None = flag(
+        None, "Upload the finished model to this hub repository, made private if it is new."
+    )
 
     def check(self) -> None:
         """Raise UserError for a flag out of range or flags that contradict one another."""
@@ -137,7 +145,7 @@ class TrainConfig:
         ):
             if getattr(self, one) and getattr(self, other):
                 raise UserError(f"--{one} and --{other} exclude each other: give one of them.")
-        for needy in ("eval_steps", "load_best_model_at_end"):
+        for needy in ("eval_steps", "load_best_model_at_end", "report"):
             if getattr(self, needy) and not self.validation_file:
                 raise UserError(f"--{needy} needs --validation_file: give one, or leave it out.")
 
@@ -236,6 +244,10 @@ OBJECTIVE = tuple(
         "max_answer_length",
         "n_best_size",
         "report_to",
+        "report",
+        "language",
+        "license",
+        "push_to_hub",
         "check_invariance",
     }
 )

@@ -94,7 +94,10 @@ def remove_run(output: Path) -> None:
     folders = (*list_checkpoints(output), *(output / name for name in FOLDERS))
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
-    (output / RUN_FILE).unlink(missing_ok=True)
+    for name in ("figures", ".eval_results"):
+        shutil.rmtree(output / name, ignore_errors=True)
+    for name in (RUN_FILE, "README.md", "report.html"):
+        (output / name).unlink(missing_ok=True)
 
 
 def code_key() -> str:

@@ -1,3 +1,4 @@
+import shutil
 import types
 
 import numpy as np
@@ -12,6 +13,25 @@ from kdfast.distill.precision import AUTOCAST
 from kdfast.distill.step import Stepper
 from kdfast.squad import features
 from tests import corpora, readers
+from tests.programs import World
+
+
+@pytest.fixture(scope="session")
+def _finished(tmp_path_factory):
+    """A run of six steps, evaluated twice in it and, with its teacher, after it."""
+    world = World(tmp_path_factory.mktemp("finished"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        assert world.run(report=True, eval_steps=3, save_steps=3) == 0
+    return world
+
+
+@pytest.fixture
+def finished(_finished, tmp_path):
+    """A copy of its folder, and its data: edit the files at will."""
+    folder = tmp_path / "finished"
+    shutil.copytree(_finished.output, folder)
+    return types.SimpleNamespace(folder=folder, validation_file=_finished.validation_file)
 
 
 @pytest.fixture

@@ -1,0 +1,142 @@
+"""`python -m kdfast.card`: card, pictures and report of a finished run, from its result files.
+
+`kdfast.train` ends with it. Start it again when `kdfast.evaluate --output_dir MODEL_DIR/eval` has
+written more results.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import HfArgumentParser
+from transformers.utils import logging as hf_logging
+
+from kdfast.distill import card, figures, report
+from kdfast.distill.config import TrainConfig, flag
+from kdfast.distill.evaluate_config import EvaluateConfig
+from kdfast.distill.run_files import EVAL_FOLDER, RunFiles, read_run
+from kdfast.errors import UserError
+from kdfast.evaluate import evaluate
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class CardConfig:
+    """What the card of a run says beyond its result files, and where it goes."""
+
+    model_dir: str | None = flag(None, "Folder of a finished run of kdfast.train.")
+    beside: list[str] | None = field(
+        default=None,
+        metadata={
+            "action": "extend",
+            "metavar": "DIR",
+            "help": "Folders of other runs, for the picture of quality against latency.",
+        },
+    )
+    report: bool = flag(
+        False, "Let model and teacher answer the run's --validation_file, and write report.html."
+    )
+    language: str | None = flag(None, "Code of the data's language, or de,es. Default: the run's.")
+    license: str | None = flag(None, "The model's license. Default: the run's.")
+    push_to_hub: str | None = flag(
+        None, "Upload the model to this hub repository, made private if it is new."
+    )
+
+    @classmethod
+    def of_run(cls, config: TrainConfig) -> "CardConfig":
+        """What the settings of a run say of it."""
+        return cls(
+            model_dir=config.output_dir,
+            report=config.report,
+            language=config.language,
+            license=config.license,
+            push_to_hub=config.push_to_hub,
+        )
+
+    def check(self) -> None:
+        """Raise UserError for a flag that is missing or out of range."""
+        if self.model_dir is None:
+            raise UserError("--model_dir is missing: name the folder of a finished run.")
+        card.check(self.language, self.push_to_hub)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The program. Returns the exit status: 0, or 2 for a mistake in what it was given."""
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    parser = HfArgumentParser(CardConfig, prog="python -m kdfast.card", description=__doc__)
+    config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    try:
+        config.check()
+        publish(config, lambda text: print(text, flush=True))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def publish(config: CardConfig, say: Say) -> None:
+    """Write pictures, card and, if wanted, report; then, if wanted, upload the model."""
+    folder = Path(config.model_dir).expanduser()
+    files = read_run(folder)
+    if config.report and needs_answers(files):
+        say("Student and teacher answer --validation_file for the report.")
+        answer_validation(files)
+        files = read_run(folder)
+    beside = [read_run(Path(name).expanduser()) for name in config.beside or []]
+    for note in [note for each in (files, *beside) for note in each.notes]:
+        say(note)
+    plots = {}
+    if figures.is_possible():
+        plots = figures.save(files, beside)
+    else:
+        say("Pictures are left out, as matplotlib is absent: pip install matplotlib.")
+    path = card.write_card(
+        files,
+        plots,
+        config.push_to_hub,
+        config.language or files.config.get("language"),
+        config.license or files.config.get("license"),
+    )
+    say(f"The card is {path}.")
+    if config.report:
+        say(f"The report is {report.write(files, plots)}: open it in a browser.")
+    if config.push_to_hub:
+        say(f"The model is at {card.push(folder, config.push_to_hub)}.")
+
+
+def needs_answers(files: RunFiles) -> bool:
+    """Whether the run's own validation data were not answered question by question yet."""
+    source = files.config["validation_file"]
+    return source is not None and files.result_of(source) is None
+
+
+def answer_validation(files: RunFiles) -> None:
+    """Evaluate model and teacher on the run's validation data, into its eval/."""
+    config = files.config
+    settings = EvaluateConfig(
+        data=[config["validation_file"]],
+        model=str(files.folder),
+        compare=files.teacher,
+        output_dir=str(files.folder / EVAL_FOLDER),
+        cache_dir=config["cache_dir"],
+        max_seq_length=config["max_seq_length"],
+        max_query_length=config["max_query_length"],
+        doc_stride=config["doc_stride"],
+        max_answer_length=config["max_answer_length"],
+        n_best_size=config["n_best_size"],
+        mixed_precision=config["mixed_precision"],
+    )
+    with contextlib.redirect_stdout(sys.stderr):  # its figures are not this program's output
+        evaluate(settings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
