@@ -5,9 +5,8 @@ What a user should hear is said by rank 0.
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from kdfast.distill import costs, models, scoring, teacher
+from kdfast.distill import derived, models, scoring, teacher, teachers
 from kdfast.distill.config import TrainConfig
 from kdfast.distill.precision import teacher_precision
 from kdfast.distill.ranks import Ranks
@@ -17,7 +16,7 @@ from kdfast.squad import features, metrics, records
 
 def load_student(config: TrainConfig, ranks: Ranks) -> models.Loaded:
     """The student of --student, or the teacher, cut down to --student_layers where given."""
-    name = config.student or config.teacher
+    name = config.student or config.teacher[0]
     role = "--student" if config.student else "--teacher"
     student = models.load_reader(
         name, role, new_head_seed=config.seed, embeds_dropout_prob=config.embeds_dropout_prob
@@ -57,41 +56,36 @@ def cached_teacher(
     precision: str,
     ranks: Ranks,
 ) -> tuple[np.ndarray | None, str | None]:
-    """The teacher's logits and their key; the teacher is loaded only where the cache lacks them."""
+    """The logits that the student learns from, and their key; (None, None) without distillation.
+
+    Those of one teacher with the student's tokenizer as they are, else a derived cache. A teacher
+    is loaded only where its own logits are not there.
+    """
     if config.distillation_loss_weight == 0:
-        if config.teacher is not None:
+        if config.teacher:
             ranks.say("--distillation_loss_weight is 0: the teacher's logits are not computed.")
         return None, None
-    folder = models.local_folder(config.teacher, "--teacher")
-    key = features.tokenizer_key(models.load_tokenizer(folder, "--teacher"))
-    if key != features.tokenizer_key(student.tokenizer):
-        raise UserError(
-            f"--teacher {config.teacher} and the student {config.student} have different "
-            "tokenizers, so their logits stand on different tokens: use models that share one."
-        )
     kind = teacher_precision(precision, device)
-    source = teacher.Source(teacher.weights_key(folder), key, windows.key, kind)
-    logits = teacher.open_cache(config.cache_path, source, len(windows.input_ids))
-    if ranks.share(str(logits is not None)) == "True":
-        ranks.say(f"Teacher logits: cache {source.key} in {config.cache_path}.")
-        return teacher.open_cache(config.cache_path, source, len(windows.input_ids)), source.key
-    loaded = models.load_reader(config.teacher, "--teacher")
-    models.check_fits(loaded, config.max_seq_length, config.teacher)
-    for note in loaded.notes:
-        ranks.say(note)
-    total = len(windows.lengths)
-    with tqdm(total=total, desc="teacher", unit="window", disable=not ranks.is_first) as bar:
-        logits = teacher.fill_cache(
-            config.cache_path,
-            source,
-            loaded.model.to(device),
-            windows,
-            device,
-            costs.forward_tokens(device),
-            bar.update,
-            ranks,
-        )
-    return logits, source.key
+    found = [teachers.find(config, name, windows, student, kind, ranks) for name in config.teacher]
+    if len(found) == 1 and found[0].carrier is None:
+        return teachers.own_logits(config, found[0], device, ranks), found[0].source.key
+    mixture = derived.Mixture(
+        windows=windows.key,
+        temperature=config.temperature,
+        weights=config.teacher_weights or [1 / len(found)] * len(found),
+        sources=[each.source.key for each in found],
+    )
+    logits = teacher.open_shared(config.cache_path, mixture, len(windows.input_ids), ranks)
+    if logits is None:
+        shares = [
+            each.probabilities(
+                teachers.own_logits(config, each, device, ranks), windows, config.temperature
+            )
+            for each in found
+        ]
+        logits = derived.fill_cache(config.cache_path, mixture, windows, shares, ranks)
+    ranks.say(f"Teacher distributions: cache {mixture.key} in {config.cache_path}.")
+    return logits, mixture.key
 
 
 def trained_windows(config: TrainConfig, windows: features.Windows, ranks: Ranks) -> np.ndarray:
