@@ -80,38 +80,47 @@ class Carrier:
         source = source + starts_of(sizes.sum(axis=0))[:-1]
 
         found = np.empty((2, int(sizes.sum())), dtype=np.int64)
-        for part in range(5):
-            many = sizes[part]
+        for part, many in enumerate(sizes):
             window = np.repeat(np.arange(end - begin), many)
             if part == QUESTION:
-                counterpart = self._text_map("question", student.question[span], 0 * low, many)
+                asked = student.question[span]
+                place = self._holders("question", asked, 0 * low, many, 0 * low, room[part])
             elif part == CONTEXT:
-                counterpart = self._text_map("context", student.context[span], low, many)
-                counterpart -= student.first_token[span][window]
+                texts, first = student.context[span], student.first_token[span]
+                place = self._holders("context", texts, low, many, first, room[part])
             else:
-                counterpart = ragged(0 * low, many)
-            # A window may begin or end inside a token of the teacher.
-            last = room[part][window] - 1
-            place = np.clip(counterpart, 0, np.maximum(last, 0)) + target[part][window]
-            place = windows[window] + np.where(last >= 0, place, 0)
-            found[:, ragged(source[part], many)] = place
+                place = np.minimum(ragged(0 * low, many), room[part][window] - 1)
+            there = (room[part] > 0)[window]
+            place = np.where(there, target[part][window] + place, 0)
+            found[:, ragged(source[part], many)] = windows[window] + place
         return found
 
-    def _text_map(
+    def _holders(
         self,
         part: Literal["question", "context"],
         texts: np.ndarray,
         low: np.ndarray,
-        count: np.ndarray,
+        many: np.ndarray,
+        first: np.ndarray,
+        room: np.ndarray,
     ) -> np.ndarray:
-        """int64 (2, n): token_map for `count` tokens of each window's text, from its `low`-th on.
+        """token_map for `many` tokens of each window's text, from its `low`-th on: int64 (2, n).
 
-        texts, low, count: int (windows,).
+        Of the student's tokens those count that the window has, `room` from the text's `first`-th
+        on, and it is counted from there. All arguments but `part`: int (windows,).
         """
         texts, local = np.unique(texts, return_inverse=True)
         source = spans_of(self.pieces.windows, part, texts)
-        maps = np.stack(token_map(source, spans_of(self.student, part, texts)))
-        return maps[:, ragged(source.starts[local] + low, count)]
+        target = spans_of(self.student, part, texts)
+        maps = np.stack(token_map(source, target))
+        window = np.repeat(np.arange(len(low)), many)
+        found = maps[:, ragged(source.starts[local] + low, many)] - first[window]
+        # A window may begin or end inside a token of the teacher, or with empty ones of its own.
+        base = target.starts[local] + first
+        solid = np.append(target.solid, 0)
+        least, most = np.searchsorted(target.solid, np.stack([base, base + room]))
+        least, most = solid[least] - base, solid[most - 1] - base
+        return np.where((least <= most)[window], np.clip(found, least[window], most[window]), 0)
 
 
 def _segments(

@@ -32,6 +32,11 @@ class CharSpans:
         """Each token's text: int64 (tokens,)."""
         return np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
 
+    @cached_property
+    def solid(self) -> np.ndarray:
+        """The tokens that are not empty: int64, rising."""
+        return np.flatnonzero(self.past > self.first)
+
     # Running maxima keep keys sorted where a token begins or ends before an earlier one.
     @cached_property
     def _begins(self) -> np.ndarray:
@@ -83,7 +88,7 @@ def token_map(source: CharSpans, target: CharSpans) -> tuple[np.ndarray, np.ndar
     `first` and the earlier for `last`. Of several that hold it, as do the bytes of an emoji, it is
     their first for `first` and their last for `last`.
     """
-    solid = np.flatnonzero(target.past > target.first)  # an empty token holds no character
+    solid = target.solid  # an empty token holds no character
     starts = np.searchsorted(solid, target.starts)
     holders = CharSpans(starts, target.first[solid], target.past[solid])
     # A text whose tokens are all empty has them stand for it.
