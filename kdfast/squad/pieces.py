@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +61,7 @@ def prepare(
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     recutter = Recutter(student, template, **settings)
 
-    def arrays(folder: Path) -> Iterator[dict[str, np.ndarray]]:
+    def arrays(folder: Path) -> features.Parts:
         whole = features.prepare(source, tokenizer, **WHOLE, cache_dir=cache_dir, split=split)
         with (folder / FIRST_FILE).open("wb") as first:
             for part in recutter.arrays(whole):

@@ -48,6 +48,12 @@ def by_wordpiece(*tokens, accents=False):
     return wrapped(backend)
 
 
+def write(path, asked):
+    """A file of unlabelled (id, question, context)."""
+    rows = [dict(zip(("id", "question", "context"), each, strict=True)) for each in asked]
+    Path(path).write_text(json.dumps(rows), encoding="utf-8")
+
+
 def carrier(
     student,
     teacher,
@@ -60,15 +66,11 @@ def carrier(
     teacher_stride=None,
 ):
     """The Carrier for (question, context) pairs, from files and caches that are gone afterwards."""
-    rows = [
-        {"id": str(i), "question": question, "context": context}
-        for i, (question, context) in enumerate(asked)
-    ]
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
-        source = Path(folder, "asked.json")
-        source.write_text(json.dumps(rows), encoding="utf-8")
+        source = os.path.join(folder, "asked.json")
+        write(source, [(str(i), *pair) for i, pair in enumerate(asked)])
         windows = features.prepare(
-            str(source),
+            source,
             student,
             max_seq_length=max_seq_length,
             max_query_length=max_query_length,
@@ -77,7 +79,7 @@ def carrier(
         )
         read = pieces.prepare(
             windows,
-            str(source),
+            source,
             teacher,
             max_seq_length=teacher_length,
             doc_stride=teacher_stride or doc_stride,
