@@ -54,7 +54,7 @@ def by_window(windows, logits, temperature=TEMPERATURE):
 
 def assert_near(found, wanted):
     for one, other in zip(found, wanted, strict=True):
-        np.testing.assert_allclose(one, other, rtol=0.02, atol=1e-9)
+        np.testing.assert_allclose(one, other, rtol=0.0075, atol=1e-9)
 
 
 # length: what the teacher reads at most; positions of the RoBERTa kind begin behind the padding's.
@@ -109,7 +109,7 @@ def test_a_teacher_of_another_tokenizer(world, capsys, student, other, positions
     carrier = Carrier(windows, read, ours, Template.learn(tokenizer))
     wanted = [by_the_book(carrier, raw, window, TEMPERATURE) for window in range(len(windows))]
     for found, mass in zip(by_window(windows, logits), wanted, strict=True):
-        np.testing.assert_allclose(found, mass, rtol=0.02, atol=1e-9)
+        np.testing.assert_allclose(found, mass, rtol=0.0075, atol=1e-9)
     steps = [line for line in log_of(world.output) if "step" in line]
     assert len(steps) == 2 and all(line["soft"] > 0 for line in steps)
 
@@ -133,7 +133,7 @@ def test_several_teachers_are_averaged(world):
     found = by_window(windows, cached(world, record["teacher_cache"])[0])
     mean = [0.5 * a + 0.2 * b + 0.3 * c for a, b, c in zip(*alone, strict=True)]
     assert_near(found, mean)
-    assert np.abs(alone[0][0] - alone[1][0]).max() > 0.1
+    assert np.abs(alone[0][0] / alone[1][0] - 1).max() > 0.3
 
 
 def test_another_temperature_needs_no_pass(world, monkeypatch):
