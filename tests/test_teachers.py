@@ -185,7 +185,7 @@ def test_one_name_is_a_list_of_one():
 
 def mistakes(world):
     foreign = readers.save(world.path / "foreign", "roberta")
-    two = [world.teacher, world.student]
+    two = [world.teacher, readers.save(world.path / "second")]
     return [
         ({"teacher": two, "teacher_weights": [1]}, "are 1 for 2 --teacher"),
         ({"teacher": two, "teacher_weights": [0.5, 0.6]}, "whose sum is 1 (it is 1.1)"),
@@ -196,7 +196,7 @@ def mistakes(world):
         ({"teacher": foreign, "distillation_loss": "mse"}, "which has another tokenizer"),
         ({"teacher": foreign, "temperature": 3000}, "stored up to 2183"),
         ({"teacher": [world.teacher, "nowhere/nothing"]}, "--teacher nowhere/nothing is neither"),
-        ({"teacher": two, "output_dir": world.student, "overwrite": True}, "would overwrite"),
+        ({"teacher": two, "output_dir": two[1], "overwrite": True}, "would overwrite"),
     ]
 
 

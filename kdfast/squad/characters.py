@@ -82,7 +82,7 @@ def token_map(source: CharSpans, target: CharSpans) -> tuple[np.ndarray, np.ndar
     """For each token of `source` the token of `target` that holds its first and its last character.
 
     Both hold the same texts, cut by two tokenizers. Returns (first, last), int64 (source tokens,):
-    tokens counted in their text; -1 where `target` has none there.
+    tokens counted in their text; 0 where none of `target` holds a character there.
 
     Where no token holds the character, the nearest counts; halfway between two, the later for
     `first` and the earlier for `last`. Of several that hold it, as do the bytes of an emoji, it is
@@ -91,9 +91,7 @@ def token_map(source: CharSpans, target: CharSpans) -> tuple[np.ndarray, np.ndar
     solid = target.solid  # an empty token holds no character
     starts = np.searchsorted(solid, target.starts)
     holders = CharSpans(starts, target.first[solid], target.past[solid])
-    # A text whose tokens are all empty has them stand for it.
-    found = np.where(np.diff(target.starts) > 0, 0, -1)[source.text]
-    found = np.stack([found, found])
+    found = np.zeros((2, len(source.text)), dtype=np.int64)
     held = np.flatnonzero(np.diff(starts)[source.text] > 0)
     text = source.text[held]
     char = holders.nearest_held(text, source.first[held], later=True)
