@@ -74,8 +74,9 @@ def spans_of(
     """The tokens that `windows` keeps of the questions, or of the contexts, numbered `texts`."""
     starts = getattr(windows, f"{part}_token_start")
     lengths = starts[texts + 1] - starts[texts]
-    offsets = getattr(windows, f"{part}_offsets")[ragged(starts[texts], lengths)].astype(np.int64)
-    return CharSpans(starts_of(lengths), offsets[:, 0], offsets[:, 1])
+    at = ragged(starts[texts], lengths)
+    first = getattr(windows, f"{part}_char_start")[at].astype(np.int64)
+    return CharSpans(starts_of(lengths), first, first + getattr(windows, f"{part}_char_count")[at])
 
 
 def token_map(source: CharSpans, target: CharSpans) -> tuple[np.ndarray, np.ndarray]:

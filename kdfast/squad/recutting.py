@@ -39,7 +39,7 @@ class Recutter:
         self._id_bytes = 0
         heads = ("window_start", "question_token_start", "question_id_start", "first_piece")
         yield dict.fromkeys(heads, np.zeros(1, dtype=np.int64))
-        for name in ("context_token_start", "context_offsets"):
+        for name in ("context_token_start", "context_char_start", "context_char_count"):
             array = getattr(whole, name)
             for begin in range(0, len(array), _VALUES_AT_ONCE):
                 yield {name: array[begin : begin + _VALUES_AT_ONCE]}
@@ -52,7 +52,7 @@ class Recutter:
         question = self.student.question[begin:end].astype(np.int64)
         questions = np.arange(question[0], question[-1] + 1)
         local = question - questions[0]
-        asked, offsets = self._questions(whole, questions)
+        asked, kept = self._questions(whole, questions)
         low, size = self._contexts(whole, begin, end)
         room = self.max_seq_length - template.size - asked[local]
         stride = np.clip(room // 2, 1, self.doc_stride)
@@ -89,7 +89,8 @@ class Recutter:
             "end_positions": UNLABELLED * of_all,
             "trainable": of_all,
             "question_token_start": counts["question_tokens"] + starts_of(asked)[1:],
-            "question_offsets": offsets,
+            "question_char_start": whole.question_char_start[kept],
+            "question_char_count": whole.question_char_count[kept],
             "question_id_start": self._id_bytes + starts_of([len(name) for name in ids])[1:],
             "question_id_bytes": np.frombuffer(b"".join(ids), dtype=np.uint8),
             "first_piece": counts["windows"] + starts_of(per_window)[1:],
@@ -98,11 +99,11 @@ class Recutter:
         counts["questions"] += len(questions)
         counts["windows"] += len(window)
         counts["tokens"] += len(at)
-        counts["question_tokens"] += len(offsets)
+        counts["question_tokens"] += len(kept)
         return arrays
 
     def _questions(self, whole: Windows, questions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """How many tokens each question keeps, int64 (n,), and their offsets, (tokens, 2).
+        """How many tokens each question keeps, int64 (n,), and the places of all in `whole`.
 
         Those that begin inside what the student reads of it, as far as half a piece holds them.
         """
@@ -115,8 +116,7 @@ class Recutter:
         most = (self.max_seq_length - self.template.size) // 2
         self.counts["truncated_questions"] += int((asked > most).sum())
         asked = np.minimum(asked, most)
-        kept = ragged(theirs.starts[:-1], asked)
-        return asked, np.stack([theirs.first[kept], theirs.past[kept]], axis=1)
+        return asked, ragged(whole.question_token_start[questions], asked)
 
     def _contexts(self, whole: Windows, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """The other tokenizer's tokens of each student window's context: first, and how many."""

@@ -88,6 +88,12 @@ def carrier(
     return Carrier(windows, read, Template.learn(student), Template.learn(teacher))
 
 
+def characters_of(starts, counts, at, many):
+    """(first, past) of `many` tokens from `at` on."""
+    first = starts[at : at + many].astype(int)
+    return np.stack([first, first + counts[at : at + many]], 1).tolist()
+
+
 def segments(windows, template, window):
     """The window's tokens by part: lists of (position in the window, first, past)."""
     w = windows
@@ -98,8 +104,8 @@ def segments(windows, template, window):
     assert prefix == before + many + between
     assert w.lengths[window] == prefix + count + after
     from_ = int(w.context_token_start[w.context[window]] + w.first_token[window])
-    question = w.question_offsets[at : at + many].tolist()
-    context = w.context_offsets[from_ : from_ + count].tolist()
+    question = characters_of(w.question_char_start, w.question_char_count, at, many)
+    context = characters_of(w.context_char_start, w.context_char_count, from_, count)
     return {
         "before": [(i, None, None) for i in range(before)],
         "question": [(before + i, *span) for i, span in enumerate(question)],
