@@ -147,9 +147,10 @@ def test_long_questions_are_cut(family):
 def test_a_question_has_the_characters_of_a_context(family):
     texts = [f"{TEXT}  cafe\u0301 x", "the  naive\u0308", "e\u0301"]
     examples = [Example(text, "", text, text, ()) for text in texts]
-    w = windows_of([*examples, Example("none", "", "", "x", ())], of_family(family))
+    examples.append(Example("none", "", "", "x", ()))
+    w = windows_of(examples, of_family(family), max_query_length=200)
     kept = w.question_token_start[-1]
-    assert kept == w.context_token_start[3] > 60
+    assert kept == w.context_token_start[3] > 40
     np.testing.assert_array_equal(w.question_char_start, w.context_char_start[:kept])
     np.testing.assert_array_equal(w.question_char_count, w.context_char_count[:kept])
 
