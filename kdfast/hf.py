@@ -61,9 +61,12 @@ def kd_dataset(config: TrainConfig) -> KDDataset:
 
     What is not in config.cache_dir yet is computed: features, and one pass of the teacher. Raises
     UserError as `python -m kdfast.train` does, and for a weight of 0, which needs no teacher.
+    Several teachers, or one with another tokenizer, are averaged or carried at config.temperature:
+    the trainer's must be the same.
     """
-    if config.teacher is None or config.distillation_loss_weight == 0:
+    if not config.teacher or config.distillation_loss_weight == 0:
         raise UserError("kd_dataset needs a teacher and a distillation_loss_weight above 0.")
+    config.check_teachers()
     alone = Ranks()
     device = pick_device()
     folder = models.local_folder(config.student, "--student")

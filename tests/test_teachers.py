@@ -11,6 +11,7 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 from kdfast.distill import teacher
 from kdfast.distill.config import TrainConfig
 from kdfast.errors import UserError
+from kdfast.hf import kd_dataset
 from kdfast.squad import features, pieces
 from kdfast.squad.carry import Carrier
 from kdfast.squad.template import Template
@@ -206,6 +207,17 @@ def test_a_users_mistake_is_one_sentence(world, capsys):
         message = capsys.readouterr().err.strip().splitlines()[-1]
         assert message.startswith("error: ") and words in message
     assert not world.output.exists() or not any(world.output.iterdir())
+
+
+def test_the_hugging_face_trainers_rows_have_the_average(world):
+    two = [world.teacher, readers.save(world.path / "second", seed=7)]
+    settings = {**LENGTHS, "teacher": two, "student": world.student, "mixed_precision": "no"}
+    settings |= {"train_file": world.train_file, "cache_dir": str(world.path / "cache")}
+    rows = kd_dataset(TrainConfig(**settings))
+    logits, _ = cached(world, run(world, teacher=two)["teacher_cache"])
+    np.testing.assert_array_equal(rows[0]["teacher_logits"], logits[: len(rows[0]["input_ids"])])
+    with pytest.raises(UserError, match="an average of several --teacher"):
+        kd_dataset(TrainConfig(**settings, distillation_loss="mse"))
 
 
 def test_a_source_that_does_not_match_is_refused(world, capsys):

@@ -110,7 +110,7 @@ class TrainConfig:
         """Raise UserError for a flag out of range or flags that contradict one another."""
         self._check_presence()
         self._check_contradictions()
-        self._check_teachers()
+        self.check_teachers()
         self._check_ranges()
 
     def _check_presence(self) -> None:
@@ -144,7 +144,8 @@ class TrainConfig:
             if getattr(self, needy) and not self.validation_file:
                 raise UserError(f"--{needy} needs --validation_file: give one, or leave it out.")
 
-    def _check_teachers(self) -> None:
+    def check_teachers(self) -> None:
+        """Raise UserError where weights or the loss do not suit the teachers."""
         count, weights = len(self.teacher or ()), self.teacher_weights
         if weights is not None:
             given = " ".join(map(str, weights))
