@@ -61,16 +61,20 @@ def kd_dataset(config: TrainConfig) -> KDDataset:
 
     What is not in config.cache_dir yet is computed: features, and one pass of the teacher. Raises
     UserError as `python -m kdfast.train` does, and for a weight of 0, which needs no teacher.
+    Several teachers, or one with another tokenizer, are averaged or carried at config.temperature:
+    the trainer's must be the same.
     """
-    if config.teacher is None or config.distillation_loss_weight == 0:
+    if not config.teacher or config.distillation_loss_weight == 0:
         raise UserError("kd_dataset needs a teacher and a distillation_loss_weight above 0.")
+    config.check_teachers()
     alone = Ranks()
     device = pick_device()
     folder = models.local_folder(config.student, "--student")
     student = models.Loaded(None, models.load_tokenizer(folder, "--student"))
     windows = inputs.prepare(config, student, config.train_file, "train", alone)
     precision = resolve(config.mixed_precision, device)
-    logits, _ = inputs.cached_teacher(config, windows, student, device, precision, alone)
+    lesson = inputs.teacher_lesson(config, windows, student, device, precision, alone)
+    logits = inputs.teacher_logits(config, lesson, windows, device, alone)
     return KDDataset(windows, inputs.trained_windows(config, windows, alone), logits)
 
 

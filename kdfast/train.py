@@ -132,14 +132,14 @@ def distil(
     student = inputs.load_student(config, ranks)
     windows = inputs.prepare(config, student, config.train_file, "train", ranks)
     validation = inputs.load_validation(config, student, ranks)
-    source = inputs.teacher_source(config, windows, student, device, precision, ranks)
-    keys = resume.keys_of(config, student, windows, source)
+    lesson = inputs.teacher_lesson(config, windows, student, device, precision, ranks)
+    keys = resume.keys_of(config, student, windows, lesson)
     ranks.agree(keys)
     circumstances = resume.circumstances_of(ranks)
     identity = {**settings, **keys, "circumstances": circumstances}
     if resumed:
         resumed.check(keys)
-    teacher_logits = inputs.teacher_logits(config, source, windows, device, ranks)
+    teacher_logits = inputs.teacher_logits(config, lesson, windows, device, ranks)
 
     model = student.model.to(device)
     if device.type == "cpu" and not config.torch_compile:  # it compiles its own dropout
@@ -246,7 +246,7 @@ def distil(
         **describe_machine(device),
         "student_parameters": sum(each.numel() for each in model.parameters()),
         "train_windows": len(chosen),
-        "teacher_cache": source and source.key,
+        "teacher_cache": lesson and lesson.key,
         "matmul_flops_per_second": matmul_rate,
         **results.figures(),
     }

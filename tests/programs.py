@@ -38,6 +38,8 @@ class World:
         for name, value in values.items():
             if value is True:
                 flags.append(f"--{name}")
+            elif isinstance(value, (list, tuple)):
+                flags += [f"--{name}", *map(str, value)]
             elif value is not None:
                 flags += [f"--{name}", str(value)]
         return flags

@@ -34,6 +34,7 @@ def test_settings_are_flags_and_the_rest_is_printed(name):
     config = train.parse(["--recipe", name, "--output_dir", "out"])
     config.check()
     for flag, value in recipe.settings.items():
+        value = [value] if flag == "teacher" else value
         assert getattr(config, flag) == value and type(getattr(config, flag)) is type(value)
     text = "\n".join(recipe.lines())
     assert recipe.published["model"] in text and recipe.published["hardware"] in text
@@ -128,7 +129,8 @@ def test_a_short_run(name, tmp_path, capsys):
     flags = [part for flag, value in own.items() for part in (f"--{flag}", str(value))]
     assert train.main(["--recipe", name, *flags]) == 0
     record = json.loads((tmp_path / "out" / "run.json").read_text())
-    settings = {**recipes.load(name).settings, **own, "recipe": name}
+    own |= {"recipe": name, "teacher": [own["teacher"]]}
+    settings = {**recipes.load(name).settings, **own}
     assert {key: record["config"][key] for key in settings} == settings
     assert record["steps"] == 2 and record["precision"] == "fp16" and record["metrics"]["total"] > 9
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == model_type

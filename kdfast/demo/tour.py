@@ -49,7 +49,7 @@ def tour(home: Path = HOME, seed: int = 42) -> list[dict]:
 def score_teacher(config: TrainConfig) -> dict:
     """The teacher's row: it answers the same validation questions in the same way."""
     device = pick_device()
-    loaded = models.load_reader(config.teacher, "--teacher")
+    loaded = models.load_reader(config.teacher[0], "--teacher")
     precision = resolve(config.mixed_precision, device)
     validation = load_validation(config, loaded, Ranks())
     result = validation.score(loaded.model.to(device), device, precision)

@@ -21,11 +21,18 @@ class TrainConfig:
     recipe: str | None = flag(
         None, "Settings of a published model; flags override them. `list` names all recipes."
     )
-    teacher: str | None = flag(
-        None, "Folder or hub id of the teacher, a model fine-tuned for question answering."
+    teacher: list[str] | None = flag(
+        None,
+        "Folder or hub id of the teacher, a model fine-tuned for question answering. Of several "
+        "the softened distributions are averaged. Any may have a tokenizer of its own.",
+    )
+    teacher_weights: list[float] | None = flag(
+        None, "What each teacher counts in the average, 1 in sum. Default: all the same."
     )
     student: str | None = flag(
-        None, "Folder or hub id of the student. Default: made from --teacher by --student_layers."
+        None,
+        "Folder or hub id of the student. Default: made from the first --teacher by "
+        "--student_layers.",
     )
     student_layers: str | None = flag(
         None, "Layers that the student keeps, counted from 0, such as 1,3,5."
@@ -112,10 +119,15 @@ class TrainConfig:
         None, "Upload the finished model to this hub repository, made private if it is new."
     )
 
+    def __post_init__(self) -> None:
+        if isinstance(self.teacher, str):  # one name, as a recipe may have it
+            object.__setattr__(self, "teacher", [self.teacher])
+
     def check(self) -> None:
         """Raise UserError for a flag out of range or flags that contradict one another."""
         self._check_presence()
         self._check_contradictions()
+        self.check_teachers()
         self._check_ranges()
 
     def _check_presence(self) -> None:
@@ -124,14 +136,14 @@ class TrainConfig:
                 raise UserError(
                     f"--{name} is missing: give it, or start without any argument for the demo."
                 )
-        if self.teacher is None and self.distillation_loss_weight != 0:
+        if not self.teacher and self.distillation_loss_weight != 0:
             raise UserError(
                 "--teacher is missing: name one, or give --distillation_loss_weight 0 "
                 "to train on gold spans alone."
             )
         if self.report_to == "tensorboard" and find_spec("tensorboard") is None:
             raise UserError("--report_to tensorboard needs a package: pip install tensorboard.")
-        if self.student is None and (self.teacher is None or self.student_layers is None):
+        if self.student is None and (not self.teacher or self.student_layers is None):
             raise UserError(
                 "--student is missing: name one, or give --teacher and --student_layers "
                 "to keep some of the teacher's layers."
@@ -148,6 +160,27 @@ class TrainConfig:
         for needy in ("eval_steps", "load_best_model_at_end", "report"):
             if getattr(self, needy) and not self.validation_file:
                 raise UserError(f"--{needy} needs --validation_file: give one, or leave it out.")
+
+    def check_teachers(self) -> None:
+        """Raise UserError where weights or the loss do not suit the teachers."""
+        count, weights = len(self.teacher or ()), self.teacher_weights
+        if weights is not None:
+            given = " ".join(map(str, weights))
+            if len(weights) != count:
+                raise UserError(
+                    f"--teacher_weights {given} are {len(weights)} for {count} --teacher: "
+                    "give one for each."
+                )
+            if not all(weight > 0 for weight in weights) or not abs(sum(weights) - 1) <= 1e-6:
+                raise UserError(
+                    f"--teacher_weights {given}: give numbers above 0 whose sum is 1 "
+                    f"(it is {sum(weights):g})."
+                )
+        if self.distillation_loss == "mse" and count > 1:
+            raise UserError(
+                "--distillation_loss mse compares logits, and an average of several --teacher has "
+                "probabilities only: give one teacher, or kl_div."
+            )
 
     def _check_ranges(self) -> None:
         positive = [

@@ -3,11 +3,12 @@
 What a user should hear is said by rank 0.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from kdfast.distill import costs, models, scoring, teacher
+from kdfast.distill import derived, models, scoring, teacher, teachers
 from kdfast.distill.config import TrainConfig
 from kdfast.distill.precision import teacher_precision
 from kdfast.distill.ranks import Ranks
@@ -15,9 +16,27 @@ from kdfast.errors import UserError
 from kdfast.squad import features, metrics, records
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """The teachers of a run, and what determines the logits that the student learns from."""
+
+    teachers: list[teachers.Teacher]
+    source: teacher.Source | derived.Mixture
+
+    @property
+    def key(self) -> str:
+        """The key of the cache with those logits."""
+        return self.source.key
+
+    @property
+    def weights(self) -> list[str]:
+        """Each teacher's weights_key."""
+        return [each.source.weights for each in self.teachers]
+
+
 def load_student(config: TrainConfig, ranks: Ranks) -> models.Loaded:
     """The student of --student, or the teacher, cut down to --student_layers where given."""
-    name = config.student or config.teacher
+    name = config.student or config.teacher[0]
     role = "--student" if config.student else "--teacher"
     student = models.load_reader(
         name, role, new_head_seed=config.seed, embeds_dropout_prob=config.embeds_dropout_prob
@@ -49,61 +68,60 @@ def prepare(
     return windows
 
 
-def teacher_source(
+def teacher_lesson(
     config: TrainConfig,
     windows: features.Windows,
     student: models.Loaded,
     device: torch.device,
     precision: str,
     ranks: Ranks,
-) -> teacher.Source | None:
-    """What determines the teacher's logits; None where they have no weight."""
+) -> Lesson | None:
+    """Whose logits the student learns from; None where they have no weight."""
     if config.distillation_loss_weight == 0:
-        if config.teacher is not None:
+        if config.teacher:
             ranks.say("--distillation_loss_weight is 0: the teacher's logits are not computed.")
         return None
-    folder = models.local_folder(config.teacher, "--teacher")
-    key = features.tokenizer_key(models.load_tokenizer(folder, "--teacher"))
-    if key != features.tokenizer_key(student.tokenizer):
-        raise UserError(
-            f"--teacher {config.teacher} and the student {config.student} have different "
-            "tokenizers, so their logits stand on different tokens: use models that share one."
-        )
     kind = teacher_precision(precision, device)
-    return teacher.Source(teacher.weights_key(folder), key, windows.key, kind)
+    found = [teachers.find(config, name, windows, student, kind, ranks) for name in config.teacher]
+    if len(found) == 1 and found[0].carrier is None:
+        return Lesson(found, found[0].source)
+    mixture = derived.Mixture(
+        windows=windows.key,
+        temperature=config.temperature,
+        weights=config.teacher_weights or [1 / len(found)] * len(found),
+        sources=[each.source.key for each in found],
+    )
+    return Lesson(found, mixture)
 
 
 def teacher_logits(
     config: TrainConfig,
-    source: teacher.Source | None,
+    lesson: Lesson | None,
     windows: features.Windows,
     device: torch.device,
     ranks: Ranks,
 ) -> np.ndarray | None:
-    """The teacher's logits of `source`; the teacher is loaded only where the cache lacks them."""
-    if source is None:
+    """The logits of `lesson`, from its cache, which is made where it is not there.
+
+    Those of one teacher with the student's tokenizer as they are, else a derived cache. A teacher
+    is loaded only where its own logits are not there.
+    """
+    if lesson is None:
         return None
-    tokens = len(windows.input_ids)
-    cached = ranks.is_first and teacher.open_cache(config.cache_path, source, tokens) is not None
-    if ranks.share(str(cached)) == "True":
-        ranks.say(f"Teacher logits: cache {source.key} in {config.cache_path}.")
-        return teacher.open_cache(config.cache_path, source, tokens, verify=False)
-    loaded = models.load_reader(config.teacher, "--teacher")
-    models.check_fits(loaded, config.max_seq_length, config.teacher)
-    for note in loaded.notes:
-        ranks.say(note)
-    total = len(windows.lengths)
-    with tqdm(total=total, desc="teacher", unit="window", disable=not ranks.is_first) as bar:
-        return teacher.fill_cache(
-            config.cache_path,
-            source,
-            loaded.model.to(device),
-            windows,
-            device,
-            costs.forward_tokens(device),
-            bar.update,
-            ranks,
-        )
+    if isinstance(lesson.source, teacher.Source):
+        return teachers.own_logits(config, lesson.teachers[0], device, ranks)
+    mixture = lesson.source
+    logits = teacher.open_shared(config.cache_path, mixture, len(windows.input_ids), ranks)
+    if logits is None:
+        shares = [
+            each.probabilities(
+                teachers.own_logits(config, each, device, ranks), windows, config.temperature
+            )
+            for each in lesson.teachers
+        ]
+        logits = derived.fill_cache(config.cache_path, mixture, windows, shares, ranks)
+    ranks.say(f"Teacher distributions: cache {mixture.key} in {config.cache_path}.")
+    return logits
 
 
 def trained_windows(config: TrainConfig, windows: features.Windows, ranks: Ranks) -> np.ndarray:

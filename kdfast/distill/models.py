@@ -157,9 +157,8 @@ def load_reader(
     Raises UserError for a folder that holds no usable model of a supported type.
     """
     folder = local_folder(name, role)
+    config = load_config(folder, name, role)
     try:
-        config = AutoConfig.from_pretrained(folder)
-        check_type(config, name, role)
         reader, info = AutoModelForQuestionAnswering.from_pretrained(
             folder,
             config=config,
@@ -167,13 +166,8 @@ def load_reader(
             use_safetensors=True,
             output_loading_info=True,
         )
-    except UserError:
-        raise
     except Exception as error:  # safetensors and transformers share no base class for these
-        raise UserError(
-            f"{role} {name} does not load ({first_line(error)}): name a folder with a "
-            "config.json and the weights in safetensors."
-        ) from error
+        raise _does_not_load(name, role, error) from error
     notes = []
     missing = sorted(info["missing_keys"])
     encoder_missing = [key for key in missing if not key.startswith("qa_outputs.")]
@@ -194,6 +188,23 @@ def load_reader(
         notes.append(f"{config.model_type} has no SDPA attention here: eager attention is used.")
     model = SpanModel(reader, embeds_dropout_prob)
     return Loaded(model, load_tokenizer(folder, role), notes)
+
+
+def load_config(folder: Path, name: str, role: str):
+    """The configuration in `folder`. Raises UserError unless it is of a supported reader."""
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as error:  # a broken file, or a type that transformers does not know
+        raise _does_not_load(name, role, error) from error
+    check_type(config, name, role)
+    return config
+
+
+def _does_not_load(name: str, role: str, error: Exception) -> UserError:
+    return UserError(
+        f"{role} {name} does not load ({first_line(error)}): name a folder with a "
+        "config.json and the weights in safetensors."
+    )
 
 
 def check_type(config, name: str, role: str) -> None:
@@ -264,6 +275,11 @@ def longest_input(loaded: Loaded, name: str) -> int:
         )
     if getattr(config, "relative_attention", False) and not config.position_biased_input:
         return sys.maxsize
+    return trained_length(config)
+
+
+def trained_length(config) -> int:
+    """The tokens of the longest window that a model was made for."""
     if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
         # Their positions start behind the padding's id.
         return config.max_position_embeddings - config.pad_token_id - 1

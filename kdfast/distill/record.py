@@ -35,8 +35,9 @@ def open_output(config: TrainConfig) -> Path:
     output = Path(config.output_dir).expanduser()
     if output.exists() and not output.is_dir():
         raise UserError(f"--output_dir {output} is a file: name a folder.")
-    for name in ("teacher", "student", "train_file", "validation_file"):
-        given = getattr(config, name)
+    sources = [("teacher", each) for each in config.teacher or ()]
+    sources += [(name, getattr(config, name)) for name in ("student", "train_file")]
+    for name, given in [*sources, ("validation_file", config.validation_file)]:
         read = Path(given).expanduser().resolve() if given else None
         if read and read.exists() and output.resolve() in (read, *read.parents):
             raise UserError(

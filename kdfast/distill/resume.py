@@ -8,6 +8,7 @@ import torch
 
 from kdfast.distill import checkpoint, models, teacher
 from kdfast.distill.config import CHANGEABLE, CUTS, OBJECTIVE, TrainConfig
+from kdfast.distill.inputs import Lesson
 from kdfast.distill.model_folders import mend_model
 from kdfast.distill.optim import Updater
 from kdfast.distill.ranks import Ranks
@@ -106,19 +107,19 @@ def settings_of(config: TrainConfig, precision: str) -> dict[str, Any]:
 
 
 def keys_of(
-    config: TrainConfig, student: models.Loaded, windows: Windows, source: teacher.Source | None
+    config: TrainConfig, student: models.Loaded, windows: Windows, lesson: Lesson | None
 ) -> dict[str, str | None]:
     """What a run learns from, by content: a file or model under another name is the same."""
     if config.student:
         folder = models.local_folder(config.student, "--student")
     else:
-        folder = models.local_folder(config.teacher, "--teacher")
+        folder = models.local_folder(config.teacher[0], "--teacher")
     return {
         "student": teacher.weights_key(folder),
-        "teacher": source and source.weights,
+        "teacher": lesson and lesson.weights,
         "tokenizer": tokenizer_key(student.tokenizer),
         "training data": windows.key,
-        "teacher's logits": source and source.key,
+        "teacher's logits": lesson and lesson.key,
     }
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,23 +46,29 @@ FORMAT = 3
 # seconds. A larger one is taken as it is.
 VERIFIED_BYTES = 4 * 2**30
 FILES = ("header.json", "logits.bin")
+PROGRESS_FILE = "done.bin"
 SECONDS_BETWEEN_SAVES = 10.0
 
 
 @dataclass(frozen=True)
-class Source:
-    """What determines the cached logits. The key is a hash of this, and header.json holds it."""
+class Identity:
+    """What determines the content of a cache. The key is a hash of it, and header.json holds it."""
+
+    @property
+    def key(self) -> str:
+        text = json.dumps([FORMAT, self.__dict__], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Source(Identity):
+    """The logits of one teacher."""
 
     weights: str  # weights_key of the teacher's folder
     tokenizer: str  # features.tokenizer_key
     windows: str  # Windows.key
     precision: str  # "no", "fp16" or "bf16"
     kind: str = "raw"  # logits of one teacher on its own windows
-
-    @property
-    def key(self) -> str:
-        text = json.dumps([FORMAT, self.__dict__], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def weights_key(folder: Path) -> str:
@@ -74,7 +81,7 @@ def weights_key(folder: Path) -> str:
 
 
 def open_cache(
-    cache_dir: Path, source: Source, tokens: int, verify: bool = True
+    cache_dir: Path, source: Identity, tokens: int, verify: bool = True
 ) -> np.ndarray | None:
     """The finished cache of `source` as fp16 (tokens, 2), memory-mapped; None where there is none.
 
@@ -102,6 +109,14 @@ def open_cache(
     return np.memmap(path, dtype=np.float16, mode="r", shape=(tokens, 2))
 
 
+def open_shared(cache_dir: Path, source: Identity, tokens: int, ranks: Ranks) -> np.ndarray | None:
+    """As open_cache, but what rank 0 finds is there, or not there, for all."""
+    cached = ranks.is_first and open_cache(cache_dir, source, tokens) is not None
+    if ranks.share(str(cached)) == "True":
+        return open_cache(cache_dir, source, tokens, verify=False)
+    return None
+
+
 def fill_cache(
     cache_dir: Path,
     source: Source,
@@ -121,7 +136,30 @@ def fill_cache(
     that is full; what was safe before stays for the next start.
     """
     ranks = ranks or Ranks()
-    tokens = len(windows.input_ids)
+
+    def start(partial: Path) -> None:
+        _start(partial, source, windows, max_tokens)
+
+    def fill(partial: Path) -> None:
+        _fill(partial, source, model, windows, device, progress, ranks)
+
+    return made_once(cache_dir, source, len(windows.input_ids), start, fill, ranks)
+
+
+def made_once(
+    cache_dir: Path,
+    source: Identity,
+    tokens: int,
+    start: Callable[[Path], None],
+    fill: Callable[[Path], None],
+    ranks: Ranks,
+) -> np.ndarray:
+    """open_cache's array, made where it is not there.
+
+    start: called by rank 0 with the folder to write into, while no other run makes the same cache.
+    fill: called by all ranks; flushes what it has written, and no cache is there before all have.
+    Raises UserError for a folder that cannot be written, or a disk that is full.
+    """
     partial = cache_dir / "teacher" / f"{source.key}.partial"
     try:
         with ExitStack() as stack:
@@ -133,9 +171,17 @@ def fill_cache(
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 is_needed = open_cache(cache_dir, source, tokens) is None
                 if is_needed:
-                    _start(partial, source, windows, max_tokens)
+                    start(partial)
             if ranks.share(str(is_needed)) == "True":
-                _fill(partial, source, model, windows, device, progress, ranks)
+                fill(partial)
+                ranks.barrier()
+                if ranks.is_first:
+                    write_sums(partial, FILES)
+                    finished = partial.with_suffix("")
+                    os.replace(partial, finished)
+                    sync(finished.parent)
+                    (finished / PROGRESS_FILE).unlink(missing_ok=True)
+                ranks.barrier()
     except OSError as error:
         raise _disk_error(partial, error) from error
     cached = open_cache(cache_dir, source, tokens, verify=False)
@@ -152,11 +198,10 @@ def _fill(
     progress: Callable[[int], None],
     ranks: Ranks,
 ) -> None:
-    """This rank's part of the pass into `partial`, which rank 0 renames at the end."""
+    """This rank's part of the pass, into `partial`."""
     batches = _cuts(windows, read_json_object(partial / "header.json")["max_tokens"])
-    shape = (len(windows.input_ids), 2)
-    logits = np.memmap(partial / "logits.bin", dtype=np.float16, mode="r+", shape=shape)
-    done = np.memmap(partial / "done.bin", dtype=np.uint8, mode="r+", shape=(len(batches),))
+    logits = writable_logits(partial, len(windows.input_ids))
+    done = np.memmap(partial / PROGRESS_FILE, dtype=np.uint8, mode="r+", shape=(len(batches),))
     progress(sum(len(batches[number]) for number in np.flatnonzero(done)))
     mine = np.flatnonzero(done == 0)[ranks.rank :: ranks.count]
     ranks.barrier()  # until all have read what is left
@@ -177,40 +222,42 @@ def _fill(
             _save_progress(logits, done, unsaved)
             saved_at, unsaved = time.monotonic(), []
     _save_progress(logits, done, unsaved)
-    del logits, done
-    ranks.barrier()
-    if ranks.is_first:
-        write_sums(partial, FILES)
-        finished = partial.with_suffix("")
-        os.replace(partial, finished)
-        sync(finished.parent)
-        (finished / "done.bin").unlink()
-    ranks.barrier()
+
+
+def writable_logits(partial: Path, tokens: int) -> np.memmap:
+    """The fp16 (tokens, 2) of a folder that `start_folder` made."""
+    return np.memmap(partial / "logits.bin", dtype=np.float16, mode="r+", shape=(tokens, 2))
 
 
 def _cuts(windows: Windows, max_tokens: int) -> list[np.ndarray]:
     return cut_by_tokens(np.arange(len(windows.lengths)), windows.lengths, max_tokens)
 
 
-def _header(source: Source, tokens: int) -> dict:
+def _header(source: Identity, tokens: int) -> dict:
     return {"format": FORMAT, "tokens": tokens, "dtype": "float16", **source.__dict__}
 
 
 def _start(partial: Path, source: Source, windows: Windows, max_tokens: int) -> None:
     """Create the partial folder, or take over one that a killed pass left."""
-    header_path = partial / "header.json"
     tokens = len(windows.input_ids)
-    expected = _header(source, tokens)
-    if header_path.is_file():
-        header = read_json_object(header_path)
-        if all(header.get(name) == expected[name] for name in expected):
-            return
+    header = read_json_object(partial / "header.json")
+    if any(header.get(name) != value for name, value in _header(source, tokens).items()):
+        sizes = {PROGRESS_FILE: len(_cuts(windows, max_tokens))}
+        start_folder(partial, source, tokens, sizes, {"max_tokens": max_tokens})
+
+
+def start_folder(
+    partial: Path, source: Identity, tokens: int, sizes: dict[str, int], more: dict[str, Any]
+) -> None:
+    """Create the partial folder anew: logits.bin, files of these sizes in bytes, and the header.
+
+    more: what the header holds beside the fields of `source`.
+    """
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    sizes = {"logits.bin": tokens * 4, "done.bin": len(_cuts(windows, max_tokens))}
-    for name, size in sizes.items():
+    for name, size in {"logits.bin": tokens * 4, **sizes}.items():
         reserve(partial / name, size)
-    write_json(header_path, {**expected, "max_tokens": max_tokens})
+    write_json(partial / "header.json", {**_header(source, tokens), **more})
 
 
 def _check_finite(half: np.ndarray, windows: Windows, indices: np.ndarray) -> None:

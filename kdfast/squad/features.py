@@ -8,8 +8,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterable
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from kdfast.errors import UserError
 from kdfast.files import fault_in, write_sums
 from kdfast.squad.array_files import ARRAYS, HEADER, ArrayFile, narrowest, write_header
 from kdfast.squad.cutting import Cutter
-from kdfast.squad.encoding import MOST_PROCESSES, Encoder, encoder, processor_count
+from kdfast.squad.encoding import MOST_PROCESSES, encoder, processor_count
 from kdfast.squad.examples import Example
 from kdfast.squad.records import fingerprint, iter_examples
 from kdfast.squad.template import Template, whole_texts
@@ -30,6 +30,8 @@ FORMAT = 3  # part of every key: raise it when files or meaning change
 # is opened: some seconds. Larger ones are taken as they are.
 VERIFIED_BYTES = 4 * 2**30
 FILES = (HEADER, *(f"{name}.bin" for name in ARRAYS))
+# Arrays of Windows by name, each of them in parts.
+Parts = Generator[dict[str, np.ndarray], None, None]
 
 
 def tokenizer_key(tokenizer: Any) -> str:
@@ -79,18 +81,36 @@ def prepare(
     _check(settings, template)
     parts = [FORMAT, fingerprint(source, split=split), tokenizer_key(tokenizer), settings]
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    encode = encoder(tokenizer, processes or min(MOST_PROCESSES, processor_count()))
+    cutter = Cutter(encode, template, **settings)
+
+    def arrays(folder: Path) -> Parts:
+        with tempfile.TemporaryFile(dir=folder) as cutter.spool:
+            yield from cutter.arrays(iter_examples(source, split=split))
+
+    return stored(cache_dir, key, arrays, lambda: _header(key, settings, cutter))
+
+
+def stored(
+    cache_dir: Path | str,
+    key: str,
+    arrays: Callable[[Path], Parts],
+    header: Callable[[], dict[str, Any]],
+) -> Windows:
+    """The windows of cache_dir/features/KEY, written first where they are not there.
+
+    arrays: called with the folder that is being written. header: called when all is written.
+    Raises UserError for a damaged cache, and for a folder that cannot be written or is full.
+    """
     home = Path(cache_dir).expanduser() / "features"
     folder = home / key
     if not folder.is_dir():
-        encode = encoder(tokenizer, processes or min(MOST_PROCESSES, processor_count()))
-        examples = iter_examples(source, split=split)
         try:
-            with ExitStack() as stack:
-                home.mkdir(parents=True, exist_ok=True)
-                lock = stack.enter_context((home / f"{key}.lock").open("w"))
+            home.mkdir(parents=True, exist_ok=True)
+            with (home / f"{key}.lock").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not folder.is_dir():  # unless another process wrote it meanwhile
-                    _write(folder, examples, encode, template, key, settings)
+                    _write(folder, arrays, header)
         except OSError as error:
             raise UserError(
                 f"--cache_dir {cache_dir}: features cannot be written there "
@@ -164,15 +184,10 @@ def _header(key: str, settings: dict[str, int], cutter: Cutter) -> dict[str, Any
 
 
 def _write(
-    folder: Path,
-    examples: Iterable[Example],
-    encode: Encoder,
-    template: Template,
-    key: str,
-    settings: dict[str, int],
+    folder: Path, arrays: Callable[[Path], Parts], header: Callable[[], dict[str, Any]]
 ) -> None:
     """Writes all files beside `folder`, then renames; the caller holds the key's lock."""
-    partial = folder.with_name(f"{key}.partial")
+    partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
     partial.mkdir()
     try:
@@ -180,14 +195,12 @@ def _write(
             files = {name: ArrayFile(partial / f"{name}.bin", ARRAYS[name]) for name in ARRAYS}
             for file in files.values():
                 stack.callback(file.abandon)
-            spool = stack.enter_context(tempfile.TemporaryFile(dir=partial))
-            cutter = Cutter(encode, template, **settings, spool=spool)
-            for arrays in cutter.arrays(examples):
-                for name, array in arrays.items():
+            for part in stack.enter_context(closing(arrays(partial))):
+                for name, array in part.items():
                     files[name].append(array)
             for file in files.values():
                 file.close()
-        write_header(partial, _header(key, settings, cutter), files)
+        write_header(partial, header(), files)
         write_sums(partial, FILES)
         _sync(partial)
         partial.rename(folder)

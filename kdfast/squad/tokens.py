@@ -73,7 +73,8 @@ class Tokens:
         held = np.cumsum(opened)[:n] > 0
         # A text's marks belong to its own letters: no context begins with a loose mark of another.
         loose = (kind == _MARK) & ~held
-        loose[starts_of([len(t) for t in texts])[:-1]] = False
+        begins = starts_of([len(t) for t in texts])[:-1]
+        loose[begins[begins < n]] = False
         solid = _next(~loose)
         self.offsets = np.stack([first, np.where(past > first, solid[past], past)], 1)
         self.offsets = (self.offsets - base[:, None]).astype(np.int32)
@@ -88,7 +89,7 @@ def encode(backend: Any, job: Job) -> tuple[Tokens, Tokens]:
     contexts, questions, limit = job
     return (
         Tokens.encode(backend, contexts).exact(contexts),
-        Tokens.encode(backend, questions, limit),
+        Tokens.encode(backend, questions, limit).exact(questions),
     )
 
 

@@ -126,6 +126,14 @@ class Windows:
         first, last = (self.context_char_start[base + at].astype(np.int64) for at in (start, end))
         return first, last + self.context_char_count[base + end]
 
+    def question_blocks(self, questions: int = 256) -> Iterator[tuple[int, int]]:
+        """Cuts the windows into runs, (begin, end), of so many whole questions each."""
+        begin = 0
+        while begin < len(self):
+            end = int(np.searchsorted(self.question, self.question[begin] + questions))
+            yield begin, end
+            begin = end
+
     def notes(self) -> list[str]:
         """What a user should hear about these windows: one sentence for each thing that is so."""
         of = f"of {self.counts['questions']} questions"

@@ -123,7 +123,7 @@ def test_a_partial_folder_of_something_else_is_not_taken_over(pass_):
     partial = pass_.home.with_name(f"{pass_.source.key}.partial")
     partial.mkdir(parents=True)
     (partial / "header.json").write_text(json.dumps({"format": 0}))
-    (partial / "progress.json").write_text(json.dumps({"batches": 99}))
+    (partial / teacher.PROGRESS_FILE).write_bytes(b"\1" * 99)
     (partial / "logits.bin").write_bytes(b"\0" * 4 * pass_.tokens)
     np.testing.assert_allclose(pass_.fill(), direct(pass_), rtol=2e-3, atol=2e-3)
 

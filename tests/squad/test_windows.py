@@ -12,7 +12,7 @@ from kdfast.squad.features import tokenizer_key, windows_of
 from kdfast.squad.records import Example, read_examples
 from kdfast.squad.template import Template
 from tests.corpora import shared
-from tests.squad.made_up import SMALL, assert_same_windows, characters, random_examples
+from tests.squad.made_up import SMALL, TEXT, assert_same_windows, characters, random_examples
 from tests.tokenizers import FAMILIES, of_family
 
 
@@ -141,6 +141,18 @@ def test_long_questions_are_cut(family):
     assert w.prefix[-1] == len(template.before) + len(template.between)  # no question at all
     assert w.question_token_start.tolist() == [0, 24, 24]
     assert len(w.question_char_start) == 24
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_question_has_the_characters_of_a_context(family):
+    texts = [f"{TEXT}  cafe\u0301 x", "the  naive\u0308", "e\u0301"]
+    examples = [Example(text, "", text, text, ()) for text in texts]
+    examples.append(Example("none", "", "", "x", ()))
+    w = windows_of(examples, of_family(family), max_query_length=200)
+    kept = w.question_token_start[-1]
+    assert kept == w.context_token_start[3] > 40
+    np.testing.assert_array_equal(w.question_char_start, w.context_char_start[:kept])
+    np.testing.assert_array_equal(w.question_char_count, w.context_char_count[:kept])
 
 
 def test_padded():

@@ -1,0 +1,120 @@
+"""The teachers of a run: what each one reads, its own logits, and what they say of the student's.
+
+What a user should hear is said by rank 0.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from kdfast.distill import costs, models, teacher
+from kdfast.distill.config import TrainConfig
+from kdfast.distill.derived import Probabilities
+from kdfast.distill.ranks import Ranks
+from kdfast.errors import UserError
+from kdfast.squad import features, pieces
+from kdfast.squad.carry import Carrier, softened
+from kdfast.squad.template import Template
+from kdfast.squad.windows import Windows
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """One teacher. windows: what it reads, at most max_seq_length tokens each.
+
+    carrier: for a tokenizer that is not the student's; None: `windows` are the student's.
+    """
+
+    name: str
+    source: teacher.Source
+    windows: Windows
+    max_seq_length: int
+    carrier: Carrier | None
+
+    def probabilities(
+        self, logits: np.ndarray, student: Windows, temperature: float
+    ) -> Probabilities:
+        """Its softened distributions over the student's tokens. logits: own_logits."""
+
+        def same_tokens(begin: int, end: int) -> np.ndarray:
+            starts = student.window_start[begin : end + 1]
+            return softened(logits[starts[0] : starts[-1]], starts - starts[0], temperature)
+
+        def carried(begin: int, end: int) -> np.ndarray:
+            return self.carrier.probabilities(logits, begin, end, temperature)
+
+        return same_tokens if self.carrier is None else carried
+
+
+def find(
+    config: TrainConfig,
+    name: str,
+    windows: Windows,
+    student: models.Loaded,
+    kind: str,
+    ranks: Ranks,
+) -> Teacher:
+    """The teacher `name` and the windows it reads, which are made where they are not there.
+
+    windows: the student's. kind: the precision of the teacher.
+    """
+    folder = models.local_folder(name, "--teacher")
+    tokenizer = models.load_tokenizer(folder, "--teacher")
+    key = features.tokenizer_key(tokenizer)
+    weights = teacher.weights_key(folder)
+    if key == features.tokenizer_key(student.tokenizer):
+        source = teacher.Source(weights, key, windows.key, kind)
+        return Teacher(name, source, windows, config.max_seq_length, None)
+    if config.distillation_loss == "mse":
+        raise UserError(
+            f"--distillation_loss mse compares logits, and --teacher {name}, which has another "
+            "tokenizer than the student, gives it probabilities only: use kl_div."
+        )
+    length = models.trained_length(models.load_config(folder, name, "--teacher"))
+    read = pieces.prepare(
+        windows,
+        config.train_file,
+        tokenizer,
+        max_seq_length=length,
+        doc_stride=config.doc_stride,
+        cache_dir=config.cache_path,
+        split="train",
+    )
+    ranks.say(
+        f"{name} has another tokenizer than the student: it reads the student's {len(windows)} "
+        f"windows in {len(read.windows)} of up to {length} tokens, and its distributions are "
+        "carried over by characters."
+    )
+    cut = read.windows.counts["truncated_questions"]
+    if cut:
+        ranks.say(f"{cut} questions fill more than half of what {name} reads, and were cut for it.")
+    templates = Template.learn(student.tokenizer), Template.learn(tokenizer)
+    source = teacher.Source(weights, key, read.windows.key, kind)
+    return Teacher(name, source, read.windows, length, Carrier(windows, read, *templates))
+
+
+def own_logits(config: TrainConfig, one: Teacher, device: torch.device, ranks: Ranks) -> np.ndarray:
+    """A teacher's raw logits over its windows, from its cache or by a pass: fp16 (tokens, 2)."""
+    tokens = len(one.windows.input_ids)
+    logits = teacher.open_shared(config.cache_path, one.source, tokens, ranks)
+    if logits is not None:
+        ranks.say(f"Teacher logits: cache {one.source.key} in {config.cache_path}.")
+        return logits
+    loaded = models.load_reader(one.name, "--teacher")
+    models.check_fits(loaded, one.max_seq_length, one.name)
+    for note in loaded.notes:
+        ranks.say(note)
+    total = len(one.windows)
+    with tqdm(total=total, desc="teacher", unit="window", disable=not ranks.is_first) as bar:
+        return teacher.fill_cache(
+            config.cache_path,
+            one.source,
+            loaded.model.to(device),
+            one.windows,
+            device,
+            costs.forward_tokens(device),
+            bar.update,
+            ranks,
+        )
