@@ -55,8 +55,8 @@ def summary(files: RunFiles) -> str:
     """One sentence: who learnt from whom."""
     if files.teacher is None:
         return f"A reader that kdfast trained from {student(files)} on gold spans, not distilled."
-    teacher = code(short(files.teacher))
-    return f"A reader that kdfast distilled from {teacher} into {student(files)}."
+    teachers = " and ".join(code(short(name)) for name in files.teachers)
+    return f"A reader that kdfast distilled from {teachers} into {student(files)}."
 
 
 def student(files: RunFiles) -> str:
@@ -65,7 +65,7 @@ def student(files: RunFiles) -> str:
     if not config["student_layers"]:
         return code(short(config["student"]))
     layers = f"layers {config['student_layers']}"
-    return f"{layers} of {code(short(config['student'] or config['teacher']))}"
+    return f"{layers} of {code(short(config['student'] or config['teacher'][0]))}"
 
 
 def overview(files: RunFiles, title: str, language: list[str]) -> str:
@@ -89,9 +89,10 @@ def details(files: RunFiles) -> str:
     """Sentences on the run, then size and latency beside the other model's."""
     run, config = files.run, files.config
     lines = []
-    if files.teacher is not None:
+    if files.teachers:
+        teachers = ", ".join(code(short(name)) for name in files.teachers)
         lines.append(
-            f"Teacher: {code(short(files.teacher))}, its logits computed once. Soft loss: "
+            f"Teacher: {teachers}, logits computed once. Soft loss: "
             f"{config['distillation_loss']}, padding masked."
         )
     lines.append(

@@ -68,9 +68,14 @@ class RunFiles:
         return self.run["config"]
 
     @property
+    def teachers(self) -> list[str]:
+        """The models that taught; none of a run on gold spans alone."""
+        return self.config["teacher"] if self.config["distillation_loss_weight"] else []
+
+    @property
     def teacher(self) -> str | None:
-        """The model that taught; None of a run on gold spans alone."""
-        return self.config["teacher"] if self.config["distillation_loss_weight"] else None
+        """The first of them."""
+        return self.teachers[0] if self.teachers else None
 
     def metrics(self) -> dict[str, float] | None:
         """Of the weights in `folder` on --validation_file; None where they were not evaluated."""
@@ -110,7 +115,7 @@ def read_run(folder: Path) -> RunFiles:
     if not path.is_file():
         raise UserError(f"{folder} holds no {RUN_FILE}: name the folder of a finished run.")
     run = read_json_object(path)
-    lines = read_log(folder, run.get("steps", 0))
+    lines = read_log(folder, run.get("steps", 0), run.get("steps", 0))
     own, results, notes = weights_key(folder), [], []
     for found in sorted((folder / EVAL_FOLDER).glob(f"*{RESULT_END}")):
         result = read_json_object(found)
