@@ -17,6 +17,7 @@ from transformers.utils import logging as hf_logging
 from kdfast import recipes
 from kdfast.distill import checkpoint, costs, inputs, invariance, models, scoring
 from kdfast.distill.config import OBJECTIVE, TrainConfig
+from kdfast.distill.dropout import speed_up_dropout
 from kdfast.distill.feed import make_feed
 from kdfast.distill.log import Clock, TrainLog, progress_line
 from kdfast.distill.optim import Updater, make_optimizer
@@ -107,6 +108,8 @@ def train(config: TrainConfig, ranks: Ranks | None = None) -> dict:
     ranks.agree({"training data": windows.key, "teacher": teacher_key})
 
     model = student.model.to(device)
+    if device.type == "cpu" and not config.torch_compile:  # it compiles its own dropout
+        speed_up_dropout(model)
     scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
     updater = Updater(
         model, make_optimizer(model, config.weight_decay), scaler, config.max_grad_norm

@@ -338,3 +338,10 @@ def test_a_budget_that_memory_halved_is_kept(world, monkeypatch, capsys):
     shutil.rmtree(world.output / "checkpoint-4")
     assert world.run(**flags, resume_from_checkpoint="last") == 0
     assert json.loads((world.output / "run.json").read_text())["cuts"]["max_tokens"] == halved
+
+
+def test_dropout_on_a_cpu_is_the_cheap_one(world, monkeypatch):
+    made = []
+    monkeypatch.setattr(train, "speed_up_dropout", made.append)
+    assert world.run(max_steps=1) == 0
+    assert len(made) == (not torch.cuda.is_available())

@@ -1,6 +1,5 @@
 """Readers: how they are loaded, cut down to some layers, and called."""
 
-import copy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -238,9 +237,7 @@ def keep_layers(loaded: Loaded, layers: list[int], name: str) -> None:
             f"0 to {len(stack) - 1}."
         )
     reader.base_model.encoder.layer = nn.ModuleList(stack[index] for index in layers)
-    reader.config = copy.deepcopy(reader.config)
-    reader.config.num_hidden_layers = len(layers)
-    reader.base_model.config = reader.config
+    reader.config.num_hidden_layers = len(layers)  # every module's: they share it
     loaded.notes.append(f"The student keeps layers {layers} of {name}.")
 
 

@@ -6,6 +6,7 @@ import torch
 
 from kdfast.distill import costs, feed, models
 from kdfast.distill.config import TrainConfig
+from kdfast.distill.dropout import speed_up_dropout
 from kdfast.distill.optim import Updater, make_optimizer
 from kdfast.distill.precision import AUTOCAST
 from kdfast.distill.step import Stepper
@@ -44,6 +45,8 @@ def setup(tmp_path):
             source, loaded.tokenizer, max_seq_length=200, cache_dir=tmp_path / "cache"
         )
         model = loaded.model.to(dtype)
+        if not config.torch_compile:
+            speed_up_dropout(model)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10) if precision == "fp16" else None
         optimizer = make_optimizer(model, config.weight_decay)
         updater = Updater(model, optimizer, scaler, config.max_grad_norm)

@@ -292,7 +292,7 @@ def test_gradient_checkpointing_changes_no_gradient(setup):
 
 
 def test_compiled_for_any_shape_in_a_handful_of_compilations(setup):
-    run = setup(dtype=torch.float64)
+    run = setup(dtype=torch.float64, torch_compile=True)
     compiled = CompileCounter()
     run.stepper.forward = run.model.compiled(compiled)
     run.stepper.feed.multiple = run.stepper.multiple = models.COMPILED_WIDTH
