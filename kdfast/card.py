@@ -16,6 +16,7 @@ from transformers.utils import logging as hf_logging
 from kdfast.distill import card, figures, report
 from kdfast.distill.config import TrainConfig, flag
 from kdfast.distill.evaluate_config import EvaluateConfig
+from kdfast.distill.ranks import Ranks
 from kdfast.distill.run_files import EVAL_FOLDER, RunFiles, read_run
 from kdfast.errors import UserError
 from kdfast.evaluate import evaluate
@@ -135,7 +136,7 @@ def answer_validation(files: RunFiles) -> None:
         mixed_precision=config["mixed_precision"],
     )
     with contextlib.redirect_stdout(sys.stderr):  # its figures are not this program's output
-        evaluate(settings)
+        evaluate(settings, Ranks())
 
 
 if __name__ == "__main__":
