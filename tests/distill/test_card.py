@@ -75,7 +75,7 @@ def test_no_figure_that_is_not_in_a_result_file(finished):
         digits = len(each.partition(".")[2])
         if each.count(".") < 2 and not any(f"{n:.{digits}f}" == each for n in known):
             foreign.append(each)
-    assert not foreign
+    assert not foreign, [l for l in text.splitlines() if any(f in l for f in foreign)]
 
 
 def test_no_file_no_sentence(finished):
@@ -138,7 +138,7 @@ def test_hub_names_stand_in_the_front_matter(finished):
     edit(
         finished.folder,
         "run.json",
-        config__teacher="deepset/roberta-large-squad2",
+        config__teacher=["deepset/roberta-large-squad2"],
         config__student="FacebookAI/roberta-base",
         config__train_file="rajpurkar/squad_v2:squad_v2:train",
         config__validation_file="rajpurkar/squad_v2:squad_v2:validation",
