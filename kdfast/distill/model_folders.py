@@ -21,8 +21,10 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise _write_error(path, error.errno, error.strerror or str(error)) from error
-    except SafetensorError as error:
-        # Its text is all that it keeps of the system's error.
+    except Exception as error:
+        # safetensors and tokenizers, which raises this very class, keep the system's text alone.
+        if not isinstance(error, SafetensorError) and type(error) is not Exception:
+            raise
         number = errno.ENOSPC if os.strerror(errno.ENOSPC) in str(error) else None
         raise _write_error(path, number, str(error)) from error
 

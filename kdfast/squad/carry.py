@@ -115,12 +115,20 @@ class Carrier:
         maps = np.stack(token_map(source, target))
         window = np.repeat(np.arange(len(low)), many)
         found = maps[:, ragged(source.starts[local] + low, many)] - first[window]
-        # A window may begin or end inside a token of the teacher, or with empty ones of its own.
+        if not len(target.solid):
+            return 0 * found
+        # What is outside of the window goes to the character that the window has at that end: a
+        # start to the first token that holds it, an end to the last.
         base = target.starts[local] + first
-        solid = np.append(target.solid, 0)
-        least, most = np.searchsorted(target.solid, np.stack([base, base + room]))
-        least, most = solid[least] - base, solid[most - 1] - base
-        return np.where((least <= most)[window], np.clip(found, least[window], most[window]), 0)
+        bounds = np.searchsorted(target.solid, np.stack([base, base + room]))
+        holders, last = target.holders, len(target.solid) - 1
+        least, most = np.minimum(bounds[0], last), np.maximum(bounds[1] - 1, 0)
+        lowest = np.minimum(holders.beginning_after(local, holders.first[least]) - 1, most)
+        highest = np.maximum(holders.ending_after(local, holders.past[most] - 1), least)
+        low = target.solid[np.stack([least, np.maximum(lowest, 0)])] - base
+        high = target.solid[np.stack([np.minimum(highest, last), most])] - base
+        some = (bounds[0] < bounds[1])[window]
+        return np.where(some, np.clip(found, low[:, window], high[:, window]), 0)
 
 
 def _segments(

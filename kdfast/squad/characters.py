@@ -37,6 +37,12 @@ class CharSpans:
         """The tokens that are not empty: int64, rising."""
         return np.flatnonzero(self.past > self.first)
 
+    @cached_property
+    def holders(self) -> CharSpans:
+        """Those tokens alone, which hold characters."""
+        starts = np.searchsorted(self.solid, self.starts)
+        return CharSpans(starts, self.first[self.solid], self.past[self.solid])
+
     # Running maxima keep keys sorted where a token begins or ends before an earlier one.
     @cached_property
     def _begins(self) -> np.ndarray:
@@ -89,11 +95,9 @@ def token_map(source: CharSpans, target: CharSpans) -> tuple[np.ndarray, np.ndar
     `first` and the earlier for `last`. Of several that hold it, as do the bytes of an emoji, it is
     their first for `first` and their last for `last`.
     """
-    solid = target.solid  # an empty token holds no character
-    starts = np.searchsorted(solid, target.starts)
-    holders = CharSpans(starts, target.first[solid], target.past[solid])
+    solid, holders = target.solid, target.holders
     found = np.zeros((2, len(source.text)), dtype=np.int64)
-    held = np.flatnonzero(np.diff(starts)[source.text] > 0)
+    held = np.flatnonzero(np.diff(holders.starts)[source.text] > 0)
     text = source.text[held]
     char = holders.nearest_held(text, source.first[held], later=True)
     found[0, held] = solid[holders.ending_after(text, char)] - target.starts[text]

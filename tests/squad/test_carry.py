@@ -27,7 +27,8 @@ def shares(n):
 
 def expect(made, start, end):
     """start, end: for each token of the student, the teacher's tokens whose mass it gets."""
-    p, q = shares(len(made.pieces.windows.input_ids))
+    columns = [shares(n) for n in made.pieces.windows.lengths]
+    p, q = (np.concatenate(each) for each in zip(*columns, strict=True))
     found = carried(made, p, q)
     wanted = [[sum(m[i] for i in each) for each in lists] for m, lists in ((p, start), (q, end))]
     np.testing.assert_allclose(found.T, wanted, rtol=0, atol=1e-12)
@@ -132,6 +133,29 @@ def test_a_window_that_begins_and_ends_inside_a_word():
     np.testing.assert_allclose(found[2, 3:5, 1], [0, third[1][3]], atol=1e-12)
     np.testing.assert_allclose(found[3, 3:5, 0], [fourth[0][3], 0], atol=1e-12)
     np.testing.assert_allclose(found[3, 3:5, 1], [0, fourth[1][3]], atol=1e-12)
+
+
+def test_a_window_that_begins_or_ends_with_empty_tokens():
+    # The student: three bytes of 罗, a blank's empty token at 2, 3 and 4 each, three bytes of 洛.
+    student, teacher = of_family("roberta"), by_pattern("罗", "洛", " ", pattern="(?<=.)")
+    made = carrier(
+        student,
+        teacher,
+        [("", "罗   洛")],
+        max_seq_length=10,
+        max_query_length=1,
+        doc_stride=3,
+    )
+    assert made.student.first_token.tolist() == [0, 3] and made.student.count.tolist() == [6, 6]
+    # Teacher: 0 [CLS] 1 [SEP] 2 罗 3-5 blanks 6 [SEP]; 7 [CLS] 8 [SEP] 9-10 blanks 11 洛 12 [SEP].
+    # The character that is nearest, or that a tie gives preference, may be in the other window.
+    expect(
+        made,
+        [[0], [1], [], [2, 3, 4, 5], [], [], [], [], [], [6]]
+        + [[7], [8], [], [], [], [], [9, 10, 11], [], [], [12]],
+        [[0], [1], [], [], [], [2, 3, 4, 5], [], [], [], [6]]
+        + [[7], [8], [], [], [], [], [], [], [9, 10, 11], [12]],
+    )
 
 
 def test_a_character_that_no_token_of_the_student_holds():
