@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from kdfast.distill import costs
 from kdfast.distill.config import TrainConfig
+from kdfast.distill.dropout import speed_up_dropout
 from kdfast.distill.feed import flat_positions, make_feed
 from kdfast.distill.log import Clock, TrainLog
 from kdfast.distill.models import SpanModel
@@ -154,9 +155,9 @@ class TimedUpdater(Updater):
         super().backward(loss)
         self.timeline.begin("gather")  # of the next micro-batch, if there is one
 
-    def update(self, rate: float) -> tuple[Tensor, Tensor]:
+    def update(self, rate: float, dropped: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self.timeline.begin("optimizer")
-        done = super().update(rate)
+        done = super().update(rate, dropped)
         self.timeline.begin("log")
         return done
 
@@ -174,6 +175,7 @@ class Kdfast:
         self.lengths = problem.windows.lengths
         self.timeline = Timeline()
         span_model = SpanModel(self.model)
+        speed_up_dropout(span_model)
         updater = TimedUpdater(span_model, self.optimizer, None, problem.max_grad_norm)
         updater.timeline = self.timeline
         work = costs.count_work(span_model)
@@ -181,7 +183,7 @@ class Kdfast:
         span_model.register_forward_pre_hook(lambda *_: self.timeline.begin("forward"))
         span_model.register_forward_hook(lambda *_: self.timeline.begin("loss"))
         folder.mkdir(parents=True, exist_ok=True)
-        self.log = TrainLog(folder, 0, tensorboard=False)
+        self.log = TrainLog(folder, 0, 0, tensorboard=False)
         self.clock = Clock(work, matmul_rate=1.0)
         self.steps = 0
 
