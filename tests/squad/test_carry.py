@@ -152,14 +152,29 @@ def test_a_window_that_begins_or_ends_with_empty_tokens():
     expect(
         made,
         [
-            *[[0], [1], [], [2, 3, 4, 5], [], [], [], [], [], [6]],
-            *[[7], [8], [], [], [], [], [9, 10, 11], [], [], [12]],
+            *([0], [1], [], [2, 3, 4, 5], [], [], [], [], [], [6]),
+            *([7], [8], [], [], [], [], [9, 10, 11], [], [], [12]),
         ],
         [
-            *[[0], [1], [], [], [], [2, 3, 4, 5], [], [], [], [6]],
-            *[[7], [8], [], [], [], [], [], [], [9, 10, 11], [12]],
+            *([0], [1], [], [], [], [2, 3, 4, 5], [], [], [], [6]),
+            *([7], [8], [], [], [], [], [], [], [9, 10, 11], [12]),
         ],
     )
+
+
+def test_a_window_of_empty_tokens_alone():
+    student, teacher = of_family("roberta"), by_pattern("罗", "洛", " ", pattern="(?<=.)")
+    lengths = {"max_seq_length": 7, "max_query_length": 1, "doc_stride": 2}
+    made = carrier(student, teacher, [("", "罗       洛")], **lengths)
+    assert made.student.first_token.tolist() == [0, 2, 4, 6, 8, 10]
+    logits = np.random.default_rng(0).normal(0, 3, (len(made.pieces.windows.input_ids), 2))
+    found = made.probabilities(logits, 0, len(made.student), TEMPERATURE)
+    # The third and the fourth window hold no character: their first token takes all of it.
+    for window in range(len(made.student)):
+        begin, end = made.student.window_start[window : window + 2]
+        wanted = by_the_book(made, logits, window, TEMPERATURE)
+        np.testing.assert_allclose(found[begin:end], wanted, rtol=0, atol=1e-12)
+    assert (found.reshape(6, 7, 2)[2:4, 4:6] == 0).all()
 
 
 def test_a_character_that_no_token_of_the_student_holds():
