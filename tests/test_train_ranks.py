@@ -81,6 +81,11 @@ def test_every_rank_starts_from_the_same_bits_and_ends_there(world):
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
+def test_more_ranks_than_windows_in_fp16(world):
+    flags = {"train_batch_size": 3, "mixed_precision": "fp16", "max_steps": 2}
+    assert ranks_of(world, 4, **flags)[0] == [0] * 4
+
+
 def test_a_mistake_is_said_once(world):
     statuses, said = ranks_of(world, 2, temperature=-1)
     assert statuses == [2, 2]

@@ -143,3 +143,22 @@ def test_a_clock_that_jumps_changes_nothing(world, whole, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: now() + (-1) ** next(jumps) * 10**6)
     assert world.run(**FLAGS) == 0
     assert log_of(world.output) == whole
+
+
+def test_tensorboard_is_cut_back_to_the_checkpoint(world, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = {**FLAGS, "report_to": "tensorboard", "save_steps": 2}
+
+    def shown():
+        events = EventAccumulator(str(world.output / "tensorboard"))
+        events.Reload()
+        return [(each.step, each.value) for each in events.Scalars("train/loss")]
+
+    assert world.run(**flags, save_total_limit=9) == 0
+    whole = shown()
+    for steps in (4, 6):
+        shutil.rmtree(world.output / f"checkpoint-{steps}")
+    assert world.run(**flags, resume_from_checkpoint="last") == 0
+    assert shown() == whole
+    assert [step for step, _ in whole] == list(range(6))

@@ -46,6 +46,9 @@ class Updater:
         self.scaler = scaler
         self.max_grad_norm = max_grad_norm
         self.updates = 0
+        if scaler is not None:
+            # The scaler makes its state at the first loss, and a rank may have none in a step.
+            scaler.scale(torch.zeros(1, device=self.parameters[0].device))
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate the gradients of `loss`, scaled where there is a scaler."""
