@@ -1,6 +1,6 @@
 import pytest
 
-KILLS = (28, 250)
+KILLS = (28, 252)
 
 
 def pytest_addoption(parser):
