@@ -70,7 +70,7 @@ def test_a_step_that_would_outlast_the_grace_is_dropped(world, whole, monkeypatc
     for grace in (1000, 0):
         shutil.rmtree(world.output, ignore_errors=True)
         with monkeypatch.context() as patch:
-            signal_at(patch, Updater, "backward", 6)
+            signal_at(patch, Stepper, "accumulate", 2)
             assert world.run(**FLAGS, grace_seconds=grace) == 143
         stopped_after += steps_of(world.output)
         assert log_of(world.output)[-1]["step"] == stopped_after[-1] - 1
