@@ -259,22 +259,6 @@ def distil(
     return record
 
 
-def check_invariance(stepper: Stepper, order: TrainingOrder, ranks: Ranks) -> dict:
-    """Print how the first step's gradient depends on how it is split. UserError where it does."""
-    splits = invariance.check(stepper, order.step(0))
-    ranks.say(
-        "Distance of the gradient from that of one piece in fp64, over its norm; dropout is off."
-    )
-    ranks.say(invariance.table(splits))
-    wrong = [each.name for each in splits if not each.good]
-    if wrong:
-        raise UserError(
-            f"The gradient depends on the split: see {', '.join(wrong)} above. Do not train with "
-            "this model; report it with the table."
-        )
-    return {"splits": [asdict(each) for each in splits]}
-
-
 def total_steps(config: TrainConfig, order: TrainingOrder) -> int:
     """Optimizer steps of the whole run."""
     if config.max_steps > 0:
