@@ -16,7 +16,7 @@ from transformers.utils import logging as hf_logging
 
 from kdfast import recipes
 from kdfast.card import CardConfig, publish
-from kdfast.distill import checkpoint, costs, inputs, invariance, models, resume
+from kdfast.distill import checkpoint, costs, faults, inputs, invariance, models, resume
 from kdfast.distill.config import TrainConfig
 from kdfast.distill.dropout import speed_up_dropout
 from kdfast.distill.feed import make_feed
@@ -203,6 +203,7 @@ def distil(
         ranks,
         stop,
     )
+    watch = faults.Watch(output, stepper, windows, student.tokenizer)
     ranks.say(f"{total} steps of {config.train_batch_size} windows.")
     bar = tqdm(
         total=total, initial=progress.steps, desc="train", unit="step", disable=not ranks.is_first
@@ -228,6 +229,8 @@ def distil(
                 progress.rule = stepper.rule
             if report is not None:
                 speed = results.step(report, windows.lengths[indices])
+                if skipped := watch.see(report):
+                    ranks.say(skipped)
                 bar.set_postfix_str(progress_line(report, speed), refresh=False)
                 bar.update()
         if stop.agreed:
