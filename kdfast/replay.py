@@ -12,6 +12,7 @@ import numpy as np
 from transformers.utils import logging as hf_logging
 
 from kdfast.distill import fault_folder, faults, models
+from kdfast.distill.dropout import speed_up_dropout
 from kdfast.distill.optim import Updater, make_optimizer
 from kdfast.distill.precision import AUTOCAST, pick_device, resolve
 from kdfast.distill.ranks import Ranks
@@ -47,6 +48,8 @@ def replay(folder: Path, mixed_precision: str | None = None) -> list[faults.Find
     )
     fault_folder.check_fits(kept, loaded, folder)
     model = loaded.model.to(device)
+    if device.type == "cpu" and not kept.config.torch_compile:  # as the run did
+        speed_up_dropout(model)
     feed = fault_folder.KeptFeed(kept.batches, device)
     updater = Updater(model, make_optimizer(model, 0.0), None, kept.config.max_grad_norm)
     stepper = Stepper(

@@ -12,6 +12,7 @@ from transformers import AutoModelForQuestionAnswering
 
 from kdfast import replay
 from kdfast.distill.optim import Updater
+from kdfast.files import write_sums
 from tests import corpora
 from tests.programs import log_of
 from tests.test_train_ranks import ranks_of
@@ -20,7 +21,7 @@ FLAGS = {"max_steps": 5, "save_steps": 1, "save_total_limit": 9, "eval_steps": 2
 
 
 def spoil(world, windows=(30,)):
-    """NaN in the teacher's cached logits of some windows."""
+    """NaN in the teacher's cached logits of some windows, as if it had been made so."""
     (cache,) = (world.path / "cache" / "teacher").glob("*/logits.bin")
     (starts,) = (
         path
@@ -32,6 +33,7 @@ def spoil(world, windows=(30,)):
     for window in windows if windows else range(len(starts) - 1):
         logits[2 * starts[window]] = np.nan
     logits.flush()
+    write_sums(cache.parent, ("logits.bin", "header.json"))
 
 
 def sentence(capsys):
@@ -128,15 +130,15 @@ def test_a_huge_learning_rate_overwrites_nothing_good(world, capsys):
 
 @pytest.mark.parametrize("flags", [{"save_steps": 1, "save_total_limit": 1}, {"max_steps": 3}])
 def test_weights_that_a_good_step_broke_are_not_saved(world, capsys, monkeypatch, flags):
-    note = Updater.note
+    finish = Updater.finish
 
     def breaks(self, *values):
-        note(self, *values)
+        finish(self, *values)
         if self.updates == 3:
             with torch.no_grad():
                 self.parameters[5].fill_(np.inf)
 
-    monkeypatch.setattr(Updater, "note", breaks)
+    monkeypatch.setattr(Updater, "finish", breaks)
     assert world.run(**flags, validation_file=None) == 2
     assert "are not finite any more" in sentence(capsys)
     found = [path.name for path in world.output.glob("checkpoint-*")]

@@ -14,8 +14,7 @@ def fault_of_state(state: dict[str, Any]) -> str | None:
     for name, is_good in ENTRIES.items():
         if name not in state or not is_good(state[name]):
             return name
-    is_scaled = state["identity"].get("mixed_precision") == "fp16"
-    return None if is_scaled == (state["scaler"] is not None) else "scaler"
+    return None
 
 
 def _whole(least: int, most: int = 2**62) -> Callable[[Any], bool]:
@@ -30,7 +29,7 @@ def _optional(is_good: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or is_good(value)
 
 
-def _object(entries: dict[str, Callable[[Any], bool]]) -> Callable[[Any], bool]:
+def _record(entries: dict[str, Callable[[Any], bool]]) -> Callable[[Any], bool]:
     """An object that has these entries and no other."""
 
     def is_good(value: Any) -> bool:
@@ -62,7 +61,7 @@ PROGRESS = {
     "evaluated": _whole(0),
     "best_f1": _optional(_number),
     "validation": _optional(lambda value: isinstance(value, str)),
-    "rule": _optional(_object(CUTS)),
+    "rule": _optional(_record(CUTS)),
     "clock": lambda value: _list(_number)(value) and len(value) in (0, 5),
     "starts": _list(_whole(0)),
 }
@@ -71,8 +70,8 @@ ENTRIES: dict[str, Callable[[Any], bool]] = {
     "identity": lambda value: (
         isinstance(value, dict) and isinstance(value.get("circumstances", {}), dict)
     ),
-    "progress": _object(PROGRESS),
+    "progress": _record(PROGRESS),
     "updates": _whole(0),
     "overflows": _whole(0),
-    "scaler": _optional(_object(SCALER)),
+    "scaler": _optional(_record(SCALER)),
 }

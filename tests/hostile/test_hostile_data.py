@@ -97,4 +97,4 @@ LINES = [{"step": 0, "loss": 1.0}, {"evaluated_after": 1, "f1": 3.0}, {"step": 1
 def test_a_log(folder, content):
     lines = [json.dumps(LINES[0]).encode(), *content]
     (folder / "train_log.jsonl").write_bytes(b"\n".join(lines))
-    assert read_log(folder, 5)[0] == LINES[0]
+    assert read_log(folder, 5, 5)[0] == LINES[0]
