@@ -14,7 +14,7 @@ MOST = {
     "max_tokens_per_micro_batch": 2**24,
     "gradient_accumulation_steps": 2**24,
     "num_train_epochs": 10**6,
-    "temperature": 1000,
+    "temperature": 10**6,
 }
 PATHS = {
     "teacher",

@@ -64,7 +64,8 @@ def prepare(
         doc_stride=config.doc_stride,
         cache_dir=config.cache_path,
     )
-    check_windows(student.model.reader, windows, config.max_seq_length, config.cache_path)
+    if student.model is not None:
+        check_windows(student.model.reader, windows, config.max_seq_length, config.cache_path)
     for note in windows.notes():
         ranks.say(note)
     return windows

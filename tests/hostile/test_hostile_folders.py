@@ -207,7 +207,7 @@ CLAIMS = {
 def test_a_model_that_claims_more_than_it_holds(ground, name):
     config = json.loads((ground.student / "config.json").read_text())
     claim = json.dumps(config | {name: CLAIMS[name]}).encode()
-    few = pytest.raises(UserError, match=r"fewer than its config\.json describes")
+    few = pytest.raises(UserError, match=r"lacks weights: .* that its config\.json describes")
     with Damaged(ground.student / "config.json", claim), few:
         models.load_reader(str(ground.student), "--student")
 

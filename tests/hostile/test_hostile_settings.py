@@ -88,7 +88,7 @@ def test_what_is_too_large_is_refused_at_once(name):
         | {"train_batch_size": LARGEST, "max_tokens_per_micro_batch": 2**24, "num_train_epochs": 1}
         | {
             "max_steps": -1,
-            "temperature": 1000,
+            "temperature": 10**6,
             "save_total_limit": LARGEST,
             "save_steps": LARGEST,
         },
