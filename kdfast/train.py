@@ -16,7 +16,7 @@ from transformers.utils import logging as hf_logging
 
 from kdfast import recipes
 from kdfast.card import CardConfig, publish
-from kdfast.distill import checkpoint, costs, faults, inputs, invariance, models, resume
+from kdfast.distill import checkpoint, costs, inputs, invariance, models, resume
 from kdfast.distill.config import TrainConfig
 from kdfast.distill.dropout import speed_up_dropout
 from kdfast.distill.feed import make_feed
@@ -36,6 +36,7 @@ from kdfast.distill.record import (
 from kdfast.distill.results import Results
 from kdfast.distill.step import Stepper
 from kdfast.distill.stopping import Stopped, StopSignals
+from kdfast.distill.watch import Watch
 from kdfast.errors import UserError
 from kdfast.squad.batches import CutRule, TrainingOrder
 
@@ -203,7 +204,7 @@ def distil(
         ranks,
         stop,
     )
-    watch = faults.Watch(output, stepper, windows, student.tokenizer)
+    watch = Watch(output, stepper, windows, student.tokenizer)
     ranks.say(f"{total} steps of {config.train_batch_size} windows.")
     bar = tqdm(
         total=total, initial=progress.steps, desc="train", unit="step", disable=not ranks.is_first

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kdfast import replay
-from kdfast.distill import faults
-from kdfast.distill.faults import Watch
+from kdfast.distill import faults, watch
+from kdfast.distill.watch import FOLDERS_AT_MOST, Watch
 from kdfast.errors import UserError
 from tests import forks
 
@@ -58,8 +58,8 @@ def spoil_teacher(run, window):
 
 def test_a_good_step_is_none_and_costs_nothing(setup, tmp_path, monkeypatch):
     run = watched(setup, tmp_path)
-    monkeypatch.setattr(faults, "examine", None)
-    monkeypatch.setattr(faults, "broken_weight", None)
+    monkeypatch.setattr(watch, "examine", None)
+    monkeypatch.setattr(watch, "broken_weight", None)
     report, said = step(run)
     assert said is None and not report.skipped and not run.out.exists()
 
@@ -128,9 +128,9 @@ def test_skip_counts_and_goes_on(setup, tmp_path, monkeypatch):
     for number in range(5):
         report, said = step(run, number)
         assert report.skipped and f"Step {number}" in said
-        assert ("(window 5)" in said) == (number < faults.FOLDERS_AT_MOST)
+        assert ("(window 5)" in said) == (number < FOLDERS_AT_MOST)
     assert torch.equal(weights(run), before) and run.updater.updates == 2
-    assert len(list(run.out.glob("fault-*"))) == faults.FOLDERS_AT_MOST
+    assert len(list(run.out.glob("fault-*"))) == FOLDERS_AT_MOST
     report, said = step(run, 5, windows=5)
     assert said is None and run.updater.updates == 3 and not torch.equal(weights(run), before)
 
@@ -180,6 +180,19 @@ def test_a_window_without_a_token(setup, tmp_path):
     run.stepper.feed.micro_batch = emptied
     findings, _ = faults.examine(run.stepper, 0, None, run.stepper.cut(np.arange(12)), 12)
     assert [(each.term, each.windows) for each in findings] == [(faults.EMPTY, [4])]
+
+
+def test_a_loss_alone_keeps_the_weights(setup, tmp_path):
+    run = watched(setup, tmp_path)
+    rows = run.stepper.rows
+
+    def spoilt(*key):
+        logits, row_loss, parts = rows(*key)
+        return logits, row_loss + np.inf, parts  # of the same gradient
+
+    run.stepper.rows = spoilt
+    assert "as the loss is inf" in halted(run)
+    assert run.updater.updates == 2
 
 
 def overflowing(run, is_bad=lambda: True):

@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdfast import replay
-from kdfast.distill import checkpoint, faults, feed, models, scoring, teacher
+from kdfast.distill import checkpoint, feed, models, scoring, teacher
 from kdfast.distill.model_checks import check_windows
+from kdfast.distill.watch import Watch
 from kdfast.errors import UserError
 from kdfast.squad.records import read_examples
 from kdfast.squad.windows import open_windows
@@ -46,7 +47,7 @@ def ground(tmp_path_factory):
     source = teacher.Source("weights", "tokenizer", run.windows.key, "no")
     device = torch.device("cpu")
     teacher.fill_cache(home / "cache", source, run.model, run.windows, device, 400)
-    watch = faults.Watch(home, run.stepper, run.windows, run.loaded.tokenizer)
+    watch = Watch(home, run.stepper, run.windows, run.loaded.tokenizer)
     good = run.stepper.feed.teacher_logits
     run.stepper.feed.teacher_logits = np.full_like(good, np.nan)
     with pytest.raises(UserError):
