@@ -48,8 +48,10 @@ def fault_of(arrays: dict[str, np.ndarray]) -> str | None:
         return "lengths are not those of window_start, or 0"
     if not _all((prefix > 0) & (count >= 0) & (prefix + count <= lengths)):
         return "prefix and count lead out of their window"
-    if not _within(arrays["question"], questions):
-        return "question holds a number that is no question's"
+    question = arrays["question"]
+    rises = _all(np.isin(np.diff(question), (0, 1)))
+    if not (question[0] == 0 and rises and question[-1] == questions - 1):
+        return f"question does not rise from 0 to {questions - 1}, in steps of 0 or 1"
     contexts = len(arrays["context_token_start"]) - 1
     if not _within(arrays["context"], contexts):
         return "context holds a number that is no context's"
