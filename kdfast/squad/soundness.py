@@ -2,72 +2,98 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 UNLABELLED = -100
 COUNTS = ("moved", "left_out", "unlabelled", "truncated_questions", "questions")
-BLOCK = 1 << 22  # values looked at in one go
+PER_WINDOW = (
+    "question",
+    "context",
+    "first_token",
+    "count",
+    "prefix",
+    "start_positions",
+    "end_positions",
+    "trainable",
+)
+# Where runs begin in which array.
+STARTS = {
+    "window_start": "input_ids",
+    "question_token_start": "question_char_start",
+    "context_token_start": "context_char_start",
+    "question_id_start": "question_id_bytes",
+}
+BLOCK = 1 << 20  # entries looked at in one go
 
 
 def fault_of(arrays: dict[str, np.ndarray]) -> str | None:
     """What is wrong with the arrays of Windows, by name as there; None where nothing is.
 
-    Whether a token is in a vocabulary is not looked at, except that none is below 0.
+    Whether a token is in a vocabulary is not looked at, except that none is below 0. Everything is
+    read once, in blocks, so that a set of any size takes little memory.
     """
-    windows = len(arrays["lengths"])
-    if windows == 0:
-        return "no window"
-    runs = (
-        ("window_start", windows, len(arrays["input_ids"])),
-        ("question_token_start", None, len(arrays["question_char_start"])),
-        ("context_token_start", None, len(arrays["context_char_start"])),
-        ("question_id_start", None, len(arrays["question_id_bytes"])),
-    )
-    for name, count, total in runs:
-        starts = arrays[name]
-        if len(starts) < 1 or count not in (None, len(starts) - 1):
-            return f"{name} has {len(starts)} entries"
-        if starts[0] != 0 or starts[-1] != total or not _all(starts[1:] >= starts[:-1]):
+    if fault := _fault_of_sizes(arrays):
+        return fault
+    for name, data in STARTS.items():
+        starts, total = arrays[name], len(arrays[data])
+        rises = all(_all(starts[at][1:] >= starts[at][:-1]) for at in _blocks(starts))
+        if starts[0] != 0 or starts[-1] != total or not rises:
             return f"{name} does not rise from 0 to {total}"
     questions = len(arrays["question_id_start"]) - 1
-    if len(arrays["question_token_start"]) != questions + 1:
-        return "question_token_start is not of these questions"
-    for name in ("question", "context"):
-        if len(arrays[f"{name}_char_start"]) != len(arrays[f"{name}_char_count"]):
-            return f"{name}_char_count is not as long as {name}_char_start"
-    per_window = ("question", "context", "first_token", "count", "prefix", "trainable")
-    for name in (*per_window, "start_positions", "end_positions"):
-        if len(arrays[name]) != windows:
-            return f"{name} has {len(arrays[name])} entries for {windows} windows"
-    lengths, count, prefix = (
-        arrays[name].astype(np.int64) for name in ("lengths", "count", "prefix")
+    if arrays["question"][0] != 0 or arrays["question"][-1] != questions - 1:
+        return f"question does not rise from 0 to {questions - 1}"
+    for at in _blocks(arrays["lengths"]):
+        if fault := _fault_of_windows(arrays, at):
+            return fault
+    starts, data = arrays["question_id_start"], arrays["question_id_bytes"]
+    if not all(_is_text(data, starts[at]) for at in _blocks(starts)):
+        return "question_id_bytes is not UTF-8"
+    ids = arrays["input_ids"]
+    if not all(_all(ids[at] >= 0) for at in _blocks(ids)):
+        return "input_ids holds a number below 0"
+    return None
+
+
+def _fault_of_sizes(arrays: dict[str, np.ndarray]) -> str | None:
+    """Of arrays that have an entry for each of the same things."""
+    windows, questions = len(arrays["lengths"]), len(arrays["question_id_start"]) - 1
+    if windows == 0 or questions < 1 or len(arrays["context_token_start"]) < 2:
+        return "no window"
+    sizes = dict.fromkeys(PER_WINDOW, windows)
+    sizes |= {"window_start": windows + 1, "question_token_start": questions + 1}
+    sizes |= {
+        f"{name}_char_count": len(arrays[f"{name}_char_start"]) for name in ("question", "context")
+    }
+    for name, size in sizes.items():
+        if len(arrays[name]) != size:
+            return f"{name} has {len(arrays[name])} entries, not {size}"
+    return None
+
+
+def _fault_of_windows(arrays: dict[str, np.ndarray], at: slice) -> str | None:
+    """Of some windows, whose starts and the number of questions are known to be sound."""
+    lengths, count, prefix, first = (
+        arrays[name][at].astype(np.int64) for name in ("lengths", "count", "prefix", "first_token")
     )
-    if not _all(np.diff(arrays["window_start"]) == lengths) or not _all(lengths > 0):
+    begins = arrays["window_start"][at.start : at.stop + 1]
+    if not _all(np.diff(begins) == lengths[: len(begins) - 1]) or not _all(lengths > 0):
         return "lengths are not those of window_start, or 0"
     if not _all((prefix > 0) & (count >= 0) & (prefix + count <= lengths)):
         return "prefix and count lead out of their window"
-    question = arrays["question"]
-    rises = _all(np.isin(np.diff(question), (0, 1)))
-    if not (question[0] == 0 and rises and question[-1] == questions - 1):
-        return f"question does not rise from 0 to {questions - 1}, in steps of 0 or 1"
-    contexts = len(arrays["context_token_start"]) - 1
-    if not _within(arrays["context"], contexts):
+    if not _all(np.isin(np.diff(arrays["question"][at]), (0, 1))):
+        return "question does not rise in steps of 0 or 1"
+    context, begins = arrays["context"][at], arrays["context_token_start"]
+    if not _all((context >= 0) & (context < len(begins) - 1)):
         return "context holds a number that is no context's"
-    held = np.diff(arrays["context_token_start"])[arrays["context"]]
-    first = arrays["first_token"].astype(np.int64)
-    if not _all((first >= 0) & (first + count <= held)):
+    if not _all((first >= 0) & (first + count <= begins[context + 1] - begins[context])):
         return "first_token and count lead out of their context"
-    start, end = arrays["start_positions"], arrays["end_positions"]
+    start, end = arrays["start_positions"][at], arrays["end_positions"][at]
     unlabelled = (start == UNLABELLED) & (end == UNLABELLED)
     if not _all(unlabelled | ((start >= 0) & (start <= end) & (end < lengths))):
         return "start_positions or end_positions hold a label that is not in its window"
-    if not _is_text(arrays["question_id_bytes"], arrays["question_id_start"]):
-        return "question_id_bytes is not UTF-8"
-    ids = arrays["input_ids"]
-    if not all(_all(ids[at : at + BLOCK] >= 0) for at in range(0, len(ids), BLOCK)):
-        return "input_ids holds a number below 0"
     return None
 
 
@@ -90,15 +116,18 @@ def _all(condition: np.ndarray) -> bool:
     return bool(condition.all())
 
 
+def _blocks(array: np.ndarray) -> Iterator[slice]:
+    """Slices of BLOCK entries, each with the first entry of the next one, for what lies between."""
+    for begin in range(0, len(array), BLOCK):
+        yield slice(begin, min(begin + BLOCK + 1, len(array)))
+
+
 def _is_text(data: np.ndarray, starts: np.ndarray) -> bool:
     """Whether each run of bytes from one start to the next is UTF-8."""
+    data = data[starts[0] : starts[-1]]
     try:
         data.tobytes().decode()
     except UnicodeDecodeError:
         return False
-    inside = starts[starts < len(data)]
+    inside = starts[starts < starts[-1]] - starts[0]
     return _all((data[inside] & 0xC0) != 0x80)  # no run begins amid a character
-
-
-def _within(numbers: np.ndarray, count: int) -> bool:
-    return _all((numbers >= 0) & (numbers < count))

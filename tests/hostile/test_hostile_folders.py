@@ -7,6 +7,7 @@ Checksums are left out: who makes a folder up makes them too.
 import json
 import shutil
 import types
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from kdfast.distill import checkpoint, feed, models, scoring, teacher
 from kdfast.distill.model_checks import check_windows
 from kdfast.distill.watch import Watch
 from kdfast.errors import UserError
+from kdfast.squad import soundness
 from kdfast.squad.records import read_examples
 from kdfast.squad.windows import open_windows
 from tests import steppers
@@ -295,3 +297,18 @@ def test_nan_in_a_teacher_cache_is_caught_at_the_step(ground):
         with pytest.raises(UserError, match=r"the teacher's logits of question n2 \(window 5\)"):
             ground.watch.see(run.stepper.run(4, np.arange(8)))
         run.stepper.feed = kept
+
+
+def test_arrays_of_many_blocks_are_looked_through_to_the_end(ground, monkeypatch):
+    monkeypatch.setattr(soundness, "BLOCK", 3)
+    open_windows(ground.features, ground.run.windows.key)
+    for name, entry in (("end_positions", 10**6), ("context", -1), ("question", 10**6)):
+        for place in range(len(ground.run.windows)):
+            change = partial(setitem, place=place, entry=entry)
+            damaged = pytest.raises(UserError, match="a damaged cache")
+            with edit(ground, name, change), damaged:
+                open_windows(ground.features, ground.run.windows.key)
+
+
+def setitem(array, place, entry):
+    array[place] = entry
