@@ -122,7 +122,7 @@ class Padded:
                 loss = padded_loss(self.model, batch) * (len(some) / len(indices))
             self.updater.backward(loss)
             total += loss.item()
-        self.updater.update(LEARNING_RATE)
+        self.updater.update(LEARNING_RATE, torch.tensor(total))
         return Turn(time.perf_counter() - started, indices, padded)
 
 
@@ -155,9 +155,11 @@ class TimedUpdater(Updater):
         super().backward(loss)
         self.timeline.begin("gather")  # of the next micro-batch, if there is one
 
-    def update(self, rate: float, dropped: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def update(
+        self, rate: float, loss: Tensor, dropped: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         self.timeline.begin("optimizer")
-        done = super().update(rate, dropped)
+        done = super().update(rate, loss, dropped)
         self.timeline.begin("log")
         return done
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import reprlib
 import sys
 from pathlib import Path
 
@@ -165,7 +166,9 @@ def read_object(name: str, role: str, kind: type) -> dict:
             good = type(value) in (int, float) and -1e308 < value < 1e308
             what = "a finite number"
         if not good:
-            raise UserError(f"{role} {name} holds {value!r} for question {key}: give {what}.")
+            raise UserError(
+                f"{role} {name} holds {reprlib.repr(value)} for question {key}: give {what}."
+            )
     return content
 
 

@@ -35,7 +35,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; an empty one where the file is absent or holds something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -36,6 +36,7 @@ from kdfast.distill.record import (
 from kdfast.distill.results import Results
 from kdfast.distill.step import Stepper
 from kdfast.distill.stopping import Stopped, StopSignals
+from kdfast.distill.watch import Watch
 from kdfast.errors import UserError
 from kdfast.squad.batches import CutRule, TrainingOrder
 
@@ -203,6 +204,7 @@ def distil(
         ranks,
         stop,
     )
+    watch = Watch(output, stepper, windows, student.tokenizer)
     ranks.say(f"{total} steps of {config.train_batch_size} windows.")
     bar = tqdm(
         total=total, initial=progress.steps, desc="train", unit="step", disable=not ranks.is_first
@@ -228,6 +230,8 @@ def distil(
                 progress.rule = stepper.rule
             if report is not None:
                 speed = results.step(report, windows.lengths[indices])
+                if skipped := watch.see(report):
+                    ranks.say(skipped)
                 bar.set_postfix_str(progress_line(report, speed), refresh=False)
                 bar.update()
         if stop.agreed:

@@ -1,4 +1,13 @@
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A test states its examples per hundred of these: `pytest --hypothesis-profile many` tries 50
+# times as many, other ones each time.
+SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
+QUICK = {"deadline": None, "database": None, "suppress_health_check": SLOW}
+settings.register_profile("quick", max_examples=100, derandomize=True, **QUICK)
+settings.register_profile("many", max_examples=5000, **QUICK)
+settings.load_profile("quick")
 
 KILLS = (28, 252)
 

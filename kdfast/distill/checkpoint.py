@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from kdfast.distill.checkpoint_state import FORMAT, fault_of_state
 from kdfast.distill.model_folders import save_model, writing
 from kdfast.distill.models import SpanModel
 from kdfast.distill.optim import Updater
@@ -21,10 +22,11 @@ from kdfast.errors import UserError
 from kdfast.files import fault_in, read_json_object, sync, sync_folder, write_json, write_sums
 from kdfast.squad.batches import CutRule
 
-FORMAT = 3
 STATE_FILE = "trainer_state.json"
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
+# What torch's AdamW keeps of each parameter.
+ADAM = ("step", "exp_avg", "exp_avg_sq")
 
 
 @dataclass
@@ -68,6 +70,7 @@ def save_checkpoint(
         state = {
             "format": FORMAT,
             "updates": updater.updates,
+            "overflows": updater.overflows,
             "scaler": None if updater.scaler is None else updater.scaler.state_dict(),
             "progress": asdict(progress),
             "identity": identity,
@@ -95,11 +98,10 @@ def remove_leftovers(output_dir: Path) -> None:
 def read_state(folder: Path) -> dict[str, Any]:
     """The state file of a checkpoint. Raises UserError where there is none of this format."""
     state = read_json_object(folder / STATE_FILE)
-    parts = ("identity", "progress", "updates", "scaler")
-    if state.get("format") != FORMAT or any(part not in state for part in parts):
+    if fault := fault_of_state(state):
         raise UserError(
-            f"--resume_from_checkpoint {folder} holds no {STATE_FILE} of format {FORMAT}: "
-            "name a checkpoint-STEP folder of this program."
+            f"--resume_from_checkpoint {folder} holds no {STATE_FILE} of format {FORMAT} "
+            f"(see its {fault}): name a checkpoint-STEP folder of this program."
         )
     return state
 
@@ -116,6 +118,7 @@ def load_checkpoint(folder: Path, model: SpanModel, updater: Updater) -> Progres
         if updater.scaler is not None and state["scaler"]:
             updater.scaler.load_state_dict(state["scaler"])
         updater.updates = state["updates"]
+        updater.overflows = state["overflows"]
         saved = state["progress"]
         rule = None if saved["rule"] is None else CutRule(**saved["rule"])
         return Progress(**{**saved, "rule": rule})
@@ -184,9 +187,12 @@ def _restore_optimizer(
     model: SpanModel, updater: Updater, tensors: dict[str, torch.Tensor]
 ) -> None:
     parameters = dict(model.reader.named_parameters())
-    if tensors and {name.rsplit("|", 1)[0] for name in tensors} != set(parameters):
+    if tensors and set(tensors) != {f"{name}|{key}" for name in parameters for key in ADAM}:
         raise ValueError(f"{OPTIMIZER_FILE} lacks some of the model's parameters")
     for full_name, value in tensors.items():
         name, key = full_name.rsplit("|", 1)
         parameter = parameters[name]
-        updater.optimizer.state[parameter][key] = value.to(parameter.device)
+        shape = () if key == "step" else parameter.shape
+        if value.shape != shape or value.dtype not in (torch.float32, parameter.dtype):
+            raise ValueError(f"{OPTIMIZER_FILE} does not fit {name}")
+        updater.optimizer.state[parameter][key] = value.to(parameter.device, copy=True)

@@ -1,11 +1,11 @@
 """The settings of a run: one frozen dataclass, whose fields are the flags of `kdfast.train`."""
 
-import math
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from kdfast.distill.flag_values import LARGEST, MOST, check_values
 from kdfast.errors import UserError
 
 
@@ -90,6 +90,9 @@ class TrainConfig:
     gradient_checkpointing: bool = flag(
         False, "Keep no activations inside a layer: less memory, a third more work."
     )
+    on_nonfinite: Literal["halt", "skip"] = flag(
+        "halt", "End the run at a step whose numbers are not finite, or count it and go on."
+    )
     seed: int = flag(42, "Keys the order of the data, dropout and a new head.")
     deterministic: bool = flag(
         False, "Kernels that give the same bits every time, slower ones on a GPU."
@@ -125,6 +128,7 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raise UserError for a flag out of range or flags that contradict one another."""
+        check_values(self)
         self._check_presence()
         self._check_contradictions()
         self.check_teachers()
@@ -205,18 +209,21 @@ class TrainConfig:
         positive += [name for name in optional if getattr(self, name) is not None]
         for name in positive:
             value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise UserError(f"--{name} is {value}: give a finite number above 0.")
+            top = MOST.get(name, LARGEST)
+            if not 0 < value <= top:
+                raise UserError(f"--{name} is {value}: give a number above 0, {top} at most.")
+        if self.max_steps > LARGEST:
+            raise UserError(f"--max_steps is {self.max_steps}: give {LARGEST} at most.")
         for name, top in (
-            ("distillation_loss_weight", 1.0),
-            ("warmup_ratio", 1.0),
-            ("weight_decay", math.inf),
+            ("distillation_loss_weight", 1),
+            ("warmup_ratio", 1),
+            ("weight_decay", LARGEST),
             ("embeds_dropout_prob", 0.99),
             ("seed", 2**32 - 1),
         ):
             value = getattr(self, name)
-            if not 0 <= value <= top or not math.isfinite(value):
-                raise UserError(f"--{name} is {value}: give a number from 0 to {top:g}.")
+            if not 0 <= value <= top:
+                raise UserError(f"--{name} is {value}: give a number from 0 to {top}.")
         if not self.grace_seconds >= 0:
             raise UserError(f"--grace_seconds is {self.grace_seconds}: give 0 or more.")
         self.kept_layers()
@@ -282,6 +289,7 @@ OBJECTIVE = tuple(
         "license",
         "push_to_hub",
         "check_invariance",
+        "on_nonfinite",
     }
 )
 # How a step is cut: the same objective, other rounding.

@@ -10,6 +10,7 @@ import torch
 
 from kdfast.distill import latency, models, scoring, teacher
 from kdfast.distill.evaluate_config import EvaluateConfig
+from kdfast.distill.model_checks import check_windows
 from kdfast.distill.ranks import Ranks
 from kdfast.errors import UserError
 from kdfast.files import read_json_object
@@ -112,6 +113,12 @@ class Contender:
             self.ranks.warn(f"{self.name}: looking for the best threshold on {name}")
             examples = read_examples(name, split="validation")
             figures = self.answer(name, examples, 0.0).evaluation.metrics
+        names = ("best_f1_thresh", "best_f1", "total")
+        if not all(type(figures.get(each)) in (int, float) for each in names):
+            raise UserError(
+                f"--null_threshold_from {name} holds a best_f1_thresh without best_f1 and total: "
+                "give the result of an evaluation."
+            )
         if figures["best_f1"] <= 100.0 * figures.get("NoAns_total", 0) / figures["total"]:
             raise UserError(
                 f"--null_threshold_from {name}: {self.name} does best there by answering nothing, "
@@ -133,13 +140,16 @@ class Contender:
         }
 
     def _windows(self, source: str) -> features.Windows:
-        return features.prepare(
+        config = self.config
+        windows = features.prepare(
             source,
             self.tokenizer,
             split="validation",
-            cache_dir=self.config.cache_path,
-            **self.config.window_settings(),
+            cache_dir=config.cache_path,
+            **config.window_settings(),
         )
+        check_windows(self.model.reader, windows, config.max_seq_length, config.cache_path)
+        return windows
 
 
 def result_of(each: EvaluationSet, answered: Sequence[Answered]) -> dict[str, Any]:

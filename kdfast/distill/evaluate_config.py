@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from kdfast.distill.config import flag
+from kdfast.distill.flag_values import LARGEST, MOST, check_values
 from kdfast.errors import UserError
 from kdfast.squad import suites
 
@@ -61,6 +62,7 @@ class EvaluateConfig:
 
     def check(self) -> None:
         """Raise UserError for flags that are missing, contradictory or out of range."""
+        check_values(self)
         if not self.data and not self.suite:
             raise UserError("--data is missing: name a SQuAD file or a hub dataset, or a --suite.")
         if (self.model is None) == (self.predictions is None):
@@ -78,8 +80,9 @@ class EvaluateConfig:
             if math.isnan(self.null_threshold):
                 raise UserError("--null_threshold is nan: give a number.")
         for name in (*WINDOW_SETTINGS, "max_answer_length", "n_best_size"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"--{name} is {getattr(self, name)}: give a number above 0.")
+            value, top = getattr(self, name), MOST.get(name, LARGEST)
+            if not 0 < value <= top:
+                raise UserError(f"--{name} is {value}: give a number above 0, {top} at most.")
         self.sets()
 
     def sets(self) -> list[suites.EvaluationSet]:

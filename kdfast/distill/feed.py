@@ -5,7 +5,7 @@ uploaded once, where it fits, and a micro-batch is a gather there; where it does
 fills pinned buffers one step ahead.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -190,18 +190,18 @@ class StreamedFeed:
         return (self._sent(future.result()) for _, future in ready)
 
     def _sent(self, batch: MicroBatch) -> MicroBatch:
-        return _each(batch, lambda tensor: tensor.to(self.device, non_blocking=True))
+        return map_tensors(batch, lambda tensor: tensor.to(self.device, non_blocking=True))
 
     def _pinned(self, indices: np.ndarray) -> MicroBatch:
         batch = self.host.micro_batch(indices)
-        return _each(batch, torch.Tensor.pin_memory) if self.device.type == "cuda" else batch
+        return map_tensors(batch, torch.Tensor.pin_memory) if self.device.type == "cuda" else batch
 
 
 def _same(cuts: list[np.ndarray], others: list[np.ndarray]) -> bool:
     return len(cuts) == len(others) and all(map(np.array_equal, cuts, others))
 
 
-def _each(batch: MicroBatch, change) -> MicroBatch:
+def map_tensors(batch: MicroBatch, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
     """The batch with every tensor changed; mask and attention_mask stay one."""
 
     def changed(tensor: torch.Tensor | None) -> torch.Tensor | None:

@@ -10,6 +10,7 @@ import torch
 
 from kdfast.distill import derived, models, scoring, teacher, teachers
 from kdfast.distill.config import TrainConfig
+from kdfast.distill.model_checks import check_windows
 from kdfast.distill.precision import teacher_precision
 from kdfast.distill.ranks import Ranks
 from kdfast.errors import UserError
@@ -63,6 +64,8 @@ def prepare(
         doc_stride=config.doc_stride,
         cache_dir=config.cache_path,
     )
+    if student.model is not None:
+        check_windows(student.model.reader, windows, config.max_seq_length, config.cache_path)
     for note in windows.notes():
         ranks.say(note)
     return windows

@@ -103,10 +103,10 @@ def read_log(output_dir: Path, steps: int, evaluated: int) -> list[dict]:
     for text in content.splitlines():
         try:
             line = json.loads(text)
-        except ValueError:
-            continue
-        if line.get("step", -1) < steps and line.get("evaluated_after", 0) <= evaluated:
-            lines.append(line)
+            if line.get("step", -1) < steps and line.get("evaluated_after", 0) <= evaluated:
+                lines.append(line)
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            continue  # torn, or not of this program
     return lines
 
 

@@ -11,6 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import nn
 from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer
 
+from kdfast.distill.model_checks import check_sizes
 from kdfast.errors import UserError
 
 # Model types whose span head is a Linear `qa_outputs` over the base model's last hidden states
@@ -131,7 +132,7 @@ def local_folder(name: str, role: str) -> Path:
 def load_tokenizer(folder: Path, role: str):
     """The fast tokenizer in `folder`. Raises UserError where there is none."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         # Where its files are missing, transformers makes one that knows its special tokens only.
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
             raise ValueError("its vocabulary is empty")
@@ -159,13 +160,19 @@ def load_reader(
     folder = local_folder(name, role)
     config = load_config(folder, name, role)
     try:
+        check_sizes(config, folder, name, role)
         reader, info = AutoModelForQuestionAnswering.from_pretrained(
             folder,
             config=config,
             dtype=torch.float32,
             use_safetensors=True,
+            trust_remote_code=False,  # unset, transformers asks on the terminal
             output_loading_info=True,
         )
+        with torch.inference_mode():  # a config.json may load and yet compute nothing
+            reader(torch.zeros((1, 2), dtype=torch.int64))
+    except UserError:
+        raise
     except Exception as error:  # safetensors and transformers share no base class for these
         raise _does_not_load(name, role, error) from error
     notes = []
@@ -193,10 +200,12 @@ def load_reader(
 def load_config(folder: Path, name: str, role: str):
     """The configuration in `folder`. Raises UserError unless it is of a supported reader."""
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a broken file, or a type that transformers does not know
         raise _does_not_load(name, role, error) from error
     check_type(config, name, role)
+    # A config.json may name attention code on the hub, which would be fetched and run.
+    config._attn_implementation = None
     return config
 
 

@@ -1,7 +1,12 @@
 """AdamW, its schedule, and the update that a bad gradient never reaches."""
 
+import math
+
 import torch
 from torch import nn
+
+# A loss scale below this would make gradients smaller than they are.
+SCALE_FLOOR = 1.0
 
 
 def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
@@ -31,7 +36,8 @@ class Updater:
     """Unscale, clip, and step, all on the device.
 
     scaler: a GradScaler for fp16, else None. `updates` counts the steps that reached the weights:
-    it drives the schedule, as Adam's own count does its bias correction.
+    it drives the schedule, as Adam's own count does its bias correction. `overflows` counts the
+    overflows of the scaler since the last of them.
     """
 
     def __init__(
@@ -46,6 +52,7 @@ class Updater:
         self.scaler = scaler
         self.max_grad_norm = max_grad_norm
         self.updates = 0
+        self.overflows = 0
         if scaler is not None:
             # The scaler makes its state at the first loss, and a rank may have none in a step.
             scaler.scale(torch.zeros(1, device=self.parameters[0].device))
@@ -61,21 +68,25 @@ class Updater:
             torch.cuda.empty_cache()
 
     def update(
-        self, rate: float, dropped: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, rate: float, loss: torch.Tensor, dropped: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One optimizer step with learning rate `rate`, and gradients set to None.
 
-        dropped: bool scalar on the device, True where the gradients are not to be used.
-        Returns (norm, skipped), fp32 scalars on the device: the norm before clipping, and 1.0
-        where a gradient is not finite or the step dropped, in which case weights and Adam's state
-        stay as they were. Unless the step was dropped, finish() completes it.
+        loss: scalar on the device, the step's own. dropped: bool scalar on the device, True where
+        the gradients are not to be used.
+        Returns (norm, skipped, scale), fp32 scalars on the device: the norm before clipping; 1.0
+        where it or the loss is not finite or the step dropped, in which case weights and Adam's
+        state stay as they were; and the loss scale of the step, 1.0 without a scaler. Unless the
+        step was dropped, finish() completes it.
         """
+        scale = torch.ones((), device=loss.device)
         if self.scaler is not None:
+            scale = self.scaler.scale(scale)
             self.scaler.unscale_(self.optimizer)
         gradients = [each.grad for each in self.parameters if each.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
-        skipped = 1.0 - torch.isfinite(norm).float()
+        skipped = 1.0 - (torch.isfinite(norm) & torch.isfinite(loss)).float()
         if dropped is not None:
             skipped = torch.maximum(skipped, dropped.float())
         for group in self.optimizer.param_groups:
@@ -85,10 +96,22 @@ class Updater:
         self.optimizer.step()
         del self.optimizer.found_inf
         self.optimizer.zero_grad(set_to_none=True)
-        return norm, skipped
+        return norm, skipped, scale
 
-    def finish(self, skipped: float) -> None:
-        """Count a step that update() has made or skipped, and let the scaler learn from it."""
-        self.updates += 1 - int(skipped)
+    def finish(self, loss: float, norm: float, scale: float) -> None:
+        """Count a step that update() has made or skipped, and let the scaler learn from it.
+
+        A loss that is not finite is no fault of the scale, which stays; and an overflow lowers it
+        to SCALE_FLOOR at most.
+        """
         if self.scaler is not None:
             self.scaler.update()
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.updates += 1
+            self.overflows = 0
+        elif self.scaler is not None and not math.isfinite(loss):
+            self.scaler.update(scale)
+        elif self.scaler is not None:
+            self.overflows += 1
+            if scale * self.scaler.get_backoff_factor() < SCALE_FLOOR:
+                self.scaler.update(SCALE_FLOOR)

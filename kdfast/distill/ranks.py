@@ -81,16 +81,21 @@ class Ranks:
         if self.count > 1:
             dist.barrier()
 
-    def share(self, text: str) -> str:
-        """The text that rank 0 gives, at every rank."""
+    def share(self, text: str, source: int = 0) -> str:
+        """The text that rank `source` gives, at every rank."""
         if self.count == 1:
             return text
         data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
         size = torch.tensor(len(data), device=self.device)
-        dist.broadcast(size, 0)
-        data = data if self.is_first else torch.empty(int(size), dtype=torch.uint8).to(self.device)
-        dist.broadcast(data, 0)
+        dist.broadcast(size, source)
+        if self.rank != source:
+            data = torch.empty(int(size), dtype=torch.uint8).to(self.device)
+        dist.broadcast(data, source)
         return bytes(data.tolist()).decode()
+
+    def gather(self, text: str) -> list[str]:
+        """The texts of all ranks, in their order, at every rank."""
+        return [self.share(text, source) for source in range(self.count)]
 
     def agree(self, facts: dict[str, object]) -> None:
         """Raise UserError, naming the rank and the fact, unless all ranks hold the same facts."""

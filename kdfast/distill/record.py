@@ -57,6 +57,7 @@ def open_output(config: TrainConfig) -> Path:
                 "--resume_from_checkpoint last."
             )
         check_is_run(output)
+    check_no_links(output)
     try:
         make_writable(output)
     except OSError as error:
@@ -80,6 +81,16 @@ def sole_run(output: Path, ranks: Ranks) -> Iterator[None]:
         yield
 
 
+def check_no_links(output: Path) -> None:
+    """Raise UserError for a link in the folder, through which the run would write elsewhere."""
+    for path in output.rglob("*"):
+        if path.is_symlink():
+            raise UserError(
+                f"--output_dir {output} holds a link, {path.relative_to(output)}, through which "
+                "the run would write elsewhere: remove the link, or name another folder."
+            )
+
+
 def check_is_run(output: Path) -> None:
     """Raise UserError unless `output` is the folder of an earlier run."""
     if not (output / RUN_FILE).is_file() and not (output / LOG_FILE).is_file():
@@ -92,7 +103,8 @@ def check_is_run(output: Path) -> None:
 def remove_run(output: Path) -> None:
     """Delete what an earlier run wrote beside its model and its log, and nothing else."""
     remove_leftovers(output)
-    folders = (*list_checkpoints(output), *(output / name for name in FOLDERS))
+    folders = [*list_checkpoints(output), *output.glob("fault-*")]
+    folders += [output / name for name in FOLDERS]
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
     for name in ("figures", ".eval_results"):

@@ -10,6 +10,7 @@ import torch
 from kdfast.distill import scoring
 from kdfast.distill.checkpoint import Progress, save_checkpoint
 from kdfast.distill.config import TrainConfig
+from kdfast.distill.faults import check_weights
 from kdfast.distill.log import Clock, Speed, TrainLog
 from kdfast.distill.model_folders import place_copy, place_model, replace_model
 from kdfast.distill.models import Loaded
@@ -97,7 +98,11 @@ class Results:
         return line if self.ranks.is_first else None
 
     def save(self) -> None:
-        """Write a checkpoint of the steps so far, unless there is one."""
+        """Write a checkpoint of the steps so far, unless there is one.
+
+        Raises UserError for weights that are not finite, before good ones are replaced.
+        """
+        check_weights(self.student.model)
         if self.log and self._saved < self.progress.steps:
             with self.clock.stopped():
                 self.log.flush()
@@ -116,13 +121,14 @@ class Results:
     def place_student(self) -> None:
         """The last model into output_dir, before anything else can fail.
 
-        Raises UserError where no step has changed the weights.
+        Raises UserError where no step has changed the weights, or they are not finite.
         """
         if self.updater.updates == 0:
             raise UserError(
                 "No step reached the weights, as every gradient was not finite: check the "
                 "student's weights, or lower --learning_rate."
             )
+        check_weights(self.student.model)
         if self.log:
             with self.clock.stopped():
                 place_model(self.output, self.student.model, self.student.tokenizer)

@@ -12,6 +12,7 @@ from kdfast.distill.models import SpanModel
 from kdfast.distill.precision import AUTOCAST
 from kdfast.distill.ranks import Ranks
 from kdfast.distill.stopping import StopSignals
+from kdfast.errors import UserError
 from kdfast.squad import answers, metrics
 from kdfast.squad.batches import cut_by_tokens
 from kdfast.squad.features import Windows
@@ -32,7 +33,7 @@ class Validation:
     """Labelled questions, their windows, and how they are answered.
 
     null_threshold: a question whose best span scores more than this below its null answer is
-    answered with "".
+    answered with "". Raises UserError where the windows are of other questions.
     """
 
     windows: Windows
@@ -40,6 +41,13 @@ class Validation:
     max_answer_length: int
     n_best_size: int
     null_threshold: float = 0.0
+
+    def __post_init__(self) -> None:
+        if list(self.windows.question_ids) != [example.id for example in self.examples]:
+            raise UserError(
+                "The prepared features of the validation set are not of its questions: delete "
+                "features/ in --cache_dir, and they are made anew."
+            )
 
     @property
     def key(self) -> str:

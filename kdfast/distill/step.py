@@ -25,8 +25,9 @@ STOPS = 5  # its place among the facts of a step
 class StepReport:
     """What one step did. loss, soft and hard are means over the step's windows.
 
-    soft and hard are not weighted: loss = w * soft + (1 - w) * hard. skipped: a gradient was not
-    finite, and the weights stayed as they were. max_tokens: what the micro-batches were cut by.
+    soft and hard are not weighted: loss = w * soft + (1 - w) * hard. skipped: loss or gradient was
+    not finite, and the weights stayed as they were. max_tokens: what the micro-batches were cut
+    by. loss_scale: the scaler's in this step, None without one.
     """
 
     step: int
@@ -41,6 +42,7 @@ class StepReport:
     micro_batches: int
     max_tokens: int
     skipped: bool
+    loss_scale: float | None = None
 
 
 class Stepper:
@@ -50,6 +52,7 @@ class Stepper:
     window that the feed has. rule: how a step is cut; it changes where memory does not suffice.
     multiple: of which the feed makes every width one. ranks: the processes that share each step;
     None: this one alone. stop: what may ask for an end after a step, or amid a long one.
+    `batches`: this rank's micro-batches in the last step, for a replay.
     """
 
     def __init__(
@@ -76,11 +79,13 @@ class Stepper:
         self.lengths = lengths
         self.rule = rule
         self.device = device
+        self.precision = precision
         self.autocast = AUTOCAST[precision]
         self.total_steps = total_steps
         self.multiple = multiple
         self.ranks = ranks or Ranks()
         self.stop = stop or StopSignals()
+        self.batches: list[np.ndarray] = []
         self._dropped = False
 
     def run(
@@ -112,17 +117,18 @@ class Stepper:
             if sums is None:
                 self.updater.drop()
                 self.rule = self.smaller(batches)
+        self.batches = batches
         padded_tokens = sum(map(self.padded_tokens, batches))
         facts = self._facts(sums, padded_tokens, len(batches))
         facts = self.ranks.sum_gradients(self.updater.parameters, facts)
-        norm, skipped = self.updater.update(rate, facts[STOPS] > self.ranks.count)
-        norm, skipped, *facts = read_step(torch.cat([torch.stack([norm, skipped]), facts]))
+        update = self.updater.update(rate, facts[0], facts[STOPS] > self.ranks.count)
+        norm, skipped, scale, *facts = read_step(torch.cat([torch.stack(update), facts]))
         loss, soft, hard, padded_tokens, micro_batches, stops, *rooms = facts
         self._take_smallest(rooms)
         self.stop.agreed = stops > 0
         if stops > self.ranks.count:
             return None
-        self.updater.finish(skipped)
+        self.updater.finish(loss, norm, scale)
         return StepReport(
             step=step,
             loss=loss,
@@ -136,6 +142,7 @@ class Stepper:
             micro_batches=int(micro_batches),
             max_tokens=self.rule.max_tokens,
             skipped=bool(skipped),
+            loss_scale=None if self.updater.scaler is None else scale,
         )
 
     def _facts(self, sums: torch.Tensor, padded_tokens: int, micro_batches: int) -> torch.Tensor:
@@ -196,20 +203,30 @@ class Stepper:
         if upcoming is not None:
             self.feed.expect(self.cut(upcoming))
         # Around all of them: autocast forgets its half-precision weights at its end.
-        with self._autocast(self.autocast is not None):
+        with self.autocast_to(self.autocast):
             for number, batch in enumerate(ready):
                 if self.stop.must_drop(started, number, len(batches)):
                     self._dropped = True
                     break
-                seed_generators(self.config.seed, step, self.ranks.rank, number)
-                logits = self.forward(**batch.inputs)
-                with self._autocast(False):
-                    row_loss, row_parts = self.losses(logits, batch)
+                _, row_loss, row_parts = self.rows(step, number, batch)
+                with self.autocast_to(None):
                     loss = row_loss.sum() / count
                     self.updater.backward(loss)
                 parts = row_parts.sum(dim=(0, 1)) / count
                 sums += torch.cat([loss.detach()[None], parts]).float()
         return sums
+
+    def rows(
+        self, step: int, number: int, batch: MicroBatch
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits, row losses and row parts of this rank's micro-batch `number` in step `step`.
+
+        To be called under autocast_to(self.autocast).
+        """
+        seed_generators(self.config.seed, step, self.ranks.rank, number)
+        logits = self.forward(**batch.inputs)
+        with self.autocast_to(None):
+            return logits, *self.losses(logits, batch)
 
     def losses(self, logits: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """kd_loss_rows of one micro-batch; the mask is the real tokens."""
@@ -226,8 +243,9 @@ class Stepper:
             backend=None,
         )
 
-    def _autocast(self, enabled: bool) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self.autocast, enabled=enabled)
+    def autocast_to(self, dtype: torch.dtype | None) -> torch.autocast:
+        """Autocast to `dtype`; None: none."""
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

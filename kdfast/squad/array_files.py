@@ -101,6 +101,14 @@ def damaged(folder: Path, why: str) -> UserError:
     return UserError(f"{folder}: a damaged cache ({why}): delete this folder and run again")
 
 
+def _kind(name: str, told: str) -> np.dtype:
+    """The type that a header tells. Raises ValueError for one that the array cannot have."""
+    for kind in ARRAYS[name]:
+        if np.dtype(kind).name == told:
+            return np.dtype(kind)
+    raise ValueError(f"{name} is never {told}")
+
+
 def open_arrays(folder: Path, key: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Maps the arrays of a finished folder; reads nothing but the header. Returns both.
 
@@ -109,11 +117,11 @@ def open_arrays(folder: Path, key: str) -> tuple[dict[str, np.ndarray], dict[str
     """
     try:
         header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
-        kinds = {name: np.dtype(header["types"][name]) for name in ARRAYS}
-        sizes, found = header["bytes"], header["key"]
+        kinds = {name: _kind(name, header["types"][name]) for name in ARRAYS}
+        sizes, found = dict(header["bytes"]), header["key"]
     except OSError as error:
         raise damaged(folder, f"{HEADER}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise damaged(folder, f"{HEADER} is not a header") from None
     if found != key:
         raise damaged(folder, f"{HEADER} belongs to {found}")
@@ -124,6 +132,8 @@ def open_arrays(folder: Path, key: str) -> tuple[dict[str, np.ndarray], dict[str
             size = path.stat().st_size
             if size != sizes.get(name):
                 raise damaged(folder, f"{path.name} has {size} bytes, not {sizes.get(name)}")
+            if size % kind.itemsize:
+                raise damaged(folder, f"{path.name} has {size} bytes, no whole number of values")
             # An empty file cannot be mapped.
             flat = np.memmap(path, dtype=kind, mode="r") if size else np.empty(0, dtype=kind)
         except OSError as error:

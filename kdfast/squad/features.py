@@ -116,10 +116,9 @@ def stored(
                 f"--cache_dir {cache_dir}: features cannot be written there "
                 f"({error.strerror or error}): make room or give another folder"
             ) from None
-    windows = open_windows(folder, key)
     if fault := fault_in(folder, FILES, VERIFIED_BYTES):
         raise UserError(f"{folder}: a damaged cache ({fault}): delete this folder and run again")
-    return windows
+    return open_windows(folder, key)
 
 
 def windows_of(

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from kdfast.squad.array_files import ARRAYS, HEADER, damaged, open_arrays
+from kdfast.squad.array_files import ARRAYS, damaged, open_arrays
+from kdfast.squad.soundness import fault_of, fault_of_header
 
 
 class Texts(Sequence[str]):
@@ -147,9 +148,12 @@ class Windows:
 
 
 def open_windows(folder: Path, key: str) -> Windows:
-    """The windows in a finished folder, mapped. Raises UserError as open_arrays does."""
+    """The windows in a finished folder, mapped.
+
+    The arrays are read once: whatever they hold, no index that is made of them leads out of them,
+    and no label out of its window. Raises UserError where one does, and as open_arrays does.
+    """
     arrays, header = open_arrays(folder, key)
-    try:
-        return Windows(arrays, header)
-    except KeyError as error:
-        raise damaged(folder, f"{HEADER} has no {error}") from None
+    if fault := fault_of_header(header) or fault_of(arrays):
+        raise damaged(folder, fault)
+    return Windows(arrays, header)

@@ -1,18 +1,10 @@
 import shutil
 import types
+from functools import partial
 
-import numpy as np
 import pytest
-import torch
 
-from kdfast.distill import costs, feed, models
-from kdfast.distill.config import TrainConfig
-from kdfast.distill.dropout import speed_up_dropout
-from kdfast.distill.optim import Updater, make_optimizer
-from kdfast.distill.precision import AUTOCAST
-from kdfast.distill.step import Stepper
-from kdfast.squad import features
-from tests import corpora, readers
+from tests import steppers
 from tests.programs import World
 
 
@@ -36,60 +28,5 @@ def finished(_finished, tmp_path):
 
 @pytest.fixture
 def setup(tmp_path):
-    """A function that makes a Stepper on a tiny reader and corpus, with made-up teacher logits.
-
-    What is None in `changes` of the model's dropouts stays at the class's default of 0.1.
-    """
-
-    def make(*, precision="no", dtype=torch.float32, dropout=0.0, teacher=True, **changes):
-        name = readers.save(
-            tmp_path / "student",
-            hidden_dropout_prob=dropout,
-            attention_probs_dropout_prob=dropout,
-        )
-        source = corpora.write(tmp_path / "train.json")
-        settings = {
-            "train_file": source,
-            "output_dir": str(tmp_path / "out"),
-            "learning_rate": 1e-3,
-            "embeds_dropout_prob": dropout,
-            "max_seq_length": 200,
-            **({} if teacher else {"distillation_loss_weight": 0.0}),
-            **changes,
-        }
-        config = TrainConfig(**settings)
-        loaded = models.load_reader(
-            name, "--student", embeds_dropout_prob=config.embeds_dropout_prob
-        )
-        windows = features.prepare(
-            source, loaded.tokenizer, max_seq_length=200, cache_dir=tmp_path / "cache"
-        )
-        model = loaded.model.to(dtype)
-        if not config.torch_compile:
-            speed_up_dropout(model)
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10) if precision == "fp16" else None
-        optimizer = make_optimizer(model, config.weight_decay)
-        updater = Updater(model, optimizer, scaler, config.max_grad_norm)
-        draw = np.random.default_rng(5)
-        logits = draw.normal(0, 3, (len(windows.input_ids), 2)).astype(np.float16)
-        device = torch.device("cpu")
-        if config.gradient_checkpointing:
-            model.keep_no_activations()
-        trial = costs.Trial(model, model, device, AUTOCAST[precision])
-        stepper = Stepper(
-            config,
-            model,
-            model,
-            updater,
-            feed.HostFeed(windows, logits if teacher else None),
-            windows.lengths,
-            costs.choose_rule(config, costs.count_work(model), trial),
-            device,
-            precision,
-            total_steps=10,
-        )
-        return types.SimpleNamespace(
-            stepper=stepper, model=model, updater=updater, windows=windows, loaded=loaded
-        )
-
-    return make
+    """steppers.make in a folder of the test's own."""
+    return partial(steppers.make, tmp_path)

@@ -34,6 +34,15 @@ def state_of(run):
     return tensors
 
 
+def test_overflows_in_a_row_go_on_being_counted(setup, tmp_path):
+    run = setup(precision="fp16")
+    train(run, 0, 2)
+    run.updater.overflows = 7
+    resumed = setup(precision="fp16")
+    checkpoint.load_checkpoint(save(run, tmp_path, 2), resumed.model, resumed.updater)
+    assert resumed.updater.overflows == 7
+
+
 @pytest.mark.parametrize("precision", ["no", "fp16"])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(setup, tmp_path, precision):
     whole = setup(precision=precision, dropout=0.1)

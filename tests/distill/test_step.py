@@ -113,9 +113,9 @@ def test_no_host_read_in_the_micro_batches_and_the_update(setup, precision, monk
     run = setup(precision=precision, max_tokens_per_micro_batch=150)
     batches = run.stepper.cut(np.arange(12))
     with HostReads() as reads:
-        run.stepper.accumulate(0, batches, 12)
+        sums = run.stepper.accumulate(0, batches, 12)
         if precision == "no":  # a CPU's GradScaler and fused AdamW read on the host themselves
-            run.updater.update(1e-3)
+            run.updater.update(1e-3, sums[0])
     assert len(batches) > 1
     assert reads.count == 0
     with HostReads() as reads:
@@ -145,8 +145,8 @@ def test_a_bad_gradient_never_reaches_the_weights(setup, precision):
     assert report.skipped
     assert torch.equal(weights(run), before)
     assert run.updater.updates == updates and adam_steps(run) == steps
-    if precision == "fp16":
-        assert run.updater.scaler.get_scale() == scale / 2
+    if precision == "fp16":  # which is not to blame
+        assert run.updater.scaler.get_scale() == scale and run.updater.overflows == 0
     run.stepper.feed.teacher_logits = good
     report = run.stepper.run(4, np.arange(8))
     assert not report.skipped

@@ -1,0 +1,61 @@
+"""What a model's folder, or a cache of windows, claims, held against what is there."""
+
+import math
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModelForQuestionAnswering
+
+from kdfast.errors import UserError
+from kdfast.squad.features import Windows
+
+
+def check_sizes(config, folder: Path, name: str, role: str) -> None:
+    """Raise UserError where `config` describes more weights than the folder's safetensors hold.
+
+    Only headers are read: memory is taken once it is known for what.
+    """
+    held, tensors = 0, 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118, it is no dict
+                held += math.prod(file.get_slice(key).get_shape())
+                tensors += 1
+    if tensors == 0:
+        return  # which loading will say
+    described = math.inf
+    if config.num_hidden_layers <= tensors:  # every layer has some
+        with torch.device("meta"):
+            reader = AutoModelForQuestionAnswering.from_config(config)
+        head = sum(each.numel() for each in reader.qa_outputs.parameters())
+        described = sum(each.numel() for each in reader.parameters()) - head
+    if described > held:
+        raise UserError(
+            f"{role} {name} lacks weights: it holds {held} of {described} that its config.json "
+            "describes: name a complete model."
+        )
+
+
+def check_windows(reader: nn.Module, windows: Windows, max_seq_length: int, cache: Path) -> None:
+    """Raise UserError for prepared windows that the model cannot read, whoever prepared them.
+
+    On a GPU a token without an embedding would end the process amid a step.
+    """
+    known = reader.get_input_embeddings().num_embeddings
+    blocks = range(0, len(windows.input_ids), 2**22)
+    highest = max(int(windows.input_ids[at : at + 2**22].max()) for at in blocks)
+    highest = max(highest, windows.pad_token_id)
+    fault = None
+    if highest >= known:
+        fault = f"token {highest}, and the model knows {known}"
+    elif windows.lengths.max() > max_seq_length:
+        fault = f"a window of {windows.lengths.max()} tokens, more than --max_seq_length"
+    elif windows.uses_token_types and reader.config.type_vocab_size < 2:
+        fault = "token types, and the model has none"
+    if fault:
+        raise UserError(
+            f"{cache / 'features'} holds {fault}: delete the features there, and they are made "
+            "anew."
+        )

@@ -1,0 +1,83 @@
+"""`python -m kdfast.replay OUTPUT/fault-STEP`: run a step again that was not finite.
+
+The folder is what kdfast.train leaves at such a step. Prints for each window which term is not
+finite, and exits with 1 if any is, with 0 if all are finite here.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+from transformers.utils import logging as hf_logging
+
+from kdfast.distill import fault_folder, faults, models
+from kdfast.distill.dropout import speed_up_dropout
+from kdfast.distill.optim import Updater, make_optimizer
+from kdfast.distill.precision import AUTOCAST, pick_device, resolve
+from kdfast.distill.ranks import Ranks
+from kdfast.distill.step import Stepper
+from kdfast.errors import UserError
+from kdfast.squad.batches import CutRule
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The program. Returns the exit status: 0, 1 where a term is not finite, or 2 for a mistake."""
+    parser = argparse.ArgumentParser(prog="python -m kdfast.replay", description=__doc__)
+    parser.add_argument("folder", help="A fault-STEP folder in the --output_dir of a run.")
+    parser.add_argument(
+        "--mixed_precision", choices=sorted(AUTOCAST), help="Default: that of the run."
+    )
+    given = parser.parse_args(argv)
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        return 1 if replay(Path(given.folder).expanduser(), given.mixed_precision) else 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def replay(folder: Path, mixed_precision: str | None = None) -> list[faults.Finding]:
+    """Run the folder's micro-batches again, print and return what is not finite in them."""
+    kept = fault_folder.read(folder)
+    device = pick_device()
+    precision = resolve(mixed_precision or kept.precision, device)
+    loaded = models.load_reader(
+        str(folder), "The folder", embeds_dropout_prob=kept.config.embeds_dropout_prob
+    )
+    fault_folder.check_fits(kept, loaded, folder)
+    model = loaded.model.to(device)
+    if device.type == "cpu" and not kept.config.torch_compile:  # as the run did
+        speed_up_dropout(model)
+    feed = fault_folder.KeptFeed(kept.batches, device)
+    updater = Updater(model, make_optimizer(model, 0.0), None, kept.config.max_grad_norm)
+    stepper = Stepper(
+        kept.config,
+        model,
+        model,
+        updater,
+        feed,
+        np.zeros(0, dtype=np.int32),  # nothing is cut here
+        CutRule(1, 0.0, 0.0, 0.0),
+        device,
+        precision,
+        total_steps=1,
+        ranks=Ranks(kept.rank),
+    )
+    print(
+        f"Step {kept.step}, rank {kept.rank}: {sum(map(len, kept.cuts))} windows in "
+        f"{len(kept.cuts)} micro-batches, on {device}, precision {precision}."
+    )
+    scale = kept.loss_scale if precision == "fp16" else None
+    findings, _ = faults.examine(stepper, kept.step, scale, kept.cuts, kept.count)
+    for each in findings:
+        print(f"Not finite is {each.term}{f' ({each.detail})' if each.detail else ''}, in")
+        for window in each.windows:
+            print(f"  window {window}, question {kept.questions.get(window, 'without an id')}")
+    print("The fault is here too." if findings else "All is finite here.")
+    return findings
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""SQuAD files, predictions and logs that were damaged or made up: an answer, or one sentence."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kdfast import evaluate
+from kdfast.distill.log import read_log
+from kdfast.errors import UserError
+from kdfast.squad import answers, features, metrics
+from kdfast.squad.records import read_examples
+from tests import tokenizers
+from tests.hostile.mutations import check_sentence, damaged_bytes, examples, json_files
+from tests.squad.source_files import flat, official, write_parquet
+
+KINDS = {"official": official(), "flat": flat()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+def read_to_the_end(path):
+    """From the file to scored answers; returns whether it was taken."""
+    try:
+        found = read_examples(str(path))
+        windows = features.windows_of(
+            found,
+            tokenizers.of_family("bert"),
+            max_seq_length=60,
+            max_query_length=10,
+            doc_stride=20,
+        )
+        logits = np.zeros((len(windows.input_ids), 2), dtype=np.float32)
+        spans = answers.best_spans(windows, logits, n_best_size=3)
+        predicted = answers.predictions(spans, windows, found)
+        metrics.score(metrics.gold_answers(found), predicted.predictions, predicted.null_odds, 0.0)
+    except UserError as error:
+        check_sentence(error)
+        return False
+    return True
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@examples(80)
+@given(data=st.data())
+def test_a_json_file(folder, kind, data):
+    path = folder / f"{kind}.{data.draw(st.sampled_from(['json', 'jsonl']))}"
+    path.write_bytes(data.draw(json_files(KINDS[kind])))
+    read_to_the_end(path)
+
+
+@examples(20)
+@given(data=st.data())
+def test_a_parquet_file(folder, data):
+    path = folder / "good.parquet"
+    if not path.exists():
+        write_parquet(path, flat())
+    bad = folder / "bad.parquet"
+    bad.write_bytes(data.draw(damaged_bytes(path.read_bytes())))
+    read_to_the_end(bad)
+
+
+def test_a_sentence_is_one_line_whatever_it_quotes(folder):
+    path = folder / "lines.json"
+    path.write_text(json.dumps([{"id": "a\nb\x1b[2J" + 9999 * "x", "context": "c", "question": 1}]))
+    with pytest.raises(UserError, match=r"a\\nb\\x1b\[2J") as caught:
+        read_examples(str(path))
+    check_sentence(caught.value)
+    deep = folder / "deep.json"
+    deep.write_text('{"a": ' + "[" * 900 + "]" * 900 + "}")
+    with pytest.raises(UserError) as caught:
+        evaluate.read_object(str(deep), "--predictions", str)
+    check_sentence(caught.value)
+
+
+@examples(30)
+@given(content=json_files({"a": "Rollo", "b": ""}), kind=st.sampled_from([str, float]))
+def test_predictions_and_odds(folder, content, kind):
+    path = folder / "predictions.json"
+    path.write_bytes(content)
+    try:
+        evaluate.read_object(str(path), "--predictions", kind)
+    except UserError as error:
+        check_sentence(error)
+
+
+LINES = [{"step": 0, "loss": 1.0}, {"evaluated_after": 1, "f1": 3.0}, {"step": 1, "loss": None}]
+
+
+@examples(20)
+@given(content=st.lists(json_files(LINES[0]), max_size=4))
+def test_a_log(folder, content):
+    lines = [json.dumps(LINES[0]).encode(), *content]
+    (folder / "train_log.jsonl").write_bytes(b"\n".join(lines))
+    assert read_log(folder, 5, 5)[0] == LINES[0]

@@ -1,0 +1,314 @@
+"""Checkpoints, caches, models and fault folders that were damaged or made up.
+
+Each is read as a run reads it and then used for one step: that works, or ends in one sentence.
+Checksums are left out: who makes a folder up makes them too.
+"""
+
+import json
+import shutil
+import types
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kdfast import replay
+from kdfast.distill import checkpoint, feed, models, scoring, teacher
+from kdfast.distill.model_checks import check_windows
+from kdfast.distill.watch import Watch
+from kdfast.errors import UserError
+from kdfast.squad import soundness
+from kdfast.squad.records import read_examples
+from kdfast.squad.windows import open_windows
+from tests import steppers
+from tests.hostile.mutations import (
+    check_sentence,
+    damaged_bytes,
+    damaged_safetensors,
+    examples,
+    json_files,
+)
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory):
+    """A run that stands after two steps, with a checkpoint, both caches and a fault folder."""
+    home = tmp_path_factory.mktemp("ground")
+    run = steppers.make(home, precision="fp16", max_tokens_per_micro_batch=400)
+    for step in range(2):
+        run.stepper.run(step, np.arange(8))
+    progress = checkpoint.Progress(steps=2, best_f1=10.0, rule=run.stepper.rule)
+    identity = {"mixed_precision": "fp16", "seed": 42}
+    saved = checkpoint.save_checkpoint(
+        home, run.model, run.loaded.tokenizer, run.updater, progress, identity, 1
+    )
+    source = teacher.Source("weights", "tokenizer", run.windows.key, "no")
+    device = torch.device("cpu")
+    teacher.fill_cache(home / "cache", source, run.model, run.windows, device, 400)
+    watch = Watch(home, run.stepper, run.windows, run.loaded.tokenizer)
+    good = run.stepper.feed.teacher_logits
+    run.stepper.feed.teacher_logits = np.full_like(good, np.nan)
+    with pytest.raises(UserError):
+        watch.see(run.stepper.run(2, np.arange(8)))
+    run.stepper.feed.teacher_logits = good
+    return types.SimpleNamespace(
+        home=home,
+        run=run,
+        watch=watch,
+        checkpoint=saved,
+        source=source,
+        student=home / "student",
+        features=home / "cache" / "features" / run.windows.key,
+        teacher=home / "cache" / "teacher" / source.key,
+        fault=home / "fault-2",
+        examples=read_examples(run.stepper.config.train_file),
+    )
+
+
+class Damaged:
+    """A folder one of whose files holds other bytes for a while."""
+
+    def __init__(self, path: Path, content: bytes):
+        self.path, self.content = path, content
+
+    def __enter__(self):
+        # Another file beside, as the good one may be mapped.
+        self.kept = self.path.rename(self.path.with_name("kept-" + self.path.name))
+        self.path.write_bytes(self.content)
+
+    def __exit__(self, *error):
+        self.kept.replace(self.path)
+
+
+def spoiled(data, path: Path) -> Damaged:
+    content = path.read_bytes()
+    if path.suffix == ".json":
+        return Damaged(path, data.draw(json_files(json.loads(content))))
+    if path.suffix == ".safetensors":
+        return Damaged(path, data.draw(damaged_safetensors(content)))
+    return Damaged(path, data.draw(damaged_bytes(content)))
+
+
+def used(ground, windows, logits, work):
+    """`work`, and one step over the windows with the teacher's logits; whether all went well."""
+    stepper = ground.run.stepper
+    shutil.rmtree(ground.home / "fault-3", ignore_errors=True)
+    kept = ground.run.model.state_dict()
+    kept = {name: each.clone() for name, each in kept.items()}
+    parts = stepper.feed, stepper.lengths
+    try:
+        work()
+        stepper.feed = feed.HostFeed(windows, logits)
+        stepper.lengths = windows.lengths
+        ground.watch.see(stepper.run(3, np.arange(min(8, len(windows)))))
+    except UserError as error:
+        check_sentence(error)
+        return False
+    finally:
+        stepper.feed, stepper.lengths = parts
+        ground.run.model.load_state_dict(kept)
+    return True
+
+
+@examples(50)
+@given(data=st.data())
+def test_a_checkpoint(ground, data):
+    names = ["trainer_state.json"] * 2 + ["optimizer.safetensors", "model.safetensors"]
+    run = ground.run
+    with spoiled(data, ground.checkpoint / data.draw(st.sampled_from(names))):
+
+        def load():
+            progress = checkpoint.load_checkpoint(ground.checkpoint, run.model, run.updater)
+            run.stepper.rule = progress.rule or run.stepper.rule
+
+        rule = run.stepper.rule
+        used(ground, run.windows, run.stepper.feed.teacher_logits, load)
+        run.stepper.rule = rule
+        run.updater.optimizer.state.clear()
+
+
+@examples(50)
+@given(data=st.data())
+def test_a_feature_cache(ground, data):
+    run = ground.run
+    names = st.sampled_from(["header.json"] * 6 + sorted(p.name for p in ground.features.glob("*")))
+    with spoiled(data, ground.features / data.draw(names)):
+        try:
+            windows = open_windows(ground.features, run.windows.key)
+            check_windows(run.model.reader, windows, 200, ground.home)
+            validation = scoring.Validation(windows, ground.examples, 30, 20)
+        except UserError as error:
+            check_sentence(error)
+            return
+        windows.notes()
+        logits = run.stepper.feed.teacher_logits
+
+        def score():
+            validation.score(run.model, torch.device("cpu"), "no")
+
+        used(ground, windows, logits, score)
+
+
+@examples(30)
+@given(data=st.data())
+def test_a_teacher_cache(ground, data):
+    run = ground.run
+    with spoiled(data, ground.teacher / data.draw(st.sampled_from(["header.json", "logits.bin"]))):
+        try:
+            tokens = len(run.windows.input_ids)
+            logits = teacher.open_cache(ground.home / "cache", ground.source, tokens, verify=False)
+        except UserError as error:
+            check_sentence(error)
+            return
+        used(ground, run.windows, logits, lambda: None)
+
+
+@examples(30)
+@given(data=st.data())
+def test_a_model_folder(ground, data):
+    names = ["config.json"] * 3 + ["tokenizer.json", "tokenizer_config.json", "model.safetensors"]
+    with spoiled(data, ground.student / data.draw(st.sampled_from(names))):
+        try:
+            loaded = models.load_reader(str(ground.student), "--student")
+            models.check_fits(loaded, 100, "student")
+            check_windows(loaded.model.reader, ground.run.windows, 200, ground.home)
+            loaded.model(torch.from_numpy(ground.run.windows.padded([0])["input_ids"]))
+        except UserError as error:
+            check_sentence(error)
+
+
+@examples(30)
+@given(data=st.data())
+def test_a_fault_folder(ground, data):
+    names = ["fault.json"] * 2 + ["batch.safetensors"]
+    with spoiled(data, ground.fault / data.draw(st.sampled_from(names))):
+        assert replay.main([str(ground.fault)]) in (0, 1, 2)
+
+
+def grow(header, count):
+    """The first tensor of a safetensors header claims `count` values."""
+    name = next(name for name in header if name != "__metadata__")
+    header[name]["shape"] = [count]
+    header[name]["data_offsets"] = [0, 4 * count]
+    return header
+
+
+CLAIMS = {
+    "hidden_size": 10**9,
+    "vocab_size": 10**15,
+    "num_hidden_layers": 10**9,
+    "intermediate_size": 10**12,
+    "max_position_embeddings": 10**15,
+}
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_a_model_that_claims_more_than_it_holds(ground, name):
+    config = json.loads((ground.student / "config.json").read_text())
+    claim = json.dumps(config | {name: CLAIMS[name]}).encode()
+    few = pytest.raises(UserError, match=r"lacks weights: .* that its config\.json describes")
+    with Damaged(ground.student / "config.json", claim), few:
+        models.load_reader(str(ground.student), "--student")
+
+
+def test_a_model_that_loads_and_computes_nothing(ground):
+    config = json.loads((ground.student / "config.json").read_text())
+    claim = json.dumps(config | {"num_attention_heads": -1}).encode()
+    no = pytest.raises(UserError, match=r"does not load .*invalid shape")
+    with Damaged(ground.student / "config.json", claim), no:
+        models.load_reader(str(ground.student), "--student")
+
+
+def test_headers_that_claim_more_than_there_is(ground):
+    path = ground.checkpoint / "model.safetensors"
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    text = json.dumps(grow(json.loads(data[8 : 8 + size]), 10**15)).encode()
+    run, tokens = ground.run, len(ground.run.windows.input_ids)
+    content = len(text).to_bytes(8, "little") + text + data[8 + size :]
+    with Damaged(path, content), pytest.raises(UserError, match="cannot be read"):
+        checkpoint.load_checkpoint(ground.checkpoint, run.model, run.updater)
+
+    path = ground.teacher / "header.json"
+    header = json.loads(path.read_text()) | {"tokens": 10**15}
+    unlike = pytest.raises(UserError, match="does not match this run in tokens")
+    with Damaged(path, json.dumps(header).encode()), unlike:
+        teacher.open_cache(ground.home / "cache", ground.source, tokens, verify=False)
+
+    path = ground.features / "header.json"
+    header = json.loads(path.read_text())
+    header["bytes"]["input_ids"] = 4 * 10**15
+    unlike = pytest.raises(UserError, match=r"input_ids\.bin has")
+    with Damaged(path, json.dumps(header).encode()), unlike:
+        open_windows(ground.features, run.windows.key)
+
+
+def edit(ground, name, change):
+    path = ground.features / f"{name}.bin"
+    array = np.frombuffer(path.read_bytes(), dtype=getattr(ground.run.windows, name).dtype).copy()
+    change(array)
+    return Damaged(path, array.tobytes())
+
+
+LABELS = {
+    "label behind its window": ("end_positions", lambda a: a.__setitem__(3, 10**6)),
+    "label behind by one": ("end_positions", "behind"),
+    "label below": ("start_positions", lambda a: a.__setitem__(3, -7)),
+    "half unlabelled": ("start_positions", lambda a: a.__setitem__(3, -100)),
+    "window without a token": ("lengths", lambda a: a.__setitem__(3, 0)),
+    "question": ("question", lambda a: a.__setitem__(3, 10**6)),
+    "context": ("context", lambda a: a.__setitem__(3, -1)),
+    "prefix": ("prefix", lambda a: a.__setitem__(3, 190)),
+    "first token": ("first_token", lambda a: a.__setitem__(3, 1000)),
+    "starts": ("window_start", lambda a: a.__setitem__(3, 10**15)),
+}
+
+
+@pytest.mark.parametrize("fault", LABELS)
+def test_a_feature_file_whose_numbers_lead_astray(ground, fault):
+    name, change = LABELS[fault]
+    if change == "behind":
+        lengths = ground.run.windows.lengths
+        change = lambda a: a.__setitem__(3, lengths[3])  # noqa: E731
+    with edit(ground, name, change), pytest.raises(UserError, match="a damaged cache"):
+        open_windows(ground.features, ground.run.windows.key)
+
+
+def test_a_token_that_the_model_does_not_know(ground):
+    with edit(ground, "input_ids", lambda a: a.__setitem__(3, 60_000)):
+        windows = open_windows(ground.features, ground.run.windows.key)
+        with pytest.raises(UserError, match="holds token 60000, and the model knows"):
+            check_windows(ground.run.model.reader, windows, 200, ground.home)
+
+
+def test_nan_in_a_teacher_cache_is_caught_at_the_step(ground):
+    run = ground.run
+    start = run.windows.window_start
+    logits = np.frombuffer((ground.teacher / "logits.bin").read_bytes(), dtype=np.float16).copy()
+    logits[2 * start[5] + 4] = np.nan
+    with Damaged(ground.teacher / "logits.bin", logits.tobytes()):
+        tokens = len(run.windows.input_ids)
+        cached = teacher.open_cache(ground.home / "cache", ground.source, tokens, verify=False)
+        run.stepper.feed, kept = feed.HostFeed(run.windows, cached), run.stepper.feed
+        with pytest.raises(UserError, match=r"the teacher's logits of question n2 \(window 5\)"):
+            ground.watch.see(run.stepper.run(4, np.arange(8)))
+        run.stepper.feed = kept
+
+
+def test_arrays_of_many_blocks_are_looked_through_to_the_end(ground, monkeypatch):
+    monkeypatch.setattr(soundness, "BLOCK", 3)
+    open_windows(ground.features, ground.run.windows.key)
+    for name, entry in (("end_positions", 10**6), ("context", -1), ("question", 10**6)):
+        for place in range(len(ground.run.windows)):
+            change = partial(setitem, place=place, entry=entry)
+            damaged = pytest.raises(UserError, match="a damaged cache")
+            with edit(ground, name, change), damaged:
+                open_windows(ground.features, ground.run.windows.key)
+
+
+def setitem(array, place, entry):
+    array[place] = entry

@@ -1,0 +1,80 @@
+"""A Stepper on a tiny reader and corpus, with made-up teacher logits."""
+
+import types
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kdfast.distill import costs, feed, models
+from kdfast.distill.config import TrainConfig
+from kdfast.distill.dropout import speed_up_dropout
+from kdfast.distill.optim import Updater, make_optimizer
+from kdfast.distill.precision import AUTOCAST
+from kdfast.distill.step import Stepper
+from kdfast.squad import features
+from tests import corpora, readers
+
+
+def make(
+    path: Path,
+    *,
+    precision="no",
+    dtype=torch.float32,
+    dropout=0.0,
+    teacher=True,
+    **changes,
+):
+    """Files below `path`, and what trains on them.
+
+    changes: settings that differ from the tests' own.
+    """
+    name = readers.save(
+        path / "student",
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
+    source = corpora.write(path / "train.json")
+    settings = {
+        "teacher": name if teacher else None,
+        "student": name,
+        "train_file": source,
+        "output_dir": str(path / "out"),
+        "learning_rate": 1e-3,
+        "embeds_dropout_prob": dropout,
+        "max_seq_length": 200,
+        **({} if teacher else {"distillation_loss_weight": 0.0}),
+        **changes,
+    }
+    config = TrainConfig(**settings)
+    loaded = models.load_reader(name, "--student", embeds_dropout_prob=config.embeds_dropout_prob)
+    windows = features.prepare(
+        source, loaded.tokenizer, max_seq_length=200, cache_dir=path / "cache"
+    )
+    model = loaded.model.to(dtype)
+    if not config.torch_compile:
+        speed_up_dropout(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10) if precision == "fp16" else None
+    optimizer = make_optimizer(model, config.weight_decay)
+    updater = Updater(model, optimizer, scaler, config.max_grad_norm)
+    draw = np.random.default_rng(5)
+    logits = draw.normal(0, 3, (len(windows.input_ids), 2)).astype(np.float16)
+    device = torch.device("cpu")
+    if config.gradient_checkpointing:
+        model.keep_no_activations()
+    trial = costs.Trial(model, model, device, AUTOCAST[precision])
+    stepper = Stepper(
+        config,
+        model,
+        model,
+        updater,
+        feed.HostFeed(windows, logits if teacher else None),
+        windows.lengths,
+        costs.choose_rule(config, costs.count_work(model), trial),
+        device,
+        precision,
+        total_steps=10,
+    )
+    return types.SimpleNamespace(
+        stepper=stepper, model=model, updater=updater, windows=windows, loaded=loaded
+    )

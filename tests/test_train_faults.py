@@ -1,0 +1,159 @@
+"""The program at numbers that go bad: what it says, what it leaves, what stays as it was."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForQuestionAnswering
+
+from kdfast import replay
+from kdfast.distill.optim import Updater
+from kdfast.files import write_sums
+from tests import corpora
+from tests.programs import log_of
+from tests.test_train_ranks import ranks_of
+
+FLAGS = {"max_steps": 5, "save_steps": 1, "save_total_limit": 9, "eval_steps": 2}
+
+
+def spoil(world, windows=(30,)):
+    """NaN in the teacher's cached logits of some windows, as if it had been made so."""
+    (cache,) = (world.path / "cache" / "teacher").glob("*/logits.bin")
+    (starts,) = (
+        path
+        for path in (world.path / "cache" / "features").glob("*/window_start.bin")
+        if json.loads((path.parent / "header.json").read_text())["counts"]["questions"] == 40
+    )
+    starts = np.fromfile(starts, dtype=np.int64)
+    logits = np.memmap(cache, dtype=np.float16, mode="r+")
+    for window in windows if windows else range(len(starts) - 1):
+        logits[2 * starts[window]] = np.nan
+    logits.flush()
+    write_sums(cache.parent, ("logits.bin", "header.json"))
+
+
+def sentence(capsys):
+    said = capsys.readouterr().err
+    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in said
+    return line
+
+
+@pytest.fixture
+def spoilt(world):
+    """The world with a cache whose window 30 has a NaN; returns the clean run's model too."""
+    assert world.run(**FLAGS, output_dir=world.path / "clean") == 0
+    spoil(world)
+    return world
+
+
+def test_halt_names_the_window_and_keeps_what_was_there(spoilt, capsys):
+    assert spoilt.run(**FLAGS) == 2
+    said = sentence(capsys)
+    step = int(re.search(r"Step (\d+) did not reach the weights, as the loss is nan", said)[1])
+    assert "not finite is the teacher's logits of question q15 (window 30)" in said and step > 0
+    out = spoilt.output
+    for number in range(1, step + 1):
+        ours, theirs = (
+            load_file(folder / f"checkpoint-{number}" / "model.safetensors")
+            for folder in (out, spoilt.path / "clean")
+        )
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not (out / f"checkpoint-{step + 1}").exists() and not (out / "run.json").exists()
+    assert (out / "best").is_dir() == (step >= 2)
+    assert [line for line in log_of(out) if "step" in line][-1]["skipped"]
+
+    folder = re.search(r"python -m kdfast\.replay (\S+) runs", said)[1]
+    assert Path(folder) == out / f"fault-{step}"
+    assert replay.main([folder]) == 1
+    assert "window 30, question q15" in capsys.readouterr().out
+    # The weights in it are those that the bad step found.
+    found = load_file(Path(folder) / "model.safetensors")
+    last = load_file(out / f"checkpoint-{step}" / "model.safetensors")
+    assert all(torch.equal(found[name], last[name]) for name in last)
+    # The same step again, and then on without it.
+    assert spoilt.run(**FLAGS, resume_from_checkpoint="last") == 2
+    assert sentence(capsys) == said
+    assert spoilt.run(**FLAGS, resume_from_checkpoint="last", on_nonfinite="skip") == 0
+    assert "1 of 5 steps were skipped" in capsys.readouterr().out
+
+
+def test_skip_leaves_the_step_out(spoilt, capsys):
+    assert spoilt.run(**FLAGS, on_nonfinite="skip") == 0
+    said = capsys.readouterr()
+    assert "1 of 5 steps were skipped" in said.out
+    assert "(window 30)" in said.out + said.err
+    record = json.loads((spoilt.output / "run.json").read_text())
+    assert record["steps"] == 5 and record["updates"] == 4
+    skipped = [line["step"] for line in log_of(spoilt.output) if line.get("skipped")]
+    assert len(skipped) == 1 and (spoilt.output / f"fault-{skipped[0]}").is_dir()
+    clean = corpora.write(spoilt.path / "other.json", 15)
+    assert spoilt.run(max_steps=1, overwrite=True, train_file=clean) == 0
+    assert not list(spoilt.output.glob("fault-*"))
+
+
+def test_a_run_none_of_whose_steps_reached_the_weights_says_so(world, capsys):
+    assert world.run(max_steps=1, output_dir=world.path / "clean") == 0
+    spoil(world, ())
+    assert world.run(on_nonfinite="skip", validation_file=None) == 2
+    assert "No step reached the weights" in sentence(capsys)
+    assert not (world.output / "model.safetensors").exists()
+
+
+def test_a_student_with_nan(world, capsys):
+    model = AutoModelForQuestionAnswering.from_pretrained(world.student)
+    with torch.no_grad():
+        model.qa_outputs.bias[0] = np.nan
+    model.save_pretrained(world.student)
+    for action in ("halt", "skip"):
+        output = world.path / action
+        assert world.run(on_nonfinite=action, validation_file=None, output_dir=output) == 2
+        said = sentence(capsys)
+        assert "the student's weights are not finite (reader.qa_outputs.bias)" in said
+        assert "Step 0 did not reach the weights" in said
+
+
+def test_a_huge_learning_rate_overwrites_nothing_good(world, capsys):
+    flags = {"learning_rate": 2**31 - 1, "weight_decay": 2**31 - 1, "validation_file": None}
+    assert world.run(**flags, max_steps=40, save_steps=1, save_total_limit=1) == 2
+    said = sentence(capsys)
+    assert "--learning_rate" in said
+    assert not (world.output / "model.safetensors").exists()
+    (kept,) = world.output.glob("checkpoint-*")
+    weights = load_file(kept / "model.safetensors")
+    assert all(bool(torch.isfinite(each).all()) for each in weights.values())
+
+
+@pytest.mark.parametrize("flags", [{"save_steps": 1, "save_total_limit": 1}, {"max_steps": 3}])
+def test_weights_that_a_good_step_broke_are_not_saved(world, capsys, monkeypatch, flags):
+    finish = Updater.finish
+
+    def breaks(self, *values):
+        finish(self, *values)
+        if self.updates == 3:
+            with torch.no_grad():
+                self.parameters[5].fill_(np.inf)
+
+    monkeypatch.setattr(Updater, "finish", breaks)
+    assert world.run(**flags, validation_file=None) == 2
+    assert "are not finite any more" in sentence(capsys)
+    found = [path.name for path in world.output.glob("checkpoint-*")]
+    assert found == (["checkpoint-2"] if "save_steps" in flags else [])
+    assert not (world.output / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("action", ["halt", "skip"])
+def test_two_ranks_end_with_one_sentence(spoilt, action):
+    statuses, said = ranks_of(spoilt, 2, **FLAGS, on_nonfinite=action)
+    text = "".join(said)
+    assert text.count("(window 30)") == 1 and "not finite is the teacher's logits" in text
+    if action == "halt":
+        assert statuses == [2, 2]
+        assert text.count("error: ") == 1 and "Traceback" not in text
+    else:
+        assert statuses == [0, 0]
+        assert "1 of 5 steps were skipped" in said[0]
