@@ -160,6 +160,8 @@ setup(
             "hypothesis>=6.100",
             "ruff>=0.12",
             "matplotlib>=3.8",
+            "pybind11>=2.12",  # what setup.py itself needs: a test builds the package
+            "setuptools>=68",
             "accelerate>=1.1",  # the Hugging Face Trainer, which benchmarks/ trains against
             # They compile the CUDA source for a V100 where there is no CUDA 12 toolkit.
             "nvidia-cuda-nvrtc-cu12>=12.9; platform_system == 'Linux'",

@@ -28,7 +28,6 @@ from .rounds import machine
 
 CPU = torch.device("cpu")
 HERE = Path(__file__).parent
-THREADS = 2
 PRECISIONS = {"fp32": "no", "bf16": "bf16"}
 LAYERS, WIDTH, HAYSTACK_BATCH = 12, 384, 8
 QUESTIONS, CHUNKS = 470, 4  # about 500 windows; a turn goes over one chunk
@@ -105,14 +104,6 @@ def gate(model: nn.Module, windows: Windows, folder: Path) -> None:
     for one, other in zip(cached, padded, strict=True):
         limit = np.abs(other) * 2.0**-11 + 1e-4
         assert (np.abs(one - other) <= limit).all()
-
-
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -25,7 +25,6 @@ from .rounds import machine
 from .train_contenders import CPU, WIDTH, Kdfast, Padded, Problem, collate
 from .trainer_contender import BY_LENGTH, RANDOM, HuggingFace
 
-THREADS = 2
 BATCHES = (32, 80)
 PRECISIONS = ("no", "bf16")
 ATTENTION_DROPOUTS = (0.1, 0.0)
@@ -144,14 +143,6 @@ def run_cell(cell: Cell, windows, folder: Path) -> list[dict]:
         | {"peak_memory": memory.get(name)}
         for name in group
     ]
-
-
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -3,6 +3,9 @@
 from pathlib import Path
 
 import pytest
+import torch
+
+THREADS = 2
 
 
 def pytest_addoption(parser):
@@ -30,3 +33,12 @@ def pytest_collection_modifyitems(config, items):
     timed = [item for item in items if item.get_closest_marker("timed")]
     items[:] = [item for item in items if item not in timed]
     config.hook.pytest_deselected(items=timed)
+
+
+@pytest.fixture
+def two_threads():
+    """What is timed runs on THREADS threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    yield
+    torch.set_num_threads(before)

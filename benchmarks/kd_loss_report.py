@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from . import pictures
 from .rounds import percentiles
 
 HERE = Path(__file__).parent
@@ -142,14 +143,7 @@ def write(report: dict, device: str) -> list[str]:
     parts = [f' "machine": {json.dumps(report["machine"], indent=1)}']
     parts += [f' "{name}": {value}' for name, value in rows.items()]
     path.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
-    try:
-        import matplotlib
-    except ImportError:
-        return [f"written: {path}", "no picture: matplotlib is not installed"]
-    matplotlib.use("Agg")
-    picture = path.with_suffix(".png")
-    draw(report, picture)
-    return [f"written: {path}", f"written: {picture}"]
+    return [f"written: {path}", pictures.save(report, path.with_suffix(".png"), draw)]
 
 
 def draw(report: dict, path: Path) -> None:

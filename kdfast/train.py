@@ -165,9 +165,11 @@ def distil(
         model.keep_no_activations()
     work = costs.count_work(model)
     if progress.rule is None:
-        trial = costs.Trial(model, forward, device, AUTOCAST[precision])
-        rule = costs.choose_rule(config, work, trial)
-        progress.rule = CutRule(**json.loads(ranks.share(json.dumps(asdict(rule)))))
+        rule = ""
+        if ranks.is_first:  # what it measures holds for all
+            trial = costs.Trial(model, forward, device, AUTOCAST[precision])
+            rule = json.dumps(asdict(costs.choose_rule(config, work, trial)))
+        progress.rule = CutRule(**json.loads(ranks.share(rule)))
     feed = make_feed(windows, teacher_logits, device, multiple)
     stepper = Stepper(
         config,

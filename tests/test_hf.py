@@ -1,6 +1,7 @@
 """KDTrainer: the Trainer's own loop with the gradient of the whole step."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +167,20 @@ def test_rows_without_a_teacher_are_refused(world, data):
         trainer.compute_loss(trainer.model, {"input_ids": torch.ones(1, 4, dtype=torch.int64)})
     with pytest.raises(UserError, match="needs a teacher"):
         kd_dataset(TrainConfig(student=world.student, train_file=world.train_file))
+
+
+def test_averaged_rows_are_refused_at_another_temperature(world, data):
+    config, rows = data
+    averaged = KDDataset(rows.windows, rows.chosen, rows.teacher_logits, temperature=2.0)
+
+    def trainer(kd):
+        args = TrainingArguments(str(world.path / "hf"), use_cpu=True, report_to="none")
+        return KDTrainer(model=student(world), args=args, train_dataset=averaged, kd=kd)
+
+    assert trainer(config).train_dataset is averaged
+    for change in ({"temperature": 1.0}, {"distillation_loss": "mse"}):
+        with pytest.raises(UserError, match="at temperature 2: give KDTrainer that temperature"):
+            trainer(replace(config, **change))
 
 
 def test_the_example_of_the_readme(world, monkeypatch):

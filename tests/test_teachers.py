@@ -214,6 +214,7 @@ def test_the_hugging_face_trainers_rows_have_the_average(world):
     settings = {**LENGTHS, "teacher": two, "student": world.student, "mixed_precision": "no"}
     settings |= {"train_file": world.train_file, "cache_dir": str(world.path / "cache")}
     rows = kd_dataset(TrainConfig(**settings))
+    assert rows.temperature == TEMPERATURE
     logits, _ = cached(world, run(world, teacher=two)["teacher_cache"])
     np.testing.assert_array_equal(rows[0]["teacher_logits"], logits[: len(rows[0]["input_ids"])])
     with pytest.raises(UserError, match="an average of several --teacher"):

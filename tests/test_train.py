@@ -1,10 +1,6 @@
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -150,68 +146,10 @@ def test_overwrite_deletes_an_earlier_run_and_nothing_else(world, capsys):
     assert [path.name for path in foreign.iterdir()] == ["thesis.txt"]
 
 
-FAULTS = {
-    "no teacher": ({"teacher": None}, "--teacher is missing"),
-    "no student": ({"student": None}, "--student is missing"),
-    "no data": ({"train_file": None}, "--train_file is missing"),
-    "no output": ({"output_dir": None}, "--output_dir is missing"),
-    "both cuts": (
-        {"gradient_accumulation_steps": 2, "max_tokens_per_micro_batch": 99},
-        "exclude each other",
-    ),
-    "both starts": ({"overwrite": True, "resume_from_checkpoint": "last"}, "exclude each other"),
-    "eval without data": ({"validation_file": None, "eval_steps": 2}, "needs --validation_file"),
-    "temperature": ({"temperature": 0}, "--temperature is 0.0"),
-    "infinite": ({"learning_rate": "inf"}, "--learning_rate is inf"),
-    "weight": ({"distillation_loss_weight": 1.5}, "from 0 to 1"),
-    "layers": ({"student_layers": "3,1"}, "rising layer numbers"),
-    "layer words": ({"student_layers": "first"}, "rising layer numbers"),
-    "layers not there": ({"student_layers": "0,7"}, "has layers 0 to 1"),
-    "too long": ({"max_seq_length": 500}, "reads 402 tokens"),
-    "stride": ({"doc_stride": 300}, "--doc_stride 300"),
-    "no file": ({"train_file": "nowhere.json"}, "nowhere.json"),
-    "no model": ({"student": "nowhere/nothing"}, "--student nowhere/nothing"),
-    "nothing to resume": ({"resume_from_checkpoint": "last"}, "does not exist"),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_users_mistake_is_one_sentence(world, capsys, fault):
-    changes, words = FAULTS[fault]
-    assert world.run(**changes) == 2
-    captured = capsys.readouterr()
-    message = captured.err.strip().splitlines()[-1]
-    assert message.startswith("error: ") and words in message
-    assert "Traceback" not in captured.err
-    assert not any(world.output.glob("*")) if world.output.exists() else True
-
-
-def test_a_teacher_without_a_head_is_refused(world, capsys):
-    other = readers.save(world.path / "other", head=False)
-    assert world.run(teacher=other) == 2
-    assert "no question-answering head" in capsys.readouterr().err
-
-
 def test_a_student_without_a_head_gets_a_new_one(world, capsys):
     other = readers.save(world.path / "other", head=False)
     assert world.run(student=other) == 0
     assert "a new one is drawn" in capsys.readouterr().out
-
-
-def test_a_teacher_with_nan_names_the_question(world, capsys):
-    model = AutoModelForQuestionAnswering.from_pretrained(world.teacher)
-    with torch.no_grad():
-        model.qa_outputs.bias[0] = np.nan
-    model.save_pretrained(world.teacher)
-    assert world.run() == 2
-    assert "not finite in fp16 for question" in capsys.readouterr().err
-
-
-def test_an_output_folder_that_cannot_be_made(world, capsys):
-    assert world.run(output_dir="/proc/kdfast") == 2
-    assert "cannot be written" in capsys.readouterr().err
-    assert world.run(output_dir=world.train_file) == 2
-    assert "is a file" in capsys.readouterr().err
 
 
 def test_a_resumed_run_must_be_the_same(world, capsys):
@@ -222,13 +160,6 @@ def test_a_resumed_run_must_be_the_same(world, capsys):
     shutil.copy(other, world.train_file)
     assert world.run(save_steps=2, resume_from_checkpoint="last") == 2
     assert "differ: training data, teacher's logits." in capsys.readouterr().err
-
-
-def test_the_command_line_exits_with_2(world):
-    command = [sys.executable, "-m", "kdfast.train", *world.flags(train_file="nowhere.json")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.strip().startswith("error: ") and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("name", ["covidqa_long_dev.json", "xquad_zh.json", "squad2_dev.json"])
@@ -247,35 +178,6 @@ def test_real_files(world, name):
     assert record["train_windows"] > (20 * questions if "covid" in name else questions)
 
 
-def test_a_folder_that_the_run_reads_is_never_written(world, capsys):
-    before = Path(world.teacher, "model.safetensors").read_bytes()
-    for flags in ({"overwrite": True}, {"resume_from_checkpoint": "last"}):
-        assert world.run(output_dir=world.teacher, **flags) == 2
-        assert "which the run would overwrite" in capsys.readouterr().err
-    assert Path(world.teacher, "model.safetensors").read_bytes() == before
-
-
-def test_overwrite_keeps_the_earlier_run_until_the_inputs_prove_good(world):
-    assert world.run(save_steps=2) == 0
-    before = sorted(path.name for path in world.output.iterdir())
-    assert world.run(overwrite=True, train_file="nowhere.json") == 2
-    assert sorted(path.name for path in world.output.iterdir()) == before
-
-
-def test_a_validation_set_without_answers_is_refused_before_training(world, capsys):
-    bare = corpora.write(world.path / "bare.json", 3, labelled=False)
-    assert world.run(validation_file=bare) == 2
-    captured = capsys.readouterr()
-    assert "cannot be scored" in captured.err and "steps of" not in captured.out
-
-
-def test_an_unknown_flag_is_named(world, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        train.main([*world.flags(), "--foo", "3"])
-    assert stopped.value.code == 2
-    assert "--foo" in capsys.readouterr().err
-
-
 def test_a_run_that_finds_no_best_model_makes_one(world):
     assert world.run(save_steps=2, eval_steps=2) == 0
     shutil.rmtree(world.output / "best")
@@ -285,20 +187,14 @@ def test_a_run_that_finds_no_best_model_makes_one(world):
     assert {"best", "last", "model.safetensors"} <= names
 
 
-def test_nothing_to_resume_is_said_before_the_teacher_runs(world, capsys):
-    assert world.run(max_steps=1) == 0
-    shutil.rmtree(world.path / "cache")
-    assert world.run(max_steps=1, resume_from_checkpoint="last") == 2
-    assert "holds no checkpoint" in capsys.readouterr().err
-    assert not (world.path / "cache/teacher").exists()
-
-
 def test_measured_costs_are_kept_and_never_measured_again(world, monkeypatch):
+    monkeypatch.setattr(costs.Trial, "seconds", lambda self, n, length: 1e-3 + 1e-5 * n * length)
     flags = {"measure_costs": True, "max_steps": 4, "save_steps": 2}
     assert world.run(**flags) == 0
     whole = json.loads((world.output / "run.json").read_text())
     kept = json.loads((world.output / "checkpoint-2" / "trainer_state.json").read_text())
-    assert whole["cuts"] == kept["progress"]["rule"] and whole["cuts"]["per_token"] > 0
+    assert whole["cuts"] == kept["progress"]["rule"]
+    assert whole["cuts"]["per_token"] == pytest.approx(1e-5, rel=1e-3)
     shutil.rmtree(world.output / "checkpoint-4")
     monkeypatch.setattr(costs, "measured_rule", None)
     assert world.run(**flags, resume_from_checkpoint="last") == 0

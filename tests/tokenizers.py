@@ -1,18 +1,21 @@
-"""Small fast tokenizers of each supported family, trained on the spot in milliseconds.
+"""Small fast tokenizers of each supported family, made on the spot in milliseconds.
 
 Each is the transformers class of its family, so that its special tokens, token types and offsets
-are the real ones; only the vocabulary is small. Characters outside the training text become
-unknown tokens (bytes, for the byte-level families).
+are the real ones; only the vocabulary is small. Characters outside the text below become unknown
+tokens (bytes, for the byte-level families). Every process makes the same: byte-level BPE is
+trained, and vocabularies.json holds what WordPiece and Unigram training made of the text once, as
+their trainers settle ties by a hash that each process seeds anew.
 """
 
 from __future__ import annotations
 
 import json
 from functools import cache
+from pathlib import Path
 
 import tokenizers
 import transformers
-from tokenizers import models, normalizers, pre_tokenizers, trainers
+from tokenizers import models, pre_tokenizers, trainers
 
 TEXT = (
     "The Normans were the people who in the 10th and 11th centuries gave their name to Normandy, "
@@ -24,20 +27,16 @@ TEXT = (
 )
 
 
-def bert(vocab_size: int = 300, *, text: str = TEXT):
+VOCABULARIES = json.loads(Path(__file__).with_name("vocabularies.json").read_text("utf-8"))
+
+
+def bert():
     """WordPiece, lower case, token types 0 and 1: [CLS] q [SEP] d [SEP]."""
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    backend = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=special, show_progress=False
-    )
-    backend.train_from_iterator([text], trainer)
-    return transformers.BertTokenizerFast(vocab=backend.get_vocab(), do_lower_case=True)
+    vocab = {piece: number for number, piece in enumerate(VOCABULARIES["wordpiece"])}
+    return transformers.BertTokenizerFast(vocab=vocab, do_lower_case=True)
 
 
-def _byte_level(vocab_size: int, special: list[str], text: str) -> tuple[dict, list]:
+def _byte_level(vocab_size: int, special: list[str]) -> tuple[dict, list]:
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -46,48 +45,43 @@ def _byte_level(vocab_size: int, special: list[str], text: str) -> tuple[dict, l
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator([text], trainer)
+    backend.train_from_iterator([TEXT], trainer)
     model = json.loads(backend.to_str())["model"]
     return model["vocab"], [tuple(merge) for merge in model["merges"]]
 
 
-def roberta(vocab_size: int = 400, *, text: str = TEXT):
+def roberta(vocab_size: int = 400):
     """Byte-level BPE, no token types: <s> q </s></s> d </s>."""
-    vocab, merges = _byte_level(vocab_size, ["<s>", "<pad>", "</s>", "<unk>", "<mask>"], text)
+    vocab, merges = _byte_level(vocab_size, ["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
     return transformers.RobertaTokenizerFast(vocab=vocab, merges=merges)
 
 
-def deberta(vocab_size: int = 400, *, text: str = TEXT):
+def deberta(vocab_size: int = 400):
     """Byte-level BPE whose offsets count a word's blank to it: [CLS] q [SEP] [SEP] d [SEP].
 
     The tokens around the pair, without types, are what transformers 5 makes of this class.
     """
-    vocab, merges = _byte_level(vocab_size, ["[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]"], text)
+    vocab, merges = _byte_level(vocab_size, ["[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]"])
     return transformers.DebertaTokenizerFast(vocab=vocab, merges=merges)
 
 
-def _unigram(vocab_size: int, special: list[str], unknown: str, text: str) -> list:
-    backend = tokenizers.Tokenizer(models.Unigram())
-    backend.normalizer = normalizers.NFKC()
-    backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=vocab_size, special_tokens=special, unk_token=unknown, show_progress=False
-    )
-    backend.train_from_iterator(text.split(". "), trainer)
-    return [tuple(entry) for entry in json.loads(backend.to_str())["model"]["vocab"]]
+def _unigram(special: list[str]) -> list[tuple[str, float]]:
+    """Pieces with their log-probabilities."""
+    return [(piece, 0.0) for piece in special] + [tuple(each) for each in VOCABULARIES["unigram"]]
 
 
-def xlm_roberta(vocab_size: int = 300, *, text: str = TEXT):
+def xlm_roberta():
     """Unigram on Metaspace, no token types: <s> q </s></s> d </s>."""
-    vocab = _unigram(vocab_size, ["<s>", "<pad>", "</s>", "<unk>", "<mask>"], "<unk>", text)
+    vocab = _unigram(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
     return transformers.XLMRobertaTokenizerFast(vocab=vocab)
 
 
-def deberta_v2(vocab_size: int = 300, *, text: str = TEXT):
+def deberta_v2():
     """Unigram on Metaspace with token types: [CLS] q [SEP] d [SEP]."""
     special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
-    vocab = _unigram(vocab_size, special, "[UNK]", text)
-    return transformers.DebertaV2TokenizerFast(vocab=vocab, unk_id=special.index("[UNK]"))
+    return transformers.DebertaV2TokenizerFast(
+        vocab=_unigram(special), unk_id=special.index("[UNK]")
+    )
 
 
 FAMILIES = {

@@ -30,6 +30,11 @@ class Lesson:
         return self.source.key
 
     @property
+    def is_derived(self) -> bool:
+        """Whether the logits are made of the teachers' distributions at the run's temperature."""
+        return isinstance(self.source, derived.Mixture)
+
+    @property
     def weights(self) -> list[str]:
         """Each teacher's weights_key."""
         return [each.source.weights for each in self.teachers]
@@ -111,7 +116,7 @@ def teacher_logits(
     """
     if lesson is None:
         return None
-    if isinstance(lesson.source, teacher.Source):
+    if not lesson.is_derived:
         return teachers.own_logits(config, lesson.teachers[0], device, ranks)
     mixture = lesson.source
     logits = teacher.open_shared(config.cache_path, mixture, len(windows.input_ids), ranks)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Generator, Iterable
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from kdfast.errors import UserError
-from kdfast.files import fault_in, write_sums
+from kdfast.files import fault_in, sync, write_sums
 from kdfast.squad.array_files import ARRAYS, HEADER, ArrayFile, narrowest, write_header
 from kdfast.squad.cutting import Cutter
 from kdfast.squad.encoding import MOST_PROCESSES, encoder, processor_count
@@ -201,17 +200,9 @@ def _write(
                 file.close()
         write_header(partial, header(), files)
         write_sums(partial, FILES)
-        _sync(partial)
+        sync(partial)
         partial.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
