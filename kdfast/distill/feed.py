@@ -245,7 +245,9 @@ def forward_windows(
     the caller has the last one.
     """
     model.eval()
-    feed = make_feed(windows, None, device)
+    host = HostFeed(windows, None)
+    # Each window is read once, so that to upload them all first would save nothing.
+    feed = host if device.type == "cpu" else StreamedFeed(host, device)
     waiting: tuple[np.ndarray, _Download] | None = None
     for indices, batch in zip(batches, _steps(feed, batches), strict=True):
         with (
