@@ -79,9 +79,13 @@ def padded_pass(model: nn.Module, windows: Windows, indices: np.ndarray) -> list
 def cached_pass(
     model: nn.Module, windows: Windows, precision: str, folder: Path, name: str
 ) -> np.ndarray:
-    """kdfast's own pass into a cache of its own: fp16 (tokens, 2). The one place that calls it."""
+    """kdfast's own pass into a cache of its own: fp16 (tokens, 2). The one place that calls it.
+
+    On a copy, as a pass in half precision rounds the weights in place.
+    """
     source = Source(weights=name, tokenizer="", windows="", precision=precision)
-    return fill_cache(folder, source, SpanModel(model), windows, CPU, forward_tokens(CPU))
+    own = SpanModel(copy.deepcopy(model))
+    return fill_cache(folder, source, own, windows, CPU, forward_tokens(CPU))
 
 
 def kl(one: np.ndarray, other: np.ndarray) -> float:
