@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import HfArgumentParser
 from transformers.utils import logging as hf_logging
 
+from kdfast.command_line import parse, parser_of
 from kdfast.distill import card, figures, report
 from kdfast.distill.config import TrainConfig, flag
 from kdfast.distill.evaluate_config import EvaluateConfig
@@ -68,10 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     """The program. Returns the exit status: 0, or 2 for a mistake in what it was given."""
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    parser = HfArgumentParser(CardConfig, prog="python -m kdfast.card", description=__doc__)
-    config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    if unknown:
-        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    config = parse(parser_of(CardConfig, "card", __doc__), argv)
     try:
         config.check()
         publish(config, lambda text: print(text, flush=True))

@@ -6,9 +6,9 @@ import reprlib
 import sys
 from pathlib import Path
 
-from transformers import HfArgumentParser
 from transformers.utils import logging as hf_logging
 
+from kdfast.command_line import parse, parser_of
 from kdfast.distill import scoring
 from kdfast.distill.contender import Contender, questions_of, result_of
 from kdfast.distill.evaluate_config import EvaluateConfig
@@ -27,10 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     """The program. Returns the exit status: 0, or 2 for a mistake in what it was given."""
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    parser = HfArgumentParser(EvaluateConfig, prog="python -m kdfast.evaluate", description=__doc__)
-    config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    if unknown:
-        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    config = parse(parser_of(EvaluateConfig, "evaluate", __doc__), argv)
     try:
         with Ranks.join() as ranks:
             evaluate(config, ranks)

@@ -14,6 +14,7 @@ from transformers import Trainer
 
 from kdfast.distill import inputs, models
 from kdfast.distill.config import TrainConfig
+from kdfast.distill.config_checks import check_teachers
 from kdfast.distill.precision import pick_device, resolve
 from kdfast.distill.ranks import Ranks
 from kdfast.errors import UserError
@@ -74,7 +75,7 @@ def kd_dataset(config: TrainConfig) -> KDDataset:
     """
     if not config.teacher or config.distillation_loss_weight == 0:
         raise UserError("kd_dataset needs a teacher and a distillation_loss_weight above 0.")
-    config.check_teachers()
+    check_teachers(config)
     alone = Ranks()
     device = pick_device()
     folder = models.local_folder(config.student, "--student")

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Literal, TextIO
 
 from tqdm import tqdm
-from transformers import HfArgumentParser
 from transformers.utils import logging as hf_logging
 
+from kdfast.command_line import parse, parser_of
 from kdfast.distill.config import flag
 from kdfast.errors import UserError
 from kdfast.files import make_writable
@@ -74,10 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     """The program. Returns the exit status: 0, or 2 for a mistake in what it was given."""
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    parser = HfArgumentParser(PredictConfig, prog="python -m kdfast.predict", description=__doc__)
-    config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    if unknown:
-        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    config = parse(parser_of(PredictConfig, "predict", __doc__), argv)
     try:
         predict(config)
     except UserError as error:

@@ -11,12 +11,11 @@ from pathlib import Path
 import numpy as np
 from transformers.utils import logging as hf_logging
 
-from kdfast.distill import fault_folder, faults, models
+from kdfast.distill import fault_folder, faults, layers, models
 from kdfast.distill.dropout import speed_up_dropout
 from kdfast.distill.optim import Updater, make_optimizer
 from kdfast.distill.precision import AUTOCAST, pick_device, resolve
 from kdfast.distill.ranks import Ranks
-from kdfast.distill.step import Stepper
 from kdfast.errors import UserError
 from kdfast.squad.batches import CutRule
 
@@ -51,11 +50,12 @@ def replay(folder: Path, mixed_precision: str | None = None) -> list[faults.Find
     if device.type == "cpu" and not kept.config.torch_compile:  # as the run did
         speed_up_dropout(model)
     feed = fault_folder.KeptFeed(kept.batches, device)
-    updater = Updater(model, make_optimizer(model, 0.0), None, kept.config.max_grad_norm)
-    stepper = Stepper(
+    learner, kind_of_step = layers.learner(kept.config, model, device, precision)
+    updater = Updater(learner, make_optimizer(learner, 0.0), None, kept.config.max_grad_norm)
+    stepper = kind_of_step(
         kept.config,
         model,
-        model,
+        learner,
         updater,
         feed,
         np.zeros(0, dtype=np.int32),  # nothing is cut here

@@ -11,13 +11,12 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import HfArgumentParser
 from transformers.utils import logging as hf_logging
 
-from kdfast import recipes
+from kdfast import command_line, recipes
 from kdfast.card import CardConfig, publish
-from kdfast.distill import checkpoint, costs, inputs, invariance, models, resume
-from kdfast.distill.config import TrainConfig
+from kdfast.distill import checkpoint, costs, inputs, invariance, layers, models, resume, stages
+from kdfast.distill.config import SECTIONS, TrainConfig
 from kdfast.distill.dropout import speed_up_dropout
 from kdfast.distill.feed import make_feed
 from kdfast.distill.log import Clock, progress_line
@@ -34,7 +33,6 @@ from kdfast.distill.record import (
     write_run,
 )
 from kdfast.distill.results import Results
-from kdfast.distill.step import Stepper
 from kdfast.distill.stopping import Stopped, StopSignals
 from kdfast.distill.watch import Watch
 from kdfast.errors import UserError
@@ -73,17 +71,14 @@ def parse(argv: list[str]) -> TrainConfig:
     Unknown flags and values end the program with argparse's own message, `--recipe list` with the
     recipes.
     """
-    parser = HfArgumentParser(TrainConfig, prog="python -m kdfast.train", description=__doc__)
+    parser = command_line.parser_of(TrainConfig, "train", __doc__, SECTIONS)
     recipe = parser.parse_known_args(argv)[0].recipe
     if recipe == "list":
         print(recipes.listing())
         parser.exit()
     if recipe is not None:
         parser.set_defaults(**recipes.load(recipe).settings)
-    config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    if unknown:
-        parser.error(f"unknown arguments: {' '.join(unknown)}")
-    return config
+    return command_line.parse(parser, argv)
 
 
 def train(config: TrainConfig, ranks: Ranks | None = None, stop: StopSignals | None = None) -> dict:
@@ -93,6 +88,10 @@ def train(config: TrainConfig, ranks: Ranks | None = None, stop: StopSignals | N
     """
     ranks, stop = ranks or Ranks(), stop or StopSignals()
     config.check()
+    if config.stage == "both":
+        for each in stages.to_do(config, ranks):
+            record = train(each, ranks, stop)
+        return record
     stop.grace_seconds = config.grace_seconds
     if not config.check_invariance:
         CardConfig.of_run(config).check()
@@ -134,7 +133,11 @@ def distil(
     windows = inputs.prepare(config, student, config.train_file, "train", ranks)
     validation = inputs.load_validation(config, student, ranks)
     lesson = inputs.teacher_lesson(config, windows, student, device, precision, ranks)
-    keys = resume.keys_of(config, student, windows, lesson)
+    if config.stage == "layers":
+        taught_by = [layers.find_teacher(config, student)]
+    else:
+        taught_by = lesson and lesson.weights
+    keys = resume.keys_of(config, student, windows, taught_by, lesson and lesson.key)
     ranks.agree(keys)
     circumstances = resume.circumstances_of(ranks)
     identity = {**settings, **keys, "circumstances": circumstances}
@@ -145,9 +148,10 @@ def distil(
     model = student.model.to(device)
     if device.type == "cpu" and not config.torch_compile:  # it compiles its own dropout
         speed_up_dropout(model)
+    learner, kind_of_step = layers.learner(config, model, device, precision)
     scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
     updater = Updater(
-        model, make_optimizer(model, config.weight_decay), scaler, config.max_grad_norm
+        learner, make_optimizer(learner, config.weight_decay), scaler, config.max_grad_norm
     )
     chosen = inputs.trained_windows(config, windows, ranks)
     order = TrainingOrder(chosen, config.train_batch_size, config.seed)
@@ -159,19 +163,21 @@ def distil(
             ranks.say(note)
     progress.starts.append(progress.steps)
 
-    forward = model.compiled() if config.torch_compile else model
+    forward = model.compiled() if config.torch_compile else learner
     multiple = models.COMPILED_WIDTH if config.torch_compile else 1
     if config.gradient_checkpointing:
         model.keep_no_activations()
     work = costs.count_work(model)
+    if config.stage == "layers":
+        work = work.with_teacher(costs.count_work(learner.teacher))
     if progress.rule is None:
         rule = ""
         if ranks.is_first:  # what it measures holds for all
-            trial = costs.Trial(model, forward, device, AUTOCAST[precision])
+            trial = costs.Trial(learner, forward, device, AUTOCAST[precision])
             rule = json.dumps(asdict(costs.choose_rule(config, work, trial)))
         progress.rule = CutRule(**json.loads(ranks.share(rule)))
     feed = make_feed(windows, teacher_logits, device, multiple)
-    stepper = Stepper(
+    stepper = kind_of_step(
         config,
         model,
         forward,
@@ -253,6 +259,7 @@ def distil(
         "student_parameters": sum(each.numel() for each in model.parameters()),
         "train_windows": len(chosen),
         "teacher_cache": lesson and lesson.key,
+        "layers_stage": stages.earlier(config),
         "matmul_flops_per_second": matmul_rate,
         **results.figures(),
     }
@@ -260,7 +267,7 @@ def distil(
         write_run(output, record)
     ranks.barrier()
     ranks.say(f"The student is in {output}; run.json there holds settings, versions and figures.")
-    if ranks.is_first:
+    if ranks.is_first and config.stage == "predictions":
         publish(CardConfig.of_run(config), ranks.say)
     return record
 

@@ -1,4 +1,4 @@
-"""A Stepper on a tiny reader and corpus, with made-up teacher logits."""
+"""A Stepper on a tiny reader and corpus, with made-up teacher logits, or a teacher's layers."""
 
 import types
 from pathlib import Path
@@ -6,12 +6,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kdfast.distill import costs, feed, models
+from kdfast.distill import costs, feed, layers, models
 from kdfast.distill.config import TrainConfig
 from kdfast.distill.dropout import speed_up_dropout
 from kdfast.distill.optim import Updater, make_optimizer
 from kdfast.distill.precision import AUTOCAST
-from kdfast.distill.step import Stepper
 from kdfast.squad import features
 from tests import corpora, readers
 
@@ -23,6 +22,7 @@ def make(
     dtype=torch.float32,
     dropout=0.0,
     teacher=True,
+    teacher_name=None,
     **changes,
 ):
     """Files below `path`, and what trains on them.
@@ -36,7 +36,7 @@ def make(
     )
     source = corpora.write(path / "train.json")
     settings = {
-        "teacher": name if teacher else None,
+        "teacher": (teacher_name or name) if teacher else None,
         "student": name,
         "train_file": source,
         "output_dir": str(path / "out"),
@@ -55,18 +55,20 @@ def make(
     if not config.torch_compile:
         speed_up_dropout(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10) if precision == "fp16" else None
-    optimizer = make_optimizer(model, config.weight_decay)
-    updater = Updater(model, optimizer, scaler, config.max_grad_norm)
+    device = torch.device("cpu")
+    learner, kind = layers.learner(config, model, device, precision)
+    learner.to(dtype)
+    optimizer = make_optimizer(learner, config.weight_decay)
+    updater = Updater(learner, optimizer, scaler, config.max_grad_norm)
     draw = np.random.default_rng(5)
     logits = draw.normal(0, 3, (len(windows.input_ids), 2)).astype(np.float16)
-    device = torch.device("cpu")
     if config.gradient_checkpointing:
         model.keep_no_activations()
-    trial = costs.Trial(model, model, device, AUTOCAST[precision])
-    stepper = Stepper(
+    trial = costs.Trial(learner, learner, device, AUTOCAST[precision])
+    stepper = kind(
         config,
         model,
-        model,
+        learner,
         updater,
         feed.HostFeed(windows, logits if teacher else None),
         windows.lengths,

@@ -16,6 +16,7 @@ RANKS = {
     "errors": 0,
     "files": 0,
     "_C": 0,
+    "command_line": 0,
     "arguments": 1,
     "recipes": 1,
     "reference": 1,

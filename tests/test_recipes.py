@@ -10,6 +10,7 @@ import pytest
 
 from kdfast import recipes, train
 from kdfast.distill.config import OBJECTIVE, TrainConfig
+from kdfast.distill.config_checks import LAYERS_FLAGS
 from kdfast.errors import UserError
 from kdfast.squad import suites
 from tests import corpora, readers
@@ -19,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 PROOFS = {
     "gelectra-base-germanquad-distilled": ("electra", "xquad_de.json"),
     "roberta-base-squad2-distilled": ("roberta", "squad2_train.json"),
+    "tinyroberta-squad2": ("roberta", "squad2_train.json"),
     "xlm-roberta-base-squad2-distilled": ("xlm-roberta", "squad2_train.json"),
 }
 
@@ -77,6 +79,21 @@ def test_what_was_published():
     assert (german["train_batch_size"], german["num_train_epochs"]) == (24, 6.0)
 
 
+def test_what_was_published_of_two_stages():
+    english, tiny = (
+        recipes.load(name).settings
+        for name in ("roberta-base-squad2-distilled", "tinyroberta-squad2")
+    )
+    assert (tiny["stage"], tiny["train_batch_size"]) == ("both", 96)
+    assert tiny["layers_teacher"] == "deepset/roberta-base-squad2"
+    assert {name for name in english if english[name] != tiny[name]} == {
+        "student",
+        "train_batch_size",
+    }
+    # The teacher of the first stage must have its layers and heads.
+    assert tiny["attention_loss"] == "probabilities"
+
+
 def test_flags_override():
     name = "xlm-roberta-base-squad2-distilled"
     config = train.parse(["--temperature", "2", "--recipe", name, "--train_file", "mine.json"])
@@ -126,14 +143,25 @@ def test_a_short_run(name, tmp_path, capsys):
         "cache_dir": str(tmp_path / "cache"),
         "max_steps": 2,
     }
+    if recipes.load(name).settings.get("stage") == "both":
+        own["layers_teacher"] = readers.save(tmp_path / "layers_teacher", model_type, seed=3)
     flags = [part for flag, value in own.items() for part in (f"--{flag}", str(value))]
     assert train.main(["--recipe", name, *flags]) == 0
-    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    output = tmp_path / "out"
     own |= {"recipe": name, "teacher": [own["teacher"]]}
     settings = {**recipes.load(name).settings, **own}
+    if settings.get("stage") == "both":
+        first = json.loads((output / "layers" / "run.json").read_text())
+        assert first["steps"] == 2 and first["precision"] == "fp16"
+        assert first["config"]["teacher"] == [own["layers_teacher"]]
+        output = output / "predictions"
+        settings |= {"stage": "predictions", "output_dir": str(output), "attention_loss": "none"}
+        settings |= {"student": str(tmp_path / "out" / "layers")}
+        settings = {key: None if key in LAYERS_FLAGS else settings[key] for key in settings}
+    record = json.loads((output / "run.json").read_text())
     assert {key: record["config"][key] for key in settings} == settings
     assert record["steps"] == 2 and record["precision"] == "fp16" and record["metrics"]["total"] > 9
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == model_type
+    assert json.loads((output / "config.json").read_text())["model_type"] == model_type
     assert "made on" in capsys.readouterr().out
 
 

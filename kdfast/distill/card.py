@@ -90,7 +90,7 @@ def front_matter(
 ) -> ModelCardData:
     """The card's metadata, as the hub reads it."""
     config = files.config
-    base = config["student"] or config["teacher"][0]
+    base = files.origin
     data = Source.of(config["train_file"])
     found = eval_results(files)
     return ModelCardData(

@@ -61,11 +61,10 @@ def summary(files: RunFiles) -> str:
 
 def student(files: RunFiles) -> str:
     """What the weights were before the run."""
-    config = files.config
-    if not config["student_layers"]:
-        return code(short(config["student"]))
-    layers = f"layers {config['student_layers']}"
-    return f"{layers} of {code(short(config['student'] or config['teacher'][0]))}"
+    first = files.layers_stage or files.config
+    if not first["student_layers"]:
+        return code(short(files.origin))
+    return f"layers {first['student_layers']} of {code(short(files.origin))}"
 
 
 def overview(files: RunFiles, title: str, language: list[str]) -> str:
@@ -89,6 +88,14 @@ def details(files: RunFiles) -> str:
     """Sentences on the run, then size and latency beside the other model's."""
     run, config = files.run, files.config
     lines = []
+    if before := files.layers_stage:
+        attention, data = before["attention_loss"], Source.of(before["train_file"]).name
+        also = "" if attention == "none" else f" and the attention's {attention}"
+        lines.append(
+            f"Before that: the student learnt the hidden states{also} of "
+            f"{code(short(before['teacher'][0]))}, on {code(data)}, at a learning rate of "
+            f"{as_text(before['learning_rate'])}."
+        )
     if files.teachers:
         teachers = ", ".join(code(short(name)) for name in files.teachers)
         lines.append(

@@ -27,6 +27,7 @@ MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 # What torch's AdamW keeps of each parameter.
 ADAM = ("step", "exp_avg", "exp_avg_sq")
+VALUE = "value"  # of a parameter that trains beside the reader
 
 
 @dataclass
@@ -66,7 +67,7 @@ def save_checkpoint(
     with writing(beside):
         shutil.rmtree(beside, ignore_errors=True)
         save_model(beside, model, tokenizer)
-        save_file(_optimizer_tensors(model, updater), beside / OPTIMIZER_FILE)
+        save_file(_trained_tensors(model, updater), beside / OPTIMIZER_FILE)
         state = {
             "format": FORMAT,
             "updates": updater.updates,
@@ -112,9 +113,9 @@ def load_checkpoint(folder: Path, model: SpanModel, updater: Updater) -> Progres
     try:
         model.reader.load_state_dict(load_file(folder / MODEL_FILE))
         tensors = load_file(folder / OPTIMIZER_FILE)
-        if state["updates"] and not tensors:
-            raise ValueError(f"{OPTIMIZER_FILE} is empty")
-        _restore_optimizer(model, updater, tensors)
+        if state["updates"] and not any(name.endswith("|step") for name in tensors):
+            raise ValueError(f"{OPTIMIZER_FILE} holds no state")
+        _restore_trained(model, updater, tensors)
         if updater.scaler is not None and state["scaler"]:
             updater.scaler.load_state_dict(state["scaler"])
         updater.updates = state["updates"]
@@ -175,19 +176,28 @@ def torn(folder: Path) -> str | None:
     return fault_in(folder, (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE))
 
 
-def _optimizer_tensors(model: SpanModel, updater: Updater) -> dict[str, torch.Tensor]:
-    return {
+def _trained_tensors(model: SpanModel, updater: Updater) -> dict[str, torch.Tensor]:
+    """Adam's state by parameter, and the parameters that the model's own file does not hold."""
+    tensors = {
         f"{name}|{key}": value
-        for name, parameter in model.reader.named_parameters()
+        for name, parameter in updater.named.items()
         for key, value in updater.optimizer.state.get(parameter, {}).items()
     }
+    beside = {f"{name}|{VALUE}": each.detach() for name, each in _beside(model, updater).items()}
+    return tensors | beside
 
 
-def _restore_optimizer(
-    model: SpanModel, updater: Updater, tensors: dict[str, torch.Tensor]
-) -> None:
-    parameters = dict(model.reader.named_parameters())
-    if tensors and set(tensors) != {f"{name}|{key}" for name in parameters for key in ADAM}:
+def _beside(model: SpanModel, updater: Updater) -> dict[str, torch.nn.Parameter]:
+    """The parameters that train and are not the reader's."""
+    own = {id(each) for each in model.reader.parameters()}
+    return {name: each for name, each in updater.named.items() if id(each) not in own}
+
+
+def _restore_trained(model: SpanModel, updater: Updater, tensors: dict[str, torch.Tensor]) -> None:
+    parameters = updater.named
+    values = {f"{name}|{VALUE}" for name in _beside(model, updater)}
+    states = {f"{name}|{key}" for name in parameters for key in ADAM}
+    if not values <= set(tensors) or set(tensors) - values not in (set(), states):
         raise ValueError(f"{OPTIMIZER_FILE} lacks some of the model's parameters")
     for full_name, value in tensors.items():
         name, key = full_name.rsplit("|", 1)
@@ -195,4 +205,7 @@ def _restore_optimizer(
         shape = () if key == "step" else parameter.shape
         if value.shape != shape or value.dtype not in (torch.float32, parameter.dtype):
             raise ValueError(f"{OPTIMIZER_FILE} does not fit {name}")
-        updater.optimizer.state[parameter][key] = value.to(parameter.device, copy=True)
+        if key == VALUE:
+            parameter.data.copy_(value)
+        else:
+            updater.optimizer.state[parameter][key] = value.to(parameter.device, copy=True)

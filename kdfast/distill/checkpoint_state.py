@@ -6,7 +6,7 @@ from typing import Any
 
 from kdfast.squad.batches import CutRule
 
-FORMAT = 3
+FORMAT = 4
 
 
 def fault_of_state(state: dict[str, Any]) -> str | None:

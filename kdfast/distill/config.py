@@ -1,17 +1,29 @@
 """The settings of a run: one frozen dataclass, whose fields are the flags of `kdfast.train`."""
 
 from dataclasses import dataclass, field, fields
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from kdfast.distill.flag_values import LARGEST, MOST, check_values
+from kdfast.distill import config_checks
+from kdfast.distill.flag_values import check_values
 from kdfast.errors import UserError
 
 
 def flag(default: Any, text: str) -> Any:
     """A dataclass field with its default and the help that the command line shows."""
     return field(default=default, metadata={"help": text})
+
+
+# The first flag of each section that --help shows.
+SECTIONS = {
+    "recipe": "what is learnt",
+    "train_file": "data and folders",
+    "max_seq_length": "windows",
+    "temperature": "loss",
+    "num_train_epochs": "optimization",
+    "mixed_precision": "numbers and speed",
+    "eval_steps": "evaluation, checkpoints, reports",
+}
 
 
 @dataclass(frozen=True)
@@ -28,6 +40,28 @@ class TrainConfig:
     )
     teacher_weights: list[float] | None = flag(
         None, "What each teacher counts in the average, 1 in sum. Default: all the same."
+    )
+    stage: Literal["predictions", "layers", "both"] = flag(
+        "predictions",
+        "What is learnt: the teacher's answers; its hidden states and attention, before the "
+        "answers; or one after the other, in layers/ and predictions/ of --output_dir.",
+    )
+    attention_loss: Literal["none", "probabilities", "relations"] = flag(
+        "none",
+        "Stage layers: learn attention too, as probabilities of every layer (as many heads), or "
+        "as relations within the last one.",
+    )
+    layers_teacher: str | None = flag(
+        None, "Stage both: the teacher of stage layers. Default: the first --teacher."
+    )
+    layers_train_file: str | None = flag(
+        None, "Stage both: the data of stage layers. Default: --train_file."
+    )
+    layers_num_train_epochs: float | None = flag(
+        None, "Stage both: the epochs of stage layers. Default: --num_train_epochs."
+    )
+    layers_learning_rate: float | None = flag(
+        None, "Stage both: the peak rate of stage layers. Default: --learning_rate."
     )
     student: str | None = flag(
         None,
@@ -129,103 +163,7 @@ class TrainConfig:
     def check(self) -> None:
         """Raise UserError for a flag out of range or flags that contradict one another."""
         check_values(self)
-        self._check_presence()
-        self._check_contradictions()
-        self.check_teachers()
-        self._check_ranges()
-
-    def _check_presence(self) -> None:
-        for name in ("train_file", "output_dir"):
-            if not getattr(self, name) and not (name == "output_dir" and self.check_invariance):
-                raise UserError(
-                    f"--{name} is missing: give it, or start without any argument for the demo."
-                )
-        if not self.teacher and self.distillation_loss_weight != 0:
-            raise UserError(
-                "--teacher is missing: name one, or give --distillation_loss_weight 0 "
-                "to train on gold spans alone."
-            )
-        if self.report_to == "tensorboard" and find_spec("tensorboard") is None:
-            raise UserError("--report_to tensorboard needs a package: pip install tensorboard.")
-        if self.student is None and (not self.teacher or self.student_layers is None):
-            raise UserError(
-                "--student is missing: name one, or give --teacher and --student_layers "
-                "to keep some of the teacher's layers."
-            )
-
-    def _check_contradictions(self) -> None:
-        for one, other in (
-            ("overwrite", "resume_from_checkpoint"),
-            ("gradient_accumulation_steps", "max_tokens_per_micro_batch"),
-            ("gradient_accumulation_steps", "measure_costs"),
-        ):
-            if getattr(self, one) and getattr(self, other):
-                raise UserError(f"--{one} and --{other} exclude each other: give one of them.")
-        for needy in ("eval_steps", "load_best_model_at_end", "report"):
-            if getattr(self, needy) and not self.validation_file:
-                raise UserError(f"--{needy} needs --validation_file: give one, or leave it out.")
-
-    def check_teachers(self) -> None:
-        """Raise UserError where weights or the loss do not suit the teachers."""
-        count, weights = len(self.teacher or ()), self.teacher_weights
-        if weights is not None:
-            given = " ".join(map(str, weights))
-            if len(weights) != count:
-                raise UserError(
-                    f"--teacher_weights {given} are {len(weights)} for {count} --teacher: "
-                    "give one for each."
-                )
-            if not all(weight > 0 for weight in weights) or not abs(sum(weights) - 1) <= 1e-6:
-                raise UserError(
-                    f"--teacher_weights {given}: give numbers above 0 whose sum is 1 "
-                    f"(it is {sum(weights):g})."
-                )
-        if self.distillation_loss == "mse" and count > 1:
-            raise UserError(
-                "--distillation_loss mse compares logits, and an average of several --teacher has "
-                "probabilities only: give one teacher, or kl_div."
-            )
-
-    def _check_ranges(self) -> None:
-        positive = [
-            "max_seq_length",
-            "max_query_length",
-            "doc_stride",
-            "temperature",
-            "train_batch_size",
-            "learning_rate",
-            "max_grad_norm",
-            "max_answer_length",
-            "n_best_size",
-            "save_total_limit",
-        ]
-        positive += [] if self.max_steps > 0 else ["num_train_epochs"]
-        optional = (
-            "max_tokens_per_micro_batch",
-            "gradient_accumulation_steps",
-            "eval_steps",
-            "save_steps",
-        )
-        positive += [name for name in optional if getattr(self, name) is not None]
-        for name in positive:
-            value = getattr(self, name)
-            top = MOST.get(name, LARGEST)
-            if not 0 < value <= top:
-                raise UserError(f"--{name} is {value}: give a number above 0, {top} at most.")
-        if self.max_steps > LARGEST:
-            raise UserError(f"--max_steps is {self.max_steps}: give {LARGEST} at most.")
-        for name, top in (
-            ("distillation_loss_weight", 1),
-            ("warmup_ratio", 1),
-            ("weight_decay", LARGEST),
-            ("embeds_dropout_prob", 0.99),
-            ("seed", 2**32 - 1),
-        ):
-            value = getattr(self, name)
-            if not 0 <= value <= top:
-                raise UserError(f"--{name} is {value}: give a number from 0 to {top}.")
-        if not self.grace_seconds >= 0:
-            raise UserError(f"--grace_seconds is {self.grace_seconds}: give 0 or more.")
+        config_checks.check(self)
         self.kept_layers()
         self.allowed_changes()
 
@@ -253,6 +191,11 @@ class TrainConfig:
                 f"those that may are {', '.join(sorted(CHANGEABLE))}."
             )
         return names
+
+    @property
+    def learns_answers(self) -> bool:
+        """Whether the teachers' logits are learnt from."""
+        return self.stage != "layers" and self.distillation_loss_weight != 0
 
     @property
     def cache_path(self) -> Path:

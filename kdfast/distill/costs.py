@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -28,8 +29,17 @@ class Work:
 
     per_token: float
     per_token_width: float
-    layers: int
+    layers: float
     parameters: int
+
+    def with_teacher(self, teacher: "Work") -> "Work":
+        """This and a forward pass of a teacher beside, a third of forward and backward."""
+        return replace(
+            self,
+            per_token=self.per_token + teacher.per_token / 3,
+            per_token_width=self.per_token_width + teacher.per_token_width / 3,
+            layers=self.layers + teacher.layers / 3,
+        )
 
     def of(self, lengths: np.ndarray) -> float:
         """Operations of one forward pass over windows of these lengths, padding left out."""
@@ -66,13 +76,20 @@ def count_work(model: SpanModel) -> Work:
     """Count the operations of `model`, which may be on any device, by running it twice."""
     counts = []
     lengths = (16, 32)
+    device = next(model.parameters()).device
+    linear = next(each for each in model.reader.modules() if isinstance(each, nn.Linear))
+    is_rounded = linear.weight.dtype in (torch.float16, torch.bfloat16)
     was_training = model.training
     model.eval()
     for length in lengths:
-        ids = torch.ones(1, length, dtype=torch.int64, device=next(model.parameters()).device)
+        ids = torch.ones(1, length, dtype=torch.int64, device=device)
         # Fused attention hides its products from the counter on a CPU; and the counter fails on
         # DeBERTa's learned positions where gradients are off.
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        with (
+            torch.autocast(device.type, dtype=linear.weight.dtype, enabled=is_rounded),
+            sdpa_kernel(SDPBackend.MATH),
+            FlopCounterMode(display=False) as counter,
+        ):
             model(ids)
         counts.append(counter.get_total_flops() / length)
     model.train(was_training)

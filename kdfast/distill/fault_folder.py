@@ -1,8 +1,9 @@
 """What a step that was not finite leaves behind: its windows, weights and settings, to be replayed.
 
 A folder `OUTPUT/fault-STEP`: the student as the step found it (config, safetensors, tokenizer);
-`batch.safetensors` with the micro-batches of one rank, padded as they ran, and the student's logits
-of them; `fault.json` with the rest: settings, seeds' keys, window numbers, question ids, findings.
+`batch.safetensors` with the micro-batches of one rank, padded as they ran, and the student's
+logits, or terms, of them; `fault.json` with the rest: settings, seeds' keys, window numbers,
+question ids, findings.
 """
 
 import os
@@ -48,11 +49,12 @@ TENSORS = {
 
 @dataclass(frozen=True)
 class Replayed:
-    """A micro-batch, its windows' numbers, and the student's logits (n, L, 2) of it."""
+    """A micro-batch, its windows' numbers, and what Stepper.forward made of it: in stage
+    predictions the student's logits (n, L, 2), in stage layers the windows' terms (n, 2)."""
 
     indices: np.ndarray
     batch: MicroBatch
-    logits: torch.Tensor
+    output: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,8 @@ def write(
     save_model(beside, stepper.model, tokenizer)
     tensors = {}
     for number, each in enumerate(replayed):
-        found = {**each.batch.inputs, "student_logits": each.logits}
+        kind = "student_logits" if each.output.dim() == 3 else "terms"
+        found = {**each.batch.inputs, kind: each.output}
         found |= {name: getattr(each.batch, name) for name in OTHERS}
         tensors |= {f"{number}.{name}": t for name, t in found.items() if t is not None}
     save_file({name: t.contiguous() for name, t in tensors.items()}, beside / BATCH_FILE)
@@ -189,7 +192,7 @@ def _batch(
 ) -> MicroBatch:
     """Micro-batch `number`. Raises ValueError unless its tensors are what `write` writes."""
     width = tensors[f"{number}.input_ids"].shape[-1]
-    needed = NEEDED if config.distillation_loss_weight == 0 else (*NEEDED, "teacher_logits")
+    needed = (*NEEDED, "teacher_logits") if config.learns_answers else NEEDED
     if windows * width == 0:
         raise ValueError(f"micro-batch {number} is empty")
     found = {}

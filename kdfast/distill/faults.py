@@ -25,8 +25,12 @@ WEIGHTS = "the student's weights"
 TEACHER = "the teacher's logits"
 STUDENT = "the student's logits"
 EMPTY = "the mask, which leaves no token"
-SOFT = "the soft term"
-HARD = "the hard term"
+PARTS = {
+    "soft": "the soft term",
+    "hard": "the hard term",
+    "hidden": "the hidden states' term",
+    "attention": "the attention's term",
+}
 GRADIENT = "the gradient (the loss is finite)"
 OVERFLOW = "the scaled gradient (the loss is finite)"
 TOGETHER = "the gradient (the loss is finite; a window's alone is, too)"
@@ -84,7 +88,7 @@ def examine(
 ) -> tuple[list[Finding], list[fault_folder.Replayed]]:
     """Run this rank's micro-batches of a step of `count` windows again; what is not finite in them.
 
-    scale: the step's loss scale. Also returns each micro-batch with its logits.
+    scale: the step's loss scale. Also returns each micro-batch with what became of it.
     """
     rank = stepper.ranks.rank
     stepper.model.train()
@@ -94,13 +98,14 @@ def examine(
     for number, batch in enumerate(stepper.feed.micro_batches(batches)):
         # Not under no_grad, where attention may take another kernel than it took.
         with stepper.autocast_to(stepper.autocast):
-            logits, _, parts = stepper.rows(step, number, batch)
-        logits = logits.detach()
-        replayed.append(fault_folder.Replayed(batches[number], batch, logits))
+            output, _, parts = stepper.rows(step, number, batch)
+        output = output.detach()
+        replayed.append(fault_folder.Replayed(batches[number], batch, output))
         if broken:
             terms = {WEIGHTS: range(len(batches[number]))}
         else:
-            terms = _bad_terms(batch, logits, parts) or _bad_gradients(
+            named = dict(zip(stepper.PARTS, parts.unbind(-1), strict=True))
+            terms = _bad_terms(batch, output, named) or _bad_gradients(
                 stepper, step, number, batch, scale, count
             )
         for term, rows in terms.items():
@@ -113,20 +118,23 @@ def examine(
 
 
 def _bad_terms(
-    batch: MicroBatch, logits: torch.Tensor, parts: torch.Tensor
+    batch: MicroBatch, output: torch.Tensor, parts: dict[str, torch.Tensor]
 ) -> dict[str, list[int]]:
     """For each term that is the first bad one of some windows, their rows in the micro-batch."""
-    mask = torch.ones_like(logits[..., 0], dtype=torch.bool) if batch.mask is None else batch.mask
+    mask = batch.mask
+    if mask is None:
+        mask = torch.ones_like(batch.inputs["input_ids"], dtype=torch.bool)
 
-    def is_bad(values: torch.Tensor) -> torch.Tensor:
-        return (~torch.isfinite(values).all(-1) & mask).any(1)
+    def is_bad(logits: torch.Tensor) -> torch.Tensor:
+        return (~torch.isfinite(logits).all(-1) & mask).any(1)
 
     terms = {EMPTY: ~mask.any(1)}
     if batch.teacher_logits is not None:
         terms[TEACHER] = is_bad(batch.teacher_logits)
-    terms[STUDENT] = is_bad(logits)
-    terms[SOFT] = ~torch.isfinite(parts[..., 0]).all(1)
-    terms[HARD] = ~torch.isfinite(parts[..., 1]).all(1)
+    if output.dim() == 3:
+        terms[STUDENT] = is_bad(output)
+    for name, values in parts.items():
+        terms[PARTS[name]] = ~torch.isfinite(values.reshape(len(mask), -1)).all(1)
     left = torch.ones(len(mask), dtype=torch.bool, device=mask.device)
     found = {}
     for term, bad in terms.items():

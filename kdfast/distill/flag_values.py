@@ -14,11 +14,14 @@ MOST = {
     "max_tokens_per_micro_batch": 2**24,
     "gradient_accumulation_steps": 2**24,
     "num_train_epochs": 10**6,
+    "layers_num_train_epochs": 10**6,
     "temperature": 10**6,
 }
 PATHS = {
     "teacher",
     "student",
+    "layers_teacher",
+    "layers_train_file",
     "train_file",
     "validation_file",
     "output_dir",

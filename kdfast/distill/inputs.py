@@ -85,8 +85,8 @@ def teacher_lesson(
     ranks: Ranks,
 ) -> Lesson | None:
     """Whose logits the student learns from; None where they have no weight."""
-    if config.distillation_loss_weight == 0:
-        if config.teacher:
+    if not config.learns_answers:
+        if config.teacher and config.stage == "predictions":
             ranks.say("--distillation_loss_weight is 0: the teacher's logits are not computed.")
         return None
     kind = teacher_precision(precision, device)
@@ -136,7 +136,7 @@ def trained_windows(config: TrainConfig, windows: features.Windows, ranks: Ranks
     """The windows that teach something: unlabelled ones only where there is a teacher."""
     keep = np.array(windows.trainable)
     unlabelled = windows.start_positions == -100
-    if config.distillation_loss_weight == 0 and unlabelled.any():
+    if config.stage == "predictions" and not config.learns_answers and unlabelled.any():
         ranks.say(
             f"{(keep & unlabelled).sum()} unlabelled windows are left out: there is no teacher."
         )

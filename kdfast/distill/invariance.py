@@ -51,7 +51,7 @@ def check(stepper: Stepper, indices: np.ndarray) -> list[Split]:
     found: dict[str, dict[torch.dtype, torch.Tensor]] = {name: {} for name in ways}
     counts: dict[str, int] = {}
     for dtype in (torch.float64, torch.float32):
-        stepper.model.to(dtype)
+        stepper.forward.to(dtype)
         for name, (rule, ranks) in ways.items():
             shares = deal(indices, lengths, ranks, rule) if ranks > 1 else [indices]
             cuts = [rule.cut(share, stepper.lengths[share]) for share in shares]

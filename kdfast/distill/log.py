@@ -55,10 +55,14 @@ class TrainLog:
 
     def step(self, report: StepReport, speed: Speed) -> None:
         """Log a step, from values that are on the host already."""
-        self._write(asdict(report) | asdict(speed))
+        line = asdict(report)
+        parts = line.pop("parts")
+        self._write(line | parts | asdict(speed))
         if self.writer:
-            for name in ("loss", "soft", "hard", "grad_norm", "lr"):
-                self.writer.add_scalar(f"train/{name}", getattr(report, name), report.step)
+            for name, value in parts.items():
+                self.writer.add_scalar(f"train/{name}", value, report.step)
+            for name in ("loss", "grad_norm", "lr"):
+                self.writer.add_scalar(f"train/{name}", line[name], report.step)
             for name, value in asdict(speed).items():
                 self.writer.add_scalar(f"speed/{name}", value, report.step)
 
@@ -156,8 +160,9 @@ class Clock:
 
 def progress_line(report: StepReport, speed: Speed) -> str:
     """What the progress bar shows."""
+    parts = " ".join(f"{name} {value:.3f}" for name, value in report.parts.items())
     return (
-        f"loss {report.loss:.3f} soft {report.soft:.3f} hard {report.hard:.3f} "
+        f"loss {report.loss:.3f} {parts} "
         f"lr {report.lr:.1e} {speed.windows_per_second:.1f} windows/s"
         + (" skipped" if report.skipped else "")
     )

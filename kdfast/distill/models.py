@@ -59,6 +59,33 @@ class SpanModel(nn.Module):
         input_ids: int64 (B, L). attention_mask: bool (B, L), True for real tokens, or None where
         nothing is padding. token_type_ids: int64 (B, L), or None for models without them.
         """
+        hidden = self._encode(input_ids, attention_mask, token_type_ids)[0]
+        head = self.reader.qa_outputs
+        with torch.autocast(hidden.device.type, enabled=False):
+            return head(self.dropout(hidden.to(head.weight.dtype)))
+
+    def hidden_states(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """The embeddings, then what each layer makes of them: layers + 1 tensors (B, L, width).
+
+        Arguments as forward's.
+        """
+        return self._encode(
+            input_ids, attention_mask, token_type_ids, output_hidden_states=True
+        ).hidden_states
+
+    def _encode(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        token_type_ids: torch.Tensor | None,
+        output_hidden_states: bool = False,
+    ):
+        """What transformers' encoder returns."""
         if not self.takes_4d_mask and attention_mask is None:
             # DeBERTa makes this mask itself, but looks for padding first: that reads the device.
             attention_mask = torch.ones_like(input_ids, dtype=torch.bool)
@@ -66,10 +93,12 @@ class SpanModel(nn.Module):
             # transformers passes a 4-D mask on as it is; a 2-D one makes it read the device.
             attention_mask = attention_mask[:, None, None, :]
         kwargs = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        hidden = self.reader.base_model(input_ids, attention_mask=attention_mask, **kwargs)[0]
-        head = self.reader.qa_outputs
-        with torch.autocast(hidden.device.type, enabled=False):
-            return head(self.dropout(hidden.to(head.weight.dtype)))
+        return self.reader.base_model(
+            input_ids,
+            attention_mask=attention_mask,
+            output_hidden_states=output_hidden_states,
+            **kwargs,
+        )
 
     def round_products(self, dtype: torch.dtype) -> None:
         """Keep the encoder's linear layers in `dtype`, in place, for a model that no longer trains.

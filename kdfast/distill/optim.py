@@ -10,9 +10,9 @@ SCALE_FLOOR = 1.0
 
 
 def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
-    """Fused AdamW (betas 0.9 and 0.999, eps 1e-8) with weight decay on every parameter."""
+    """Fused AdamW (betas 0.9 and 0.999, eps 1e-8) with weight decay on all that trains."""
     return torch.optim.AdamW(
-        model.parameters(),
+        trained(model).values(),
         lr=0.0,
         betas=(0.9, 0.999),
         eps=1e-8,
@@ -32,12 +32,18 @@ def learning_rate(peak: float, updates: int, total: int, warmup_ratio: float) ->
     return peak * max(0, total - updates) / max(1, total - warmup)
 
 
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter of those that are not frozen."""
+    return {name: each for name, each in model.named_parameters() if each.requires_grad}
+
+
 class Updater:
     """Unscale, clip, and step, all on the device.
 
-    scaler: a GradScaler for fp16, else None. `updates` counts the steps that reached the weights:
-    it drives the schedule, as Adam's own count does its bias correction. `overflows` counts the
-    overflows of the scaler since the last of them.
+    model: what trains is all of it that is not frozen, `named` in its order. scaler: a GradScaler
+    for fp16, else None. `updates` counts the steps that reached the weights: it drives the rate,
+    as Adam's own count does its bias correction. `overflows` counts the overflows of the scaler
+    since the last of them.
     """
 
     def __init__(
@@ -47,7 +53,8 @@ class Updater:
         scaler: torch.amp.GradScaler | None,
         max_grad_norm: float,
     ):
-        self.parameters = list(model.parameters())
+        self.named = trained(model)
+        self.parameters = list(self.named.values())
         self.optimizer = optimizer
         self.scaler = scaler
         self.max_grad_norm = max_grad_norm

@@ -8,7 +8,6 @@ import torch
 
 from kdfast.distill import checkpoint, models, teacher
 from kdfast.distill.config import CHANGEABLE, CUTS, OBJECTIVE, TrainConfig
-from kdfast.distill.inputs import Lesson
 from kdfast.distill.model_folders import mend_model
 from kdfast.distill.optim import Updater
 from kdfast.distill.ranks import Ranks
@@ -107,19 +106,26 @@ def settings_of(config: TrainConfig, precision: str) -> dict[str, Any]:
 
 
 def keys_of(
-    config: TrainConfig, student: models.Loaded, windows: Windows, lesson: Lesson | None
-) -> dict[str, str | None]:
-    """What a run learns from, by content: a file or model under another name is the same."""
+    config: TrainConfig,
+    student: models.Loaded,
+    windows: Windows,
+    teachers: list[str] | None,
+    logits: str | None,
+) -> dict[str, Any]:
+    """What a run learns from, by content: a file or model under another name is the same.
+
+    teachers: weights_key of each. logits: key of the cache of what they say.
+    """
     if config.student:
         folder = models.local_folder(config.student, "--student")
     else:
         folder = models.local_folder(config.teacher[0], "--teacher")
     return {
         "student": teacher.weights_key(folder),
-        "teacher": lesson and lesson.weights,
+        "teacher": teachers,
         "tokenizer": tokenizer_key(student.tokenizer),
         "training data": windows.key,
-        "teacher's logits": lesson and lesson.key,
+        "teacher's logits": logits,
     }
 
 

@@ -68,6 +68,17 @@ class RunFiles:
         return self.run["config"]
 
     @property
+    def layers_stage(self) -> dict[str, Any] | None:
+        """The settings of the run of stage layers that came before, or None."""
+        return self.run.get("layers_stage")
+
+    @property
+    def origin(self) -> str:
+        """The model whose weights the student had before any stage."""
+        first = self.layers_stage or self.config
+        return first["student"] or first["teacher"][0]
+
+    @property
     def teachers(self) -> list[str]:
         """The models that taught; none of a run on gold spans alone."""
         return self.config["teacher"] if self.config["distillation_loss_weight"] else []
@@ -115,6 +126,11 @@ def read_run(folder: Path) -> RunFiles:
     if not path.is_file():
         raise UserError(f"{folder} holds no {RUN_FILE}: name the folder of a finished run.")
     run = read_json_object(path)
+    if run.get("config", {}).get("stage") == "layers":
+        raise UserError(
+            f"{folder} is a run of --stage layers, which answers nothing yet: train its model in "
+            "--stage predictions, and name the folder of that run."
+        )
     lines = read_log(folder, run.get("steps", 0), run.get("steps", 0))
     own, results, notes = weights_key(folder), [], []
     for found in sorted((folder / EVAL_FOLDER).glob(f"*{RESULT_END}")):

@@ -1,11 +1,11 @@
 """One optimizer step: micro-batches in, one update and one read out."""
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import nn
 
 from kdfast.distill.config import TrainConfig
 from kdfast.distill.feed import Feed, MicroBatch, padded_width
@@ -23,17 +23,17 @@ STOPS = 5  # its place among the facts of a step
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step did. loss, soft and hard are means over the step's windows.
+    """What one step did. loss and its parts are means over the step's windows.
 
-    soft and hard are not weighted: loss = w * soft + (1 - w) * hard. skipped: loss or gradient was
-    not finite, and the weights stayed as they were. max_tokens: what the micro-batches were cut
-    by. loss_scale: the scaler's in this step, None without one.
+    parts: by the names in Stepper.PARTS. Soft and hard part are not weighted: loss = w * soft +
+    (1 - w) * hard. skipped: loss or gradient was not finite, and the weights stayed as they were.
+    max_tokens: what the micro-batches were cut by. loss_scale: the scaler's in this step, None
+    without one.
     """
 
     step: int
     loss: float
-    soft: float
-    hard: float
+    parts: dict[str, float]
     grad_norm: float
     lr: float
     windows: int
@@ -48,18 +48,21 @@ class StepReport:
 class Stepper:
     """Runs steps of a training run; what a step does depends on its number and the weights alone.
 
-    forward: the model, or what torch.compile made of it. lengths: int (W,), tokens of every
-    window that the feed has. rule: how a step is cut; it changes where memory does not suffice.
+    forward: the model, or what torch.compile made of it; what a micro-batch's losses come from.
+    lengths: int (W,), tokens of every window that the feed has. rule: how a step is cut; it
+    changes where memory does not suffice.
     multiple: of which the feed makes every width one. ranks: the processes that share each step;
     None: this one alone. stop: what may ask for an end after a step, or amid a long one.
     `batches`: this rank's micro-batches in the last step, for a replay.
     """
 
+    PARTS = ("soft", "hard")  # what the row parts of losses() are
+
     def __init__(
         self,
         config: TrainConfig,
         model: SpanModel,
-        forward: Callable[..., torch.Tensor],
+        forward: nn.Module,
         updater: Updater,
         feed: Feed,
         lengths: np.ndarray,
@@ -123,7 +126,8 @@ class Stepper:
         facts = self.ranks.sum_gradients(self.updater.parameters, facts)
         update = self.updater.update(rate, facts[0], facts[STOPS] > self.ranks.count)
         norm, skipped, scale, *facts = read_step(torch.cat([torch.stack(update), facts]))
-        loss, soft, hard, padded_tokens, micro_batches, stops, *rooms = facts
+        loss, *parts, padded_tokens, micro_batches, stops = facts[: STOPS + 1]
+        rooms = facts[STOPS + 1 :]
         self._take_smallest(rooms)
         self.stop.agreed = stops > 0
         if stops > self.ranks.count:
@@ -132,8 +136,7 @@ class Stepper:
         return StepReport(
             step=step,
             loss=loss,
-            soft=soft,
-            hard=hard,
+            parts=dict(zip(self.PARTS, parts, strict=True)),
             grad_norm=norm,
             lr=rate,
             windows=len(indices),
@@ -195,7 +198,7 @@ class Stepper:
     ) -> torch.Tensor:
         """Accumulate the gradients of the micro-batches of a step of `count` windows.
 
-        Returns (loss, soft, hard) of the step, each already divided by count, on the device.
+        Returns the step's loss and its two parts, each already divided by count, on the device.
         """
         sums = torch.zeros(3, device=self.device)
         started, self._dropped = time.monotonic(), False
@@ -212,24 +215,24 @@ class Stepper:
                 with self.autocast_to(None):
                     loss = row_loss.sum() / count
                     self.updater.backward(loss)
-                parts = row_parts.sum(dim=(0, 1)) / count
+                parts = row_parts.flatten(0, -2).sum(0) / count
                 sums += torch.cat([loss.detach()[None], parts]).float()
         return sums
 
     def rows(
         self, step: int, number: int, batch: MicroBatch
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Logits, row losses and row parts of this rank's micro-batch `number` in step `step`.
+        """What forward() gives, and losses() of it, for micro-batch `number` of this rank.
 
         To be called under autocast_to(self.autocast).
         """
         seed_generators(self.config.seed, step, self.ranks.rank, number)
-        logits = self.forward(**batch.inputs)
+        output = self.forward(**batch.inputs)
         with self.autocast_to(None):
-            return logits, *self.losses(logits, batch)
+            return output, *self.losses(output, batch)
 
     def losses(self, logits: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """kd_loss_rows of one micro-batch; the mask is the real tokens."""
+        """Losses (B, ...) and their parts (B, ..., 2): kd_loss_rows, masked to the real tokens."""
         return kd_loss_rows(
             logits,
             batch.teacher_logits,

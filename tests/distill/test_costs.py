@@ -98,3 +98,19 @@ def test_a_card_that_holds_few_windows_gets_one_at_a_time():
 def test_the_matmul_rate_is_of_this_machine():
     rate = costs.matmul_rate(CPU, torch.float32)
     assert 1e8 < rate < 1e14
+
+
+def test_rounded_weights_count_the_same():
+    reader, _ = readers.make("bert")
+    model = SpanModel(reader)
+    whole = costs.count_work(model)
+    model.round_products(torch.float16)
+    assert costs.count_work(model) == whole
+
+
+def test_a_live_teacher_adds_its_forward_pass():
+    small, large = (costs.count_work(SpanModel(readers.make(layers=n)[0])) for n in (2, 6))
+    both = small.with_teacher(large)
+    lengths = np.array([10, 20])
+    assert both.of(lengths) == pytest.approx(small.of(lengths) + large.of(lengths) / 3)
+    assert (both.layers, both.parameters) == (4, small.parameters)

@@ -118,7 +118,7 @@ def test_a_replay_has_the_bits_of_the_step(setup, tmp_path, monkeypatch):
     monkeypatch.setattr(replay.faults, "examine", examined)
     replay.replay(run.out / "fault-0")
     for number, each in enumerate(again[0][1]):
-        assert torch.equal(each.logits, ran[number])
+        assert torch.equal(each.output, ran[number])
 
 
 def test_skip_counts_and_goes_on(setup, tmp_path, monkeypatch):

@@ -1,0 +1,256 @@
+"""--stage layers and --stage both, from the command line."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from kdfast import card, replay
+from kdfast.distill.checkpoint import OPTIMIZER_FILE
+from tests import readers
+from tests.programs import log_of
+from tests.test_train_ranks import ranks_of
+
+LAYERS = {"stage": "layers", "validation_file": None}
+WIDE = {"hidden_size": 24, "layers": 4, "seed": 5}
+
+
+def config_of(folder):
+    return json.loads((folder / "run.json").read_text())["config"]
+
+
+@pytest.fixture
+def wide(world):
+    """A teacher that is wider than the student."""
+    return readers.save(world.path / "wide", **WIDE)
+
+
+def test_layers_alone(world, wide, capsys):
+    assert world.run(**LAYERS, teacher=wide, attention_loss="probabilities") == 0
+    lines = log_of(world.output)
+    assert len(lines) == 6 and lines[-1]["loss"] < lines[0]["loss"]
+    assert all(line["hidden"] > 0 and line["attention"] > 0 for line in lines)
+    assert config_of(world.output)["stage"] == "layers"
+    assert not (world.output / "README.md").exists()  # it is no reader yet
+    assert "hidden" in capsys.readouterr().err  # the progress bar
+
+
+def test_a_resumed_run_ends_in_the_same_bits(world, wide):
+    flags = {**LAYERS, "teacher": wide, "attention_loss": "relations", "save_steps": 3}
+    assert world.run(**flags) == 0
+    whole = world.path / "whole"
+    shutil.copytree(world.output, whole)
+    shutil.rmtree(world.output / "checkpoint-6")
+    (world.output / "model.safetensors").unlink()
+    assert world.run(**flags, resume_from_checkpoint="last") == 0
+    for name in ("model.safetensors", f"checkpoint-6/{OPTIMIZER_FILE}"):
+        ours, theirs = load_file(world.output / name), load_file(whole / name)
+        assert ours.keys() == theirs.keys()
+        assert all(np.array_equal(ours[key], theirs[key]) for key in ours), name
+    assert log_of(world.output) == log_of(whole)
+    names = load_file(whole / "checkpoint-6" / OPTIMIZER_FILE)
+    assert names["projection|value"].shape == (3, 16, 24) and names["projection|exp_avg"].any()
+    assert not any("qa_outputs" in name for name in names)
+
+
+def test_a_checkpoint_without_its_projection_is_refused(world, wide, capsys):
+    flags = {**LAYERS, "save_steps": 3}
+    assert world.run(**flags) == 0  # as wide as the student: there is no projection
+    assert world.run(**{**flags, "teacher": wide}, resume_from_checkpoint="last") == 2
+    assert "these differ: teacher" in capsys.readouterr().err
+
+
+def test_another_stage_is_another_objective(world, capsys):
+    assert world.run(**LAYERS, save_steps=3) == 0
+    again = {"validation_file": None, "save_steps": 3, "resume_from_checkpoint": "last"}
+    assert world.run(**again) == 2
+    assert "stage (layers -> predictions)" in capsys.readouterr().err
+
+
+def test_both(world, wide, capsys):
+    assert (
+        world.run(
+            stage="both",
+            layers_teacher=wide,
+            layers_learning_rate=2e-3,
+            layers_train_file=world.validation_file,
+            save_steps=3,
+        )
+        == 0
+    )
+    first, second = world.output / "layers", world.output / "predictions"
+    before, after = config_of(first), config_of(second)
+    assert (before["stage"], before["teacher"], before["student"]) == (
+        "layers",
+        [wide],
+        world.student,
+    )
+    assert (before["learning_rate"], before["train_file"]) == (2e-3, world.validation_file)
+    assert (after["stage"], after["teacher"], after["student"]) == (
+        "predictions",
+        [world.teacher],
+        str(first),
+    )
+    assert (after["learning_rate"], after["train_file"]) == (1e-2, world.train_file)
+    record = json.loads((second / "run.json").read_text())
+    assert record["layers_stage"] == before and record["metrics"]["total"] > 0
+    card = (second / "README.md").read_text()
+    assert "learnt the hidden states of `wide`, on `dev.json`" in card
+    assert "distilled from `teacher` into `student`" in card
+    # The second stage starts from what the first one learnt.
+    starts = load_file(first / "model.safetensors")
+    assert any(
+        np.any(starts[name] != each)
+        for name, each in load_file(world.path / "student" / "model.safetensors").items()
+    )
+    capsys.readouterr()
+    # Again: nothing is left to do, and nothing is lost.
+    weights = (second / "model.safetensors").read_bytes()
+    again = {
+        "stage": "both",
+        "layers_teacher": wide,
+        "layers_train_file": world.validation_file,
+        "save_steps": 3,
+    }
+    assert world.run(**again, layers_learning_rate=3e-3, resume_from_checkpoint="last") == 2
+    assert "learning_rate (0.002 -> 0.003)" in capsys.readouterr().err
+    assert world.run(**again, layers_learning_rate=2e-3, resume_from_checkpoint="last") == 0
+    assert "Stage layers is finished." in capsys.readouterr().out
+    assert (second / "model.safetensors").read_bytes() == weights
+
+
+def test_both_goes_on_in_whichever_stage(world, monkeypatch):
+    flags = {"stage": "both", "save_steps": 3}
+    assert world.run(**flags) == 0
+    whole = world.path / "whole"
+    shutil.copytree(world.output, whole)
+
+    def ends_equal():
+        assert world.run(**flags, resume_from_checkpoint="last") == 0
+        for stage in ("layers", "predictions"):
+            ours, theirs = (each / stage / "model.safetensors" for each in (world.output, whole))
+            assert ours.read_bytes() == theirs.read_bytes(), stage
+            assert log_of(world.output / stage) == log_of(whole / stage)
+
+    # Killed in the second stage, before its first checkpoint; then after it.
+    for name in ("run.json", "model.safetensors"):
+        (world.output / "predictions" / name).unlink()
+    for step in (3, 6):
+        shutil.rmtree(world.output / "predictions" / f"checkpoint-{step}")
+    ends_equal()
+    (world.output / "predictions" / "run.json").unlink()
+    shutil.rmtree(world.output / "predictions" / "checkpoint-6")
+    ends_equal()
+    # Killed in the first one.
+    (world.output / "layers" / "run.json").unlink()
+    shutil.rmtree(world.output / "layers" / "checkpoint-6")
+    shutil.rmtree(world.output / "predictions")
+    ends_equal()
+
+
+def test_both_looks_at_both_folders_first(world, capsys):
+    second = world.output / "predictions"
+    second.mkdir(parents=True)
+    (second / "mine.txt").write_text("mine")
+    assert world.run(stage="both") == 2
+    assert f"{second} is not empty" in capsys.readouterr().err
+    assert not (world.output / "layers" / "train_log.jsonl").exists()
+    assert os.listdir(second) == ["mine.txt"]
+
+
+@pytest.mark.parametrize("flag", ["teacher", "train_file", "validation_file"])
+def test_both_looks_at_what_the_second_reads_first(world, wide, flag, capsys):
+    given = {flag: world.path / "nowhere.json", "layers_train_file": world.train_file}
+    assert world.run(stage="both", layers_teacher=wide, **given) == 2
+    assert f"{world.path / 'nowhere.json'}" in capsys.readouterr().err
+    assert not (world.output / "layers" / "train_log.jsonl").exists()
+
+
+MISTAKES = {
+    "two teachers": ({**LAYERS, "teacher": "TWO"}, "learns from one teacher"),
+    "no teacher": ({**LAYERS, "teacher": None}, "learns from one teacher"),
+    "evaluation": ({"stage": "layers"}, "--validation_file is of no use in --stage layers"),
+    "push": ({**LAYERS, "push_to_hub": "me/it"}, "--push_to_hub is of no use"),
+    "compile": ({**LAYERS, "torch_compile": True}, "--torch_compile and --stage layers exclude"),
+    "checkpointing": (
+        {"stage": "both", "gradient_checkpointing": True},
+        "--gradient_checkpointing and --stage both exclude",
+    ),
+    "attention": ({"attention_loss": "relations"}, "needs --stage layers or both"),
+    "special flag": ({"layers_learning_rate": 1e-3}, "--layers_learning_rate needs --stage both"),
+    "range": (
+        {"stage": "both", "layers_num_train_epochs": -1.0},
+        "--layers_num_train_epochs is -1.0",
+    ),
+    "invariance": ({"stage": "both", "check_invariance": True}, "give --stage layers"),
+    "path": ({"stage": "both", "resume_from_checkpoint": "x"}, "from the `last` checkpoint"),
+    "other tokens": ({**LAYERS, "teacher": "ROBERTA"}, "has another tokenizer than the student"),
+    "layers": ({**LAYERS, "student": "THREE"}, "4 layers are no multiple of the student's 3"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_sentence(world, mistake, capsys):
+    made = {
+        "TWO": lambda: [world.teacher, world.teacher],
+        "ROBERTA": lambda: readers.save(world.path / "roberta", "roberta", layers=4),
+        "THREE": lambda: readers.save(world.path / "three", layers=3),
+    }
+    changes, told = MISTAKES[mistake]
+    changes = {
+        name: made[value]() if value in tuple(made) else value for name, value in changes.items()
+    }
+    assert world.run(**changes) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(said) == 1 and told in said[0]
+
+
+def test_a_teacher_without_a_head_will_do(world):
+    bare = readers.save(world.path / "bare", layers=4, head=False)
+    assert world.run(**LAYERS, teacher=bare) == 0
+
+
+def test_the_card_of_stage_layers_is_refused(world, capsys):
+    assert world.run(**LAYERS) == 0
+    assert card.main(["--model_dir", str(world.output)]) == 2
+    assert "answers nothing yet" in capsys.readouterr().err
+
+
+def test_a_teacher_that_is_not_finite_is_named_and_replayed(world, capsys):
+    path = world.path / "teacher" / "model.safetensors"
+    weights = load_file(path)
+    name = next(name for name in weights if name.endswith("layer.3.output.dense.bias"))
+    weights[name][0] = np.nan
+    save_file(weights, path, {"format": "pt"})
+    assert world.run(**LAYERS) == 2
+    said = capsys.readouterr().err
+    assert "not finite is the hidden states' term of question" in said
+    folder = world.output / "fault-0"
+    assert f"python -m kdfast.replay {folder} runs it again" in said
+    assert replay.main([str(folder)]) == 1
+    assert "Not finite is the hidden states' term" in capsys.readouterr().out
+
+
+def test_two_ranks_learn_what_one_learns(world, wide):
+    path = world.path / "student" / "config.json"
+    config = json.loads(path.read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    path.write_text(json.dumps(config))
+    flags = {**LAYERS, "teacher": wide, "attention_loss": "probabilities", "learning_rate": 1e-3}
+    assert world.run(**flags) == 0
+    alone = world.path / "alone"
+    world.output.rename(alone)
+    assert ranks_of(world, 2, **flags)[0] == [0, 0]
+    for ours, theirs in zip(log_of(world.output), log_of(alone), strict=True):
+        for name in ("loss", "hidden", "attention", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+
+
+def test_invariance_of_the_command(world, wide, capsys):
+    flags = {**LAYERS, "teacher": wide, "attention_loss": "relations", "output_dir": None}
+    assert world.run(**flags, check_invariance=True) == 0
+    said = capsys.readouterr().out
+    assert "one piece" in said and "differs" not in said
