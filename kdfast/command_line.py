@@ -13,7 +13,12 @@ def parser_of(
 
     sections: the first flag of each section of --help -> its heading.
     """
-    parser = HfArgumentParser(settings, prog=f"python -m kdfast.{program}", description=about)
+    parser = HfArgumentParser(
+        settings,
+        prog=f"python -m kdfast.{program}",
+        usage="%(prog)s [flags]",  # a list of fifty would hide what an error says
+        description=about,
+    )
     if sections:
         group = None
         for action in list(parser._actions):  # argparse has no other way to move a flag
