@@ -72,12 +72,16 @@ def parse(argv: list[str]) -> TrainConfig:
     recipes.
     """
     parser = command_line.parser_of(TrainConfig, "train", __doc__, SECTIONS)
-    recipe = parser.parse_known_args(argv)[0].recipe
+    known = parser.parse_known_args(argv)[0]
+    recipe = known.recipe
     if recipe == "list":
         print(recipes.listing())
         parser.exit()
     if recipe is not None:
-        parser.set_defaults(**recipes.load(recipe).settings)
+        settings = recipes.load(recipe).settings
+        stage = known.stage if any(each.startswith("--stage") for each in argv) else None
+        stage = stage or settings.get("stage", known.stage)
+        parser.set_defaults(**stages.of_stage(settings, stage))
     return command_line.parse(parser, argv)
 
 
@@ -89,8 +93,9 @@ def train(config: TrainConfig, ranks: Ranks | None = None, stop: StopSignals | N
     ranks, stop = ranks or Ranks(), stop or StopSignals()
     config.check()
     if config.stage == "both":
-        for each in stages.to_do(config, ranks):
-            record = train(each, ranks, stop)
+        with stages.held(config, ranks) as runs:
+            for each in runs:
+                record = train(each, ranks, stop)
         return record
     stop.grace_seconds = config.grace_seconds
     if not config.check_invariance:
@@ -148,8 +153,12 @@ def distil(
     model = student.model.to(device)
     if device.type == "cpu" and not config.torch_compile:  # it compiles its own dropout
         speed_up_dropout(model)
-    learner, kind_of_step = layers.learner(config, model, device, precision)
-    scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
+    learner, kind_of_step = layers.make_learner(
+        config, model, windows.uses_token_types, device, precision
+    )
+    scaler = None
+    if precision == "fp16":
+        scaler = torch.amp.GradScaler(device.type, kind_of_step.INITIAL_SCALE)
     updater = Updater(
         learner, make_optimizer(learner, config.weight_decay), scaler, config.max_grad_norm
     )

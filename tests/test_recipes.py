@@ -94,6 +94,19 @@ def test_what_was_published_of_two_stages():
     assert tiny["attention_loss"] == "probabilities"
 
 
+def test_a_recipe_of_two_stages_serves_each_of_them():
+    known = ["--recipe", "tinyroberta-squad2", "--output_dir", "out"]
+    both = train.parse(known)
+    for stage in ("both", "layers", "predictions"):
+        config = train.parse([*known, "--stage", stage])
+        config.check()
+        assert config.stage == stage
+    layers = train.parse([*known, "--stage", "layers", "--learning_rate", "1e-4"])
+    assert layers.teacher == [both.layers_teacher] and layers.learning_rate == 1e-4
+    assert layers.num_train_epochs == both.layers_num_train_epochs
+    assert train.parse([*known, "--stage=predictions"]).teacher == both.teacher
+
+
 def test_flags_override():
     name = "xlm-roberta-base-squad2-distilled"
     config = train.parse(["--temperature", "2", "--recipe", name, "--train_file", "mine.json"])
@@ -145,6 +158,7 @@ def test_a_short_run(name, tmp_path, capsys):
     }
     if recipes.load(name).settings.get("stage") == "both":
         own["layers_teacher"] = readers.save(tmp_path / "layers_teacher", model_type, seed=3)
+        own["layers_train_file"] = source
     flags = [part for flag, value in own.items() for part in (f"--{flag}", str(value))]
     assert train.main(["--recipe", name, *flags]) == 0
     output = tmp_path / "out"

@@ -3,14 +3,18 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 from kdfast import card, replay
+from kdfast.distill import layers
 from kdfast.distill.checkpoint import OPTIMIZER_FILE
-from tests import readers
+from kdfast.files import SUMS_FILE, write_sums
+from tests import corpora, readers
 from tests.programs import log_of
 from tests.test_train_ranks import ranks_of
 
@@ -57,8 +61,20 @@ def test_a_resumed_run_ends_in_the_same_bits(world, wide):
 
 
 def test_a_checkpoint_without_its_projection_is_refused(world, wide, capsys):
+    flags = {**LAYERS, "teacher": wide, "save_steps": 3}
+    assert world.run(**flags) == 0
+    folder = world.output / "checkpoint-6"
+    tensors = load_file(folder / OPTIMIZER_FILE)
+    del tensors["projection|value"]
+    save_file(tensors, folder / OPTIMIZER_FILE)
+    write_sums(folder, sorted(path.name for path in folder.iterdir() if path.name != SUMS_FILE))
+    assert world.run(**flags, resume_from_checkpoint="last") == 2
+    assert "lacks some of the model's parameters" in capsys.readouterr().err
+
+
+def test_another_teacher_is_another_run(world, wide, capsys):
     flags = {**LAYERS, "save_steps": 3}
-    assert world.run(**flags) == 0  # as wide as the student: there is no projection
+    assert world.run(**flags) == 0
     assert world.run(**{**flags, "teacher": wide}, resume_from_checkpoint="last") == 2
     assert "these differ: teacher" in capsys.readouterr().err
 
@@ -100,7 +116,7 @@ def test_both(world, wide, capsys):
     card = (second / "README.md").read_text()
     assert "learnt the hidden states of `wide`, on `dev.json`" in card
     assert "distilled from `teacher` into `student`" in card
-    # The second stage starts from what the first one learnt.
+    # What the first stage leaves is not what it was given.
     starts = load_file(first / "model.safetensors")
     assert any(
         np.any(starts[name] != each)
@@ -118,7 +134,6 @@ def test_both(world, wide, capsys):
     assert world.run(**again, layers_learning_rate=3e-3, resume_from_checkpoint="last") == 2
     assert "learning_rate (0.002 -> 0.003)" in capsys.readouterr().err
     assert world.run(**again, layers_learning_rate=2e-3, resume_from_checkpoint="last") == 0
-    assert "Stage layers is finished." in capsys.readouterr().out
     assert (second / "model.safetensors").read_bytes() == weights
 
 
@@ -167,6 +182,88 @@ def test_both_looks_at_what_the_second_reads_first(world, wide, flag, capsys):
     assert world.run(stage="both", layers_teacher=wide, **given) == 2
     assert f"{world.path / 'nowhere.json'}" in capsys.readouterr().err
     assert not (world.output / "layers" / "train_log.jsonl").exists()
+
+
+LATER = {
+    "no head": ({"teacher": "BARE"}, "has no question-answering head"),
+    "too short": ({"teacher": "SHORT"}, "reads 100 tokens at most"),
+    "mse": ({"teacher": "ROBERTA", "distillation_loss": "mse"}, "mse compares logits"),
+    "hub": ({"push_to_hub": "a b!!"}, "--push_to_hub a b!!"),
+    "language": ({"language": "klingon"}, "--language klingon"),
+}
+
+
+@pytest.mark.parametrize("mistake", LATER)
+def test_both_finds_mistakes_of_the_second_first(world, wide, mistake, capsys):
+    changes, told = LATER[mistake]
+    made = {
+        "BARE": lambda: readers.save(world.path / "bare", head=False),
+        "SHORT": lambda: readers.save(world.path / "short", max_position_embeddings=100),
+        "ROBERTA": lambda: readers.save(world.path / "roberta", "roberta"),
+    }
+    changes = {name: made[value]() if value in made else value for name, value in changes.items()}
+    assert world.run(stage="both", layers_teacher=wide, **changes) == 2
+    assert told in capsys.readouterr().err
+    assert not (world.output / "layers" / "train_log.jsonl").exists()
+
+
+def test_an_overwritten_run_goes_on_as_itself(world):
+    """What an earlier run left in predictions/ is not taken for this one's."""
+    assert world.run(stage="both", save_steps=3) == 0
+    flags = {"stage": "both", "learning_rate": 2e-3, "save_steps": 4}
+    assert world.run(**flags, overwrite=True) == 0
+    whole = (world.output / "predictions" / "model.safetensors").read_bytes()
+    assert world.run(stage="both", save_steps=3, overwrite=True) == 0
+    # Killed in stage layers of the other run, which has replaced the first in layers/ alone.
+    assert world.run(**flags, overwrite=True) == 0
+    shutil.rmtree(world.output / "predictions")
+    assert world.run(stage="both", save_steps=3, output_dir=world.path / "other") == 0
+    (world.path / "other" / "predictions").rename(world.output / "predictions")
+    (world.output / "layers" / "run.json").unlink()
+    shutil.rmtree(world.output / "layers" / "checkpoint-6")
+    assert world.run(**flags, resume_from_checkpoint="last") == 0
+    assert (world.output / "predictions" / "model.safetensors").read_bytes() == whole
+
+
+def test_a_finished_stage_is_compared_by_content(world, capsys):
+    assert world.run(stage="both") == 0
+    shutil.rmtree(world.output / "predictions")
+    corpora.write(Path(world.train_file), 21)
+    assert world.run(stage="both", resume_from_checkpoint="last") == 2
+    assert "these differ: training data" in capsys.readouterr().err
+
+
+def test_what_stage_layers_does_not_use_may_change(world):
+    assert world.run(stage="both") == 0
+    shutil.rmtree(world.output / "predictions")
+    assert world.run(stage="both", temperature=3.0, resume_from_checkpoint="last") == 0
+
+
+def test_nothing_to_go_on_with(world, capsys):
+    assert world.run(stage="both", resume_from_checkpoint="last") == 2
+    assert "nothing to resume" in capsys.readouterr().err
+
+
+def test_a_link_in_the_folder_is_refused(world, capsys):
+    world.output.mkdir()
+    (world.path / "elsewhere").mkdir()
+    (world.output / "layers").symlink_to(world.path / "elsewhere")
+    assert world.run(stage="both") == 2
+    assert "holds a link, layers" in capsys.readouterr().err
+    assert not any((world.path / "elsewhere").iterdir())
+
+
+def test_a_student_that_only_looks_like_stage_layers(world):
+    (world.path / "student" / "run.json").write_text('{"config": {"stage": "layers"}}')
+    assert world.run() == 0
+    assert json.loads((world.output / "run.json").read_text())["layers_stage"] is None
+
+
+def test_a_teacher_without_token_types_is_refused(world, capsys):
+    teacher = readers.save(world.path / "untyped", layers=4, type_vocab_size=1)
+    for changes in (LAYERS, {}):
+        assert world.run(**changes, teacher=teacher) == 2
+        assert "has no embeddings for token types" in capsys.readouterr().err
 
 
 MISTAKES = {
@@ -219,7 +316,7 @@ def test_the_card_of_stage_layers_is_refused(world, capsys):
     assert "answers nothing yet" in capsys.readouterr().err
 
 
-def test_a_teacher_that_is_not_finite_is_named_and_replayed(world, capsys):
+def test_a_teacher_that_is_not_finite_is_named(world, capsys):
     path = world.path / "teacher" / "model.safetensors"
     weights = load_file(path)
     name = next(name for name in weights if name.endswith("layer.3.output.dense.bias"))
@@ -227,10 +324,42 @@ def test_a_teacher_that_is_not_finite_is_named_and_replayed(world, capsys):
     save_file(weights, path, {"format": "pt"})
     assert world.run(**LAYERS) == 2
     said = capsys.readouterr().err
-    assert "not finite is the hidden states' term of question" in said
-    folder = world.output / "fault-0"
+    assert f"--teacher {world.teacher} has weights that are not finite" in said and name in said
+
+
+@pytest.mark.parametrize("policy", ["halt", "skip"])
+def test_a_projection_that_is_not_finite_is_named_and_replayed(
+    world, wide, policy, monkeypatch, capsys
+):
+    run = layers.LayerStepper.run
+
+    def spoiled(self, step, *rest):
+        if step == 3:
+            self.forward.projection.data[0, 0, 0] = np.inf
+        return run(self, step, *rest)
+
+    monkeypatch.setattr(layers.LayerStepper, "run", spoiled)
+    assert world.run(**LAYERS, teacher=wide, on_nonfinite=policy) == 2
+    said = capsys.readouterr().err
+    assert "the student's weights are not finite (projection)" in said
+    folder = world.output / "fault-3"
     assert f"python -m kdfast.replay {folder} runs it again" in said
     assert replay.main([str(folder)]) == 1
+    assert "(projection)" in capsys.readouterr().out
+
+
+def test_a_term_that_is_not_finite_is_named_and_replayed(world, monkeypatch, capsys):
+    term = layers.hidden_term
+
+    def spoiled(states, targets, mask, projection):
+        found = term(states, targets, mask, projection)
+        return torch.where(mask.sum(1) == mask.sum(1).max(), found * torch.inf, found)
+
+    monkeypatch.setattr(layers, "hidden_term", spoiled)
+    assert world.run(**LAYERS) == 2
+    said = capsys.readouterr().err
+    assert "not finite is the hidden states' term of question" in said
+    assert replay.main([str(world.output / "fault-0")]) == 1
     assert "Not finite is the hidden states' term" in capsys.readouterr().out
 
 

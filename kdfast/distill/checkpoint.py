@@ -183,19 +183,19 @@ def _trained_tensors(model: SpanModel, updater: Updater) -> dict[str, torch.Tens
         for name, parameter in updater.named.items()
         for key, value in updater.optimizer.state.get(parameter, {}).items()
     }
-    beside = {f"{name}|{VALUE}": each.detach() for name, each in _beside(model, updater).items()}
+    beside = {f"{name}|{VALUE}": each for name, each in beside_reader(model, updater).items()}
     return tensors | beside
 
 
-def _beside(model: SpanModel, updater: Updater) -> dict[str, torch.nn.Parameter]:
-    """The parameters that train and are not the reader's."""
+def beside_reader(model: SpanModel, updater: Updater) -> dict[str, torch.Tensor]:
+    """What trains and is not the reader's, by name; it shares memory with the parameters."""
     own = {id(each) for each in model.reader.parameters()}
-    return {name: each for name, each in updater.named.items() if id(each) not in own}
+    return {name: each.detach() for name, each in updater.named.items() if id(each) not in own}
 
 
 def _restore_trained(model: SpanModel, updater: Updater, tensors: dict[str, torch.Tensor]) -> None:
     parameters = updater.named
-    values = {f"{name}|{VALUE}" for name in _beside(model, updater)}
+    values = {f"{name}|{VALUE}" for name in beside_reader(model, updater)}
     states = {f"{name}|{key}" for name in parameters for key in ADAM}
     if not values <= set(tensors) or set(tensors) - values not in (set(), states):
         raise ValueError(f"{OPTIMIZER_FILE} lacks some of the model's parameters")

@@ -36,7 +36,8 @@ class TrainConfig:
     teacher: list[str] | None = flag(
         None,
         "Folder or hub id of the teacher, a model fine-tuned for question answering. Of several "
-        "the softened distributions are averaged. Any may have a tokenizer of its own.",
+        "the softened distributions are averaged. In stage predictions any may have a tokenizer "
+        "of its own.",
     )
     teacher_weights: list[float] | None = flag(
         None, "What each teacher counts in the average, 1 in sum. Default: all the same."
@@ -101,7 +102,9 @@ class TrainConfig:
     )
 
     num_train_epochs: float = flag(4.0, "Passes over the training windows.")
-    max_steps: int = flag(-1, "Stop after so many optimizer steps; overrides the epochs if > 0.")
+    max_steps: int = flag(
+        -1, "Stop after so many optimizer steps, in each stage; overrides the epochs if > 0."
+    )
     train_batch_size: int = flag(80, "Windows in one optimizer step, whatever the hardware.")
     max_tokens_per_micro_batch: int | None = flag(
         None, "Padded tokens in a micro-batch. Default: 768 on a CPU, what fits on a GPU."

@@ -221,6 +221,7 @@ def choose_rule(config: TrainConfig, work: Work, trial: Trial) -> CutRule:
     if max_tokens is None and device.type == "cpu":
         max_tokens = CPU_TOKENS
     elif max_tokens is None:
+        torch.cuda.empty_cache()  # what it holds in reserve would count as taken
         # What stands already counts as taken, and Adam's two moments are still to come.
         free = torch.cuda.mem_get_info(device)[0] - 8 * work.parameters
         max_tokens = find_budget(lambda count: trial.peak_bytes(count, width), free, width)

@@ -19,9 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from kdfast.distill import models
+from kdfast.distill.checkpoint import beside_reader
 from kdfast.distill.config import TrainConfig
 from kdfast.distill.feed import MicroBatch, map_tensors
 from kdfast.distill.model_folders import save_model
+from kdfast.distill.optim import Updater
 from kdfast.distill.precision import AUTOCAST
 from kdfast.distill.step import Stepper
 from kdfast.errors import UserError
@@ -62,7 +64,8 @@ class Kept:
     """What `read` found. step, rank: whose dropout is drawn again; count: windows of the step.
 
     loss_scale: of the step, None without a scaler. cuts: the micro-batches' window numbers;
-    batches: the same micro-batches, on the host. questions: id of each window's question.
+    batches: the same micro-batches, on the host. questions: id of each window's question. beside:
+    what trained beside the student, by its name in Updater.named.
     """
 
     config: TrainConfig
@@ -74,6 +77,7 @@ class Kept:
     questions: dict[int, str]
     cuts: list[np.ndarray]
     batches: list[MicroBatch]
+    beside: dict[str, torch.Tensor]
 
 
 class KeptFeed:
@@ -110,6 +114,7 @@ def write(
         found = {**each.batch.inputs, kind: each.output}
         found |= {name: getattr(each.batch, name) for name in OTHERS}
         tensors |= {f"{number}.{name}": t for name, t in found.items() if t is not None}
+    tensors |= beside_reader(stepper.model, stepper.updater)
     save_file({name: t.contiguous() for name, t in tensors.items()}, beside / BATCH_FILE)
     ids = windows.question_ids
     cuts = [each.indices.tolist() for each in replayed]
@@ -153,6 +158,7 @@ def read(folder: Path) -> Kept:
             questions={int(window): str(each) for window, each in facts["questions"].items()},
             cuts=cuts,
             batches=[_batch(tensors, number, len(cut), config) for number, cut in enumerate(cuts)],
+            beside={name: each for name, each in tensors.items() if "." not in name},
         )
     except (*MALFORMED, OSError, SafetensorError) as error:
         raise UserError(
@@ -173,6 +179,15 @@ def check_fits(kept: Kept, loaded: models.Loaded, folder: Path) -> None:
             ids = batch.inputs[name]
             if ids is not None and not 0 <= int(ids.min()) <= int(ids.max()) < count:
                 raise UserError(f"{folder} holds {name} that its own model lacks: leave it.")
+
+
+def restore_beside(kept: Kept, model: models.SpanModel, updater: Updater, folder: Path) -> None:
+    """Put back what trained beside the student. Raises UserError where the folder has not all."""
+    for name, each in beside_reader(model, updater).items():
+        found = kept.beside.get(name)
+        if found is None or found.shape != each.shape:
+            raise UserError(f"{folder} holds no {name} that fits its model and teacher: leave it.")
+        each.copy_(found)
 
 
 def _natural(value: Any) -> int:

@@ -6,7 +6,7 @@ that the bad step has left alone, and the first term that is not finite is looke
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,16 +67,16 @@ def fault_of(report: StepReport, overflows: int) -> str | None:
     return None
 
 
-def broken_weight(model: nn.Module) -> str | None:
+def broken_weight(parameters: Iterable[tuple[str, torch.Tensor]]) -> str | None:
     """The name of a parameter that is not finite, or None. The host waits for the device once."""
-    named = list(model.named_parameters())
+    named = list(parameters)
     sound = torch.stack([torch.isfinite(each).all() for _, each in named]).tolist()
     return next((name for (name, _), good in zip(named, sound, strict=True) if not good), None)
 
 
 def check_weights(model: nn.Module) -> None:
     """Raise UserError before weights that are not finite replace good ones on the disk."""
-    if name := broken_weight(model):
+    if name := broken_weight(model.named_parameters()):
         raise UserError(
             f"The student's weights are not finite any more ({name}) and are not saved: lower "
             "--learning_rate; earlier checkpoints and best/ are whole."
@@ -92,7 +92,7 @@ def examine(
     """
     rank = stepper.ranks.rank
     stepper.model.train()
-    broken = broken_weight(stepper.model)
+    broken = broken_weight(stepper.updater.named.items())
     bad: dict[str, list[int]] = {}
     replayed = []
     for number, batch in enumerate(stepper.feed.micro_batches(batches)):

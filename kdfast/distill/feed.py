@@ -57,6 +57,7 @@ def make_feed(
     if device.type == "cpu":
         return host
     needed = ResidentFeed.bytes_needed(windows, teacher_logits)
+    torch.cuda.empty_cache()  # what it holds in reserve would count as taken
     if needed < RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]:
         return ResidentFeed(windows, teacher_logits, device, multiple)
     return StreamedFeed(host, device)

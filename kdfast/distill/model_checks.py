@@ -38,6 +38,15 @@ def check_sizes(config, folder: Path, name: str, role: str) -> None:
         )
 
 
+def check_token_types(reader: nn.Module, uses_token_types: bool, name: str) -> None:
+    """Raise UserError for a teacher that lacks the token types of the windows it is to read."""
+    if uses_token_types and getattr(reader.config, "type_vocab_size", 0) < 2:
+        raise UserError(
+            f"--teacher {name} has no embeddings for token types, which its tokenizer gives: name "
+            "another teacher."
+        )
+
+
 def check_windows(reader: nn.Module, windows: Windows, max_seq_length: int, cache: Path) -> None:
     """Raise UserError for prepared windows that the model cannot read, whoever prepared them.
 

@@ -1,33 +1,61 @@
 """--stage both: a run that learns layers, then one that learns predictions and starts from it."""
 
 import json
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from kdfast.distill import models
+from kdfast.distill import card, models, teachers
 from kdfast.distill.checkpoint import list_checkpoints
-from kdfast.distill.config import OBJECTIVE, TrainConfig
+from kdfast.distill.config import TrainConfig
 from kdfast.distill.config_checks import LAYERS_FLAGS
+from kdfast.distill.flag_values import LARGEST
 from kdfast.distill.log import LOG_FILE
 from kdfast.distill.ranks import Ranks
-from kdfast.distill.record import RUN_FILE, open_output
+from kdfast.distill.record import RUN_FILE, check_no_links, open_output, sole_run
 from kdfast.errors import UserError
 from kdfast.files import read_json_object
 from kdfast.squad import metrics, records
+from kdfast.squad.features import tokenizer_key
 
-# What only a reader that answers has a use for.
+# What stage layers has no use for.
 OF_ANSWERS = {
-    "validation_file": None,
-    "eval_steps": None,
-    "load_best_model_at_end": False,
-    "report": False,
-    "push_to_hub": None,
+    "teacher_weights",
+    "temperature",
+    "distillation_loss_weight",
+    "distillation_loss",
+    "convention",
+    "embeds_dropout_prob",
+    "validation_file",
+    "eval_steps",
+    "load_best_model_at_end",
+    "max_answer_length",
+    "n_best_size",
+    "report",
+    "push_to_hub",
 }
 
 
+def of_stage(settings: dict[str, Any], stage: str) -> dict[str, Any]:
+    """The settings of a recipe, those for `stage` alone where it has two."""
+    settings = {**settings, "stage": stage}
+    if stage == "both":
+        return settings
+    own = {LAYERS_FLAGS[name]: settings.pop(name) for name in LAYERS_FLAGS if name in settings}
+    if stage == "layers":
+        kept = {name: value for name, value in settings.items() if name not in OF_ANSWERS}
+        return kept | own
+    settings.pop("attention_loss", None)
+    return settings
+
+
 def of_layers(config: TrainConfig) -> TrainConfig:
-    """The settings of stage layers within --stage both."""
+    """The settings of stage layers within --stage both; what it does not use has its default.
+
+    It always ends in a checkpoint, from which a resumed run sees by content that it is the same.
+    """
     own = {
         flag: getattr(config, special)
         for special, flag in LAYERS_FLAGS.items()
@@ -39,9 +67,9 @@ def of_layers(config: TrainConfig) -> TrainConfig:
         stage="layers",
         student=config.student or config.teacher[0],
         output_dir=str(Path(config.output_dir) / "layers"),
-        teacher_weights=None,
+        save_steps=config.save_steps or LARGEST,
+        **{each.name: each.default for each in fields(TrainConfig) if each.name in OF_ANSWERS},
         **dict.fromkeys(LAYERS_FLAGS),
-        **OF_ANSWERS,
         **own,
     )
 
@@ -60,26 +88,24 @@ def of_predictions(config: TrainConfig) -> TrainConfig:
     )
 
 
-def to_do(config: TrainConfig, ranks: Ranks) -> list[TrainConfig]:
-    """The runs that --stage both still has to make, in their order, as rank 0 finds them.
+@contextmanager
+def held(config: TrainConfig, ranks: Ranks) -> Iterator[list[TrainConfig]]:
+    """The runs of --stage both in their order, as rank 0 finds them; their folder is held for them.
 
-    Raises UserError for a folder that a run may not write, for data or a teacher of the last run
-    that is not there, and where a finished stage layers had other settings than these.
+    One that was made already comes too: it looks at its data and models, and ends. Raises UserError
+    for a folder that a run may not write, and for data or a teacher that is not there.
     """
-    told = ""
-    if ranks.is_first:
-        runs = [of_layers(config), of_predictions(config)]
-        if config.resume_from_checkpoint or ranks.restarts:
-            runs = [_continued(each) for each in runs]
-            if _is_finished(runs[0]):
-                _check_same(runs.pop(0))
-                ranks.say("Stage layers is finished.")
-        for each in runs:
-            open_output(each)
-        if len(runs) > 1:
+    told, output = "", Path(config.output_dir).expanduser()
+    with ExitStack() as stack:
+        if ranks.is_first:
+            runs = _continued(config, ranks)
+            for each in runs:
+                open_output(each)
+            check_no_links(output)
+            stack.enter_context(sole_run(output, ranks))
             _look_ahead(*runs)
-        told = json.dumps([asdict(each) for each in runs])
-    return [TrainConfig(**each) for each in json.loads(ranks.share(told))]
+            told = json.dumps([asdict(each) for each in runs])
+        yield [TrainConfig(**each) for each in json.loads(ranks.share(told))]
 
 
 def earlier(config: TrainConfig) -> dict[str, Any] | None:
@@ -88,42 +114,53 @@ def earlier(config: TrainConfig) -> dict[str, Any] | None:
     if config.student is None:
         return None
     found = read_json_object(Path(config.student).expanduser() / RUN_FILE).get("config")
-    return found if isinstance(found, dict) and found.get("stage") == "layers" else None
+    try:
+        before = TrainConfig(**found)
+        before.check()
+    except (TypeError, UserError):  # of no run, or of another version
+        return None
+    return found if before.stage == "layers" else None
+
+
+def _continued(config: TrainConfig, ranks: Ranks) -> list[TrainConfig]:
+    """Both runs, each from where it stands if that is asked for: its last checkpoint, or anew."""
+    first, last = of_layers(config), of_predictions(config)
+    if not config.resume_from_checkpoint and ranks.restarts == 0:
+        return [first, last]
+    may_begin = ranks.restarts > 0
+    first_is_done = (_folder(first) / RUN_FILE).is_file()
+    had_begun = (_folder(first) / LOG_FILE).is_file()
+    if list_checkpoints(_folder(first)) or not (had_begun or may_begin):
+        first = replace(first, resume_from_checkpoint="last", overwrite=False)
+    else:
+        first = replace(first, resume_from_checkpoint=None, overwrite=had_begun)
+    # What is in there while the first is not done is left of a run that --overwrite replaces.
+    is_done = (_folder(last) / RUN_FILE).is_file()
+    had_begun = (_folder(last) / LOG_FILE).is_file()
+    if first_is_done and (is_done or list_checkpoints(_folder(last))):
+        last = replace(last, resume_from_checkpoint="last", overwrite=False)
+    else:
+        last = replace(last, resume_from_checkpoint=None, overwrite=had_begun)
+    return [first, last]
+
+
+def _folder(run: TrainConfig) -> Path:
+    return Path(run.output_dir).expanduser()
 
 
 def _look_ahead(first: TrainConfig, last: TrainConfig) -> None:
     """Raise UserError for what would end the last run as soon as the first has taken its time."""
-    for name in last.teacher or ():
-        folder = models.local_folder(name, "--teacher")
-        models.load_config(folder, name, "--teacher")
-        models.load_tokenizer(folder, "--teacher")
+    card.check(last.language, last.push_to_hub)
     if last.train_file != first.train_file:
         records.read_examples(last.train_file, split="train")
     if last.validation_file:
         metrics.gold_answers(records.read_examples(last.validation_file, split="validation"))
-
-
-def _continued(run: TrainConfig) -> TrainConfig:
-    """Its settings if it goes on where it stands: from a checkpoint, anew before the first."""
-    output = Path(run.output_dir).expanduser()
-    if list_checkpoints(output) or _is_finished(run):
-        return replace(run, resume_from_checkpoint="last", overwrite=False)
-    had_begun = (output / LOG_FILE).is_file()
-    return replace(run, resume_from_checkpoint=None, overwrite=had_begun)
-
-
-def _is_finished(run: TrainConfig) -> bool:
-    return (Path(run.output_dir).expanduser() / RUN_FILE).is_file()
-
-
-def _check_same(run: TrainConfig) -> None:
-    """Raise UserError unless the finished run in its folder had these settings."""
-    output = Path(run.output_dir).expanduser()
-    before, now = read_json_object(output / RUN_FILE).get("config", {}), asdict(run)
-    names = {"teacher", "student", "train_file", *OBJECTIVE} - run.allowed_changes()
-    if different := sorted(name for name in names if before.get(name) != now[name]):
-        told = ", ".join(f"{name} ({before.get(name)} -> {now[name]})" for name in different)
-        raise UserError(
-            f"--resume_from_checkpoint last: stage layers in {output} was made with other "
-            f"settings: {told}. Start with the same, or anew in another --output_dir."
-        )
+    if not last.learns_answers:
+        return
+    own = models.load_tokenizer(models.local_folder(first.student, "--student"), "--student")
+    for name in last.teacher:
+        loaded = models.load_reader(name, "--teacher")
+        if tokenizer_key(loaded.tokenizer) != tokenizer_key(own):
+            teachers.refuse_mse(last, name)
+        else:
+            models.check_fits(loaded, last.max_seq_length, name)

@@ -57,6 +57,7 @@ class Stepper:
     """
 
     PARTS = ("soft", "hard")  # what the row parts of losses() are
+    INITIAL_SCALE = 2.0**16  # of the loss, under fp16; the scaler halves one that is too large
 
     def __init__(
         self,
@@ -181,9 +182,12 @@ class Stepper:
     def smaller(self, batches: list[np.ndarray]) -> CutRule:
         """The rule with half the room of what did not fit."""
         if max(map(len, batches)) == 1:
+            remedy = "--max_seq_length, --gradient_checkpointing,"
+            if self.config.stage == "layers":  # which excludes the second
+                remedy = "--max_seq_length"
             raise UserError(
-                "There is not enough memory for a single window: give a smaller "
-                "--max_seq_length, --gradient_checkpointing, or a smaller student."
+                f"There is not enough memory for a single window: give a smaller {remedy} or a "
+                "smaller student."
             )
         if self.rule.parts is not None:
             return replace(self.rule, parts=2 * len(batches))

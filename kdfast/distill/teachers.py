@@ -12,6 +12,7 @@ from tqdm import tqdm
 from kdfast.distill import costs, models, teacher
 from kdfast.distill.config import TrainConfig
 from kdfast.distill.derived import Probabilities
+from kdfast.distill.model_checks import check_token_types
 from kdfast.distill.ranks import Ranks
 from kdfast.errors import UserError
 from kdfast.squad import features, pieces
@@ -67,11 +68,7 @@ def find(
     if key == features.tokenizer_key(student.tokenizer):
         source = teacher.Source(weights, key, windows.key, kind)
         return Teacher(name, source, windows, config.max_seq_length, None)
-    if config.distillation_loss == "mse":
-        raise UserError(
-            f"--distillation_loss mse compares logits, and --teacher {name}, which has another "
-            "tokenizer than the student, gives it probabilities only: use kl_div."
-        )
+    refuse_mse(config, name)
     length = models.trained_length(models.load_config(folder, name, "--teacher"))
     read = pieces.prepare(
         windows,
@@ -95,6 +92,15 @@ def find(
     return Teacher(name, source, read.windows, length, Carrier(windows, read, *templates))
 
 
+def refuse_mse(config: TrainConfig, name: str) -> None:
+    """Raise UserError for mse with a teacher `name` whose tokenizer is not the student's."""
+    if config.distillation_loss == "mse":
+        raise UserError(
+            f"--distillation_loss mse compares logits, and --teacher {name}, which has another "
+            "tokenizer than the student, gives it probabilities only: use kl_div."
+        )
+
+
 def own_logits(config: TrainConfig, one: Teacher, device: torch.device, ranks: Ranks) -> np.ndarray:
     """A teacher's raw logits over its windows, from its cache or by a pass: fp16 (tokens, 2)."""
     tokens = len(one.windows.input_ids)
@@ -104,6 +110,7 @@ def own_logits(config: TrainConfig, one: Teacher, device: torch.device, ranks: R
         return logits
     loaded = models.load_reader(one.name, "--teacher")
     models.check_fits(loaded, one.max_seq_length, one.name)
+    check_token_types(loaded.model.reader, one.windows.uses_token_types, one.name)
     for note in loaded.notes:
         ranks.say(note)
     total = len(one.windows)

@@ -63,13 +63,17 @@ class Watch:
         if why is None:
             return None
         self.faults += 1
-        is_last = stepper.config.on_nonfinite == "halt" or broken_weight(stepper.model) is not None
+        is_last = stepper.config.on_nonfinite == "halt" or self._is_broken()
         if not is_last and self.faults > FOLDERS_AT_MOST:
             return f"Step {report.step} is skipped: {why}."
         sentence = self._diagnosis(report, why)
         if is_last:
             raise UserError(sentence)
         return sentence
+
+    def _is_broken(self) -> bool:
+        """Whether a weight is not finite, so that no step could succeed any more."""
+        return broken_weight(self.stepper.updater.named.items()) is not None
 
     def _diagnosis(self, report: StepReport, why: str) -> str:
         """Find out what was bad, and leave it in a folder: one rank, which has it, does."""
