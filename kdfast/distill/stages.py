@@ -14,7 +14,7 @@ from kdfast.distill.config_checks import LAYERS_FLAGS
 from kdfast.distill.flag_values import LARGEST
 from kdfast.distill.log import LOG_FILE
 from kdfast.distill.ranks import Ranks
-from kdfast.distill.record import RUN_FILE, check_no_links, open_output, sole_run
+from kdfast.distill.record import RUN_FILE, check_no_links, open_output, remove_run, sole_run
 from kdfast.errors import UserError
 from kdfast.files import read_json_object
 from kdfast.squad import metrics, records
@@ -98,12 +98,17 @@ def held(config: TrainConfig, ranks: Ranks) -> Iterator[list[TrainConfig]]:
     told, output = "", Path(config.output_dir).expanduser()
     with ExitStack() as stack:
         if ranks.is_first:
-            runs = _continued(config, ranks)
+            goes_on = config.resume_from_checkpoint is not None or ranks.restarts > 0
+            runs = [of_layers(config), of_predictions(config)]
+            if goes_on:
+                runs = _continued(*runs, may_begin=ranks.restarts > 0)
+            check_no_links(output)
             for each in runs:
                 open_output(each)
-            check_no_links(output)
             stack.enter_context(sole_run(output, ranks))
             _look_ahead(*runs)
+            if goes_on and runs[-1].overwrite:
+                remove_run(_folder(runs[-1]))  # a rank that starts anew shall not go on from it
             told = json.dumps([asdict(each) for each in runs])
         yield [TrainConfig(**each) for each in json.loads(ranks.share(told))]
 
@@ -122,12 +127,11 @@ def earlier(config: TrainConfig) -> dict[str, Any] | None:
     return found if before.stage == "layers" else None
 
 
-def _continued(config: TrainConfig, ranks: Ranks) -> list[TrainConfig]:
-    """Both runs, each from where it stands if that is asked for: its last checkpoint, or anew."""
-    first, last = of_layers(config), of_predictions(config)
-    if not config.resume_from_checkpoint and ranks.restarts == 0:
-        return [first, last]
-    may_begin = ranks.restarts > 0
+def _continued(first: TrainConfig, last: TrainConfig, may_begin: bool) -> list[TrainConfig]:
+    """Both runs, each from where it stands: its last checkpoint, or anew.
+
+    may_begin: whether nothing at all may be there yet.
+    """
     first_is_done = (_folder(first) / RUN_FILE).is_file()
     had_begun = (_folder(first) / LOG_FILE).is_file()
     if list_checkpoints(_folder(first)) or not (had_begun or may_begin):
