@@ -270,6 +270,7 @@ MISTAKES = {
     "two teachers": ({**LAYERS, "teacher": "TWO"}, "learns from one teacher"),
     "no teacher": ({**LAYERS, "teacher": None}, "learns from one teacher"),
     "evaluation": ({"stage": "layers"}, "--validation_file is of no use in --stage layers"),
+    "eval steps": ({**LAYERS, "eval_steps": 5}, "--eval_steps is of no use in --stage layers"),
     "push": ({**LAYERS, "push_to_hub": "me/it"}, "--push_to_hub is of no use"),
     "compile": ({**LAYERS, "torch_compile": True}, "--torch_compile and --stage layers exclude"),
     "checkpointing": (

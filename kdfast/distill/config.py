@@ -44,13 +44,13 @@ class TrainConfig:
     )
     stage: Literal["predictions", "layers", "both"] = flag(
         "predictions",
-        "What is learnt: the teacher's answers; its hidden states and attention, before the "
-        "answers; or one after the other, in layers/ and predictions/ of --output_dir.",
+        "What is learnt: the teacher's answers; its hidden states (and --attention_loss), before "
+        "the answers; or one after the other, in layers/ and predictions/ of --output_dir.",
     )
     attention_loss: Literal["none", "probabilities", "relations"] = flag(
         "none",
-        "Stage layers: learn attention too, as probabilities of every layer (as many heads), or "
-        "as relations within the last one.",
+        "Stage layers: learn attention too, as probabilities of every layer, which needs equal "
+        "numbers of heads, or as relations within the last one.",
     )
     layers_teacher: str | None = flag(
         None, "Stage both: the teacher of stage layers. Default: the first --teacher."
@@ -73,7 +73,7 @@ class TrainConfig:
         None, "Layers that the student keeps, counted from 0, such as 1,3,5."
     )
     train_file: str | None = flag(
-        None, "SQuAD JSON, JSONL or parquet file, or a hub dataset id[:config[:split]]."
+        None, "SQuAD JSON, JSONL or parquet file, or a hub dataset id[@revision][:config[:split]]."
     )
     validation_file: str | None = flag(None, "The same for evaluation. Default: no evaluation.")
     output_dir: str | None = flag(None, "Folder for the student, its checkpoints and run.json.")
@@ -91,7 +91,7 @@ class TrainConfig:
     doc_stride: int = flag(128, "Context tokens from the start of a window to that of the next.")
 
     temperature: float = flag(
-        1.5, "Softens teacher and student; the soft loss is times its square."
+        1.5, "Softens teacher and student; the soft loss is multiplied by its square."
     )
     distillation_loss_weight: float = flag(
         0.75, "Weight of the soft loss; the gold spans get the rest. 0 trains on gold spans alone."
@@ -121,7 +121,7 @@ class TrainConfig:
     max_grad_norm: float = flag(1.0, "Gradients are clipped to this norm.")
     embeds_dropout_prob: float = flag(0.1, "Dropout between the encoder and the span head.")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(
-        None, "Default: fp16 on a GPU, no on a CPU."
+        None, "Type of the matrix products. Default: fp16 on a GPU, no (fp32) on a CPU."
     )
     torch_compile: bool = flag(False, "Compile the student; widths are then multiples of 8.")
     gradient_checkpointing: bool = flag(
@@ -139,7 +139,8 @@ class TrainConfig:
     save_steps: int | None = flag(None, "Write a checkpoint every so many steps. Default: none.")
     save_total_limit: int = flag(2, "Checkpoints that are kept.")
     grace_seconds: float = flag(
-        30.0, "From SIGTERM or SIGINT to the end: a step that would take over half is dropped."
+        30.0,
+        "From SIGTERM or SIGINT to the kill: a step that would take over half of it is dropped.",
     )
     load_best_model_at_end: bool = flag(
         False, "Put the model with the best f1 into --output_dir, and the last one into last/."

@@ -21,8 +21,8 @@ LAYERS_FLAGS = {
 def check(config: "TrainConfig") -> None:
     """Raise UserError for a flag out of range or flags that contradict one another."""
     check_presence(config)
-    check_contradictions(config)
     check_stage(config)
+    check_contradictions(config)
     check_teachers(config)
     check_ranges(config)
 
@@ -92,7 +92,8 @@ def check_stage(config: "TrainConfig") -> None:
         return
     if len(config.teacher or ()) != 1:
         raise UserError(f"{stage} learns from one teacher: give one --teacher.")
-    for name in ("validation_file", "push_to_hub"):
+    evaluation = ("validation_file", "eval_steps", "load_best_model_at_end", "report")
+    for name in (*evaluation, "push_to_hub"):
         if getattr(config, name):
             raise UserError(
                 f"--{name} is of no use in {stage}, which trains no span head: leave it out, "

@@ -96,11 +96,11 @@ def hidden_term(
 
 class AttentionTerm(torch.autograd.Function):
     """(B,): the mean of (softmax(query key^T / sqrt(D)) - the teacher's)^2 over heads and pairs of
-    real positions.
+    real positions. That is Haystack's form; TinyBERT's paper compares what the softmax is taken of.
 
     query, key: (B, H, L, D); teacher_query, teacher_key: (B, H, L, D'). mask: bool (B, L). The
-    gradient of each window's term is made at once and kept in fp32, so that nothing of the size of
-    attention outlives forward(); backward() scales it.
+    gradient of each window's term is made at once and kept, not rounded, so that nothing of the
+    size of attention outlives forward(); backward() scales it.
     """
 
     @staticmethod

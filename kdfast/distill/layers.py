@@ -3,7 +3,7 @@
 With k = teacher's layers / student's layers, hidden state i of the student (0: the embeddings)
 learns from the teacher's i * k, and the attention of layer i from that of layer (i + 1) * k - 1:
 TinyBERT's stage (Jiao et al. 2020, arxiv.org/abs/1909.10351) with the map of Haystack 1.x. The
-teacher runs beside the student: on a disk the hidden states of a token would take some thousand
+teacher runs beside the student: on a disk the hidden states of a token would take some ten thousand
 bytes.
 """
 

@@ -39,7 +39,7 @@ OF_ANSWERS = {
 
 
 def of_stage(settings: dict[str, Any], stage: str) -> dict[str, Any]:
-    """The settings of a recipe, those for `stage` alone where it has two."""
+    """A recipe's settings, reduced to those that `stage` uses."""
     settings = {**settings, "stage": stage}
     if stage == "both":
         return settings
@@ -92,8 +92,8 @@ def of_predictions(config: TrainConfig) -> TrainConfig:
 def held(config: TrainConfig, ranks: Ranks) -> Iterator[list[TrainConfig]]:
     """The runs of --stage both in their order, as rank 0 finds them; their folder is held for them.
 
-    One that was made already comes too: it looks at its data and models, and ends. Raises UserError
-    for a folder that a run may not write, and for data or a teacher that is not there.
+    A finished one is among them: it is compared with its data and models, and ends. Raises
+    UserError for a folder that a run may not write, and for data or a teacher that is not there.
     """
     told, output = "", Path(config.output_dir).expanduser()
     with ExitStack() as stack:

@@ -1,7 +1,7 @@
 """The sets that readers are compared on: where the hub has them, and how they are scored.
 
-Written from the published model cards and the hub's pages; not one could be fetched where this was
-written, so their names are untried. A local file takes the place of any of them.
+Written from the published model cards and the hub's pages. No name has been tried on the hub. A
+local file takes the place of any of them.
 """
 
 import re
