@@ -50,12 +50,13 @@ def start(count: int, function: Callable[[int], Any]) -> tuple[list, Any, Any]:
             os.environ[name] = str(value)
         torch.set_num_threads(1)  # as torchrun does; and the parent's threads did not fork
         faulthandler.dump_traceback_later(SECONDS_AT_MOST, exit=True)
+        status = 0
         try:
             result = function(rank)
         except BaseException:
-            result = traceback.format_exc()
+            result, status = traceback.format_exc(), 1
         queue.put((rank, result))
-        os._exit(0)  # the test's own atexit handlers are not this process's
+        os._exit(status)  # the test's own atexit handlers are not this process's
 
     processes = [FORK.Process(target=child, args=(rank,)) for rank in range(count)]
     for process in processes:

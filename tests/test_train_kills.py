@@ -11,6 +11,7 @@ import torch
 
 from kdfast.distill import costs, teacher
 from kdfast.distill.checkpoint import list_checkpoints
+from kdfast.distill.step import Stepper
 from tests import forks, instants
 from tests.conftest import KILLS
 from tests.programs import log_of
@@ -94,7 +95,8 @@ class Run:
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_killed_run_ends_with_the_bits_of_a_whole_one(world, monkeypatch, long, count, precision):
     # So that the scaler's state matters: it grows until steps overflow.
-    scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**14, growth_interval=2)
+    monkeypatch.setattr(Stepper, "INITIAL_SCALE", 2.0**14)
+    scaler = functools.partial(torch.amp.GradScaler, growth_interval=2)
     monkeypatch.setattr(torch.amp, "GradScaler", scaler)
     monkeypatch.setattr(teacher, "SECONDS_BETWEEN_SAVES", 0.0)
     monkeypatch.setattr(costs, "matmul_rate", lambda device, dtype: 1e11)  # slow in fp16 on a CPU
