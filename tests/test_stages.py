@@ -114,6 +114,7 @@ def test_both(world, wide, capsys):
     record = json.loads((second / "run.json").read_text())
     assert record["layers_stage"] == before and record["metrics"]["total"] > 0
     card = (second / "README.md").read_text()
+    assert f"\n# {world.output.name}\n" in card
     assert "learnt the hidden states of `wide`, on `dev.json`" in card
     assert "distilled from `teacher` into `student`" in card
     # What the first stage leaves is not what it was given.

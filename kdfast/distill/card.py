@@ -73,7 +73,7 @@ def write_card(
     the folder where None. What is not known is left out: language (else that of a known hub
     dataset), license, figures without a result file.
     """
-    title = repo_id or files.folder.resolve().name
+    title = repo_id or files.name
     languages = language.split(",") if language else known_languages(files)
     loaded_as = repo_id or str(files.folder)
     text = card_text.body(files, title, loaded_as, languages, dict(plots))

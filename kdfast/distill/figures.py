@@ -209,7 +209,7 @@ def points(runs: Sequence[RunFiles]) -> dict[tuple, dict[str, dict[str, Any]]]:
             precision, total = result["settings"]["precision"], result["metrics"]["total"]
             key = (result["name"], total, hardware, precision)
             is_student = run.teacher is not None
-            label = f"{run.folder.resolve().name} ({'student' if is_student else 'baseline'})"
+            label = f"{run.name} ({'student' if is_student else 'baseline'})"
             models = [(label, BLUE if is_student else GREY, result["model"], result["metrics"])]
             if "compared" in result:
                 other = result["compared_with"]

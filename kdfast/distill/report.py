@@ -42,7 +42,7 @@ def write(files: RunFiles, plots: Mapping[str, str]) -> Path:
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
     )
     page = environment.get_template("report.html").render(
-        title=files.folder.resolve().name,
+        title=files.name,
         summary=card_text.summary(files).replace("`", ""),
         facts=facts(files, result),
         evaluations=files.evaluations,

@@ -68,6 +68,13 @@ class RunFiles:
         return self.run["config"]
 
     @property
+    def name(self) -> str:
+        """What to call the model: its folder, or that of both stages."""
+        folder = self.folder.resolve()
+        both = self.layers_stage is not None and folder.name == "predictions"
+        return folder.parent.name if both else folder.name
+
+    @property
     def layers_stage(self) -> dict[str, Any] | None:
         """The settings of the run of stage layers that came before, or None."""
         return self.run.get("layers_stage")
