@@ -72,15 +72,14 @@ def parse(argv: list[str]) -> TrainConfig:
     recipes.
     """
     parser = command_line.parser_of(TrainConfig, "train", __doc__, SECTIONS)
-    known = parser.parse_known_args(argv)[0]
-    recipe = known.recipe
+    recipe = parser.parse_known_args(argv)[0].recipe
     if recipe == "list":
         print(recipes.listing())
         parser.exit()
     if recipe is not None:
         settings = recipes.load(recipe).settings
-        stage = known.stage if any(each.startswith("--stage") for each in argv) else None
-        stage = stage or settings.get("stage", known.stage)
+        parser.set_defaults(stage=settings.get("stage", TrainConfig.stage))
+        stage = parser.parse_known_args(argv)[0].stage
         parser.set_defaults(**stages.of_stage(settings, stage))
     return command_line.parse(parser, argv)
 

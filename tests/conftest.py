@@ -30,3 +30,11 @@ def world(tmp_path, monkeypatch):
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return World(tmp_path)
+
+
+@pytest.fixture
+def wide(world):
+    """A teacher that is wider than the world's student, and has twice its layers."""
+    from tests import readers
+
+    return readers.save(world.path / "wide", hidden_size=24, layers=4, seed=5)

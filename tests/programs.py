@@ -55,6 +55,11 @@ def log_of(folder: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in clock} for line in lines]
 
 
+def config_of(folder: Path) -> dict:
+    """The settings in a run's run.json."""
+    return json.loads((folder / "run.json").read_text())["config"]
+
+
 def edit(folder: Path, name: str, /, **changes) -> dict:
     """Change values of a JSON file in the folder; A__B is B within A. Returns the whole."""
     path = folder / name

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ OF_ANSWERS = {
 
 
 def of_stage(settings: dict[str, Any], stage: str) -> dict[str, Any]:
-    """A recipe's settings, reduced to those that `stage` uses."""
+    """Of settings by flag, a recipe's say, those that `stage` uses, under the flags it uses."""
     settings = {**settings, "stage": stage}
     if stage == "both":
         return settings
@@ -52,40 +52,35 @@ def of_stage(settings: dict[str, Any], stage: str) -> dict[str, Any]:
 
 
 def of_layers(config: TrainConfig) -> TrainConfig:
-    """The settings of stage layers within --stage both; what it does not use has its default.
+    """The settings of stage layers within --stage both.
 
     It always ends in a checkpoint, from which a resumed run sees by content that it is the same.
     """
-    own = {
-        flag: getattr(config, special)
-        for special, flag in LAYERS_FLAGS.items()
-        if getattr(config, special) is not None
+    settings = of_stage(_given(config), "layers")
+    teacher = config.layers_teacher or config.teacher[0]
+    settings |= {
+        "teacher": [teacher],
+        "student": config.student or config.teacher[0],
+        "output_dir": str(Path(config.output_dir) / "layers"),
+        "save_steps": config.save_steps or LARGEST,
     }
-    own["teacher"] = [config.layers_teacher or config.teacher[0]]
-    return replace(
-        config,
-        stage="layers",
-        student=config.student or config.teacher[0],
-        output_dir=str(Path(config.output_dir) / "layers"),
-        save_steps=config.save_steps or LARGEST,
-        **{each.name: each.default for each in fields(TrainConfig) if each.name in OF_ANSWERS},
-        **dict.fromkeys(LAYERS_FLAGS),
-        **own,
-    )
+    return TrainConfig(**settings)
 
 
 def of_predictions(config: TrainConfig) -> TrainConfig:
     """The settings of stage predictions within --stage both: the student is that of the other."""
     output = Path(config.output_dir)
-    return replace(
-        config,
-        stage="predictions",
-        student=str(output / "layers"),
-        student_layers=None,
-        output_dir=str(output / "predictions"),
-        attention_loss="none",
-        **dict.fromkeys(LAYERS_FLAGS),
-    )
+    settings = of_stage(_given(config), "predictions")
+    settings |= {
+        "student": str(output / "layers"),
+        "student_layers": None,
+        "output_dir": str(output / "predictions"),
+    }
+    return TrainConfig(**settings)
+
+
+def _given(config: TrainConfig) -> dict[str, Any]:
+    return {name: value for name, value in asdict(config).items() if value is not None}
 
 
 @contextmanager
