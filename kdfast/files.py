@@ -130,6 +130,17 @@ def locked(path: Path) -> Iterator[bool]:
                 return
 
 
+def even_modes(folder: Path) -> None:
+    """Give every file of `folder` the mode of a new one: safetensors writes 0600 by itself."""
+    new = folder / ".new"
+    new.touch()
+    mode = new.stat().st_mode
+    new.unlink()
+    for path in folder.iterdir():
+        if path.is_file():
+            path.chmod(mode)
+
+
 def sync_folder(folder: Path) -> None:
     """fsync every file in `folder`, subfolders too, and the folder itself."""
     for path in [*folder.rglob("*"), folder]:

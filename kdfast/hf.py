@@ -20,6 +20,7 @@ from kdfast.distill.ranks import Ranks
 from kdfast.errors import UserError
 from kdfast.fused_kd_loss import fused_kd_loss
 from kdfast.squad.features import Windows
+from kdfast.squad.tokenizer import load_tokenizer
 
 TEACHER_COLUMNS = ("teacher_logits", "teacher_window")
 
@@ -79,7 +80,7 @@ def kd_dataset(config: TrainConfig) -> KDDataset:
     alone = Ranks()
     device = pick_device()
     folder = models.local_folder(config.student, "--student")
-    student = models.Loaded(None, models.load_tokenizer(folder, "--student"))
+    student = models.Loaded(None, load_tokenizer(folder, "--student"))
     windows = inputs.prepare(config, student, config.train_file, "train", alone)
     precision = resolve(config.mixed_precision, device)
     lesson = inputs.teacher_lesson(config, windows, student, device, precision, alone)

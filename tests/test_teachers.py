@@ -232,10 +232,28 @@ def test_a_source_that_does_not_match_is_refused(world, capsys):
     assert "does not match this run in size of logits.bin" in capsys.readouterr().err
 
 
-def test_a_teacher_that_gives_no_offsets_is_refused(world, capsys, monkeypatch):
-    tokenizer = type(AutoTokenizer.from_pretrained(world.teacher))
-    monkeypatch.setattr(tokenizer, "is_fast", False)
-    with pytest.raises(UserError, match="slow tokenizer, which"):
-        Template.learn(AutoTokenizer.from_pretrained(world.teacher))
+def test_a_teacher_that_gives_no_offsets_is_refused(world, capsys):
+    folder = Path(world.teacher)
+    (folder / "tokenizer.json").unlink()
+    settings = {"tokenizer_class": "BertJapaneseTokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     assert world.run(**LENGTHS) == 2
-    assert "has a slow tokenizer, which gives no character offsets" in capsys.readouterr().err
+    assert "save its fast version (tokenizer.json) into that folder" in capsys.readouterr().err
+
+
+def test_a_teacher_that_was_trained_without_token_types_gets_none(world):
+    teacher = Path(readers.save(world.path / "untyped", seed=9))
+    path = teacher / "tokenizer_config.json"
+    stated = json.loads(path.read_text()) | {"model_input_names": ["input_ids", "attention_mask"]}
+    path.write_text(json.dumps(stated))
+    # Raw logits of the student's own windows, and so also with mse.
+    key = run(world, teacher=teacher, distillation_loss="mse")["teacher_cache"]
+    logits, windows = cached(world, key)[0], student_windows(world)
+    assert windows.uses_token_types
+    model = AutoModelForQuestionAnswering.from_pretrained(teacher, dtype=torch.float32).eval()
+    for window, found in enumerate(by_window(windows, logits)[:3]):
+        row = windows.padded([window])
+        with torch.no_grad():
+            out = model(torch.from_numpy(row["input_ids"]))
+        own = torch.stack([out.start_logits[0], out.end_logits[0]], 1).numpy()
+        assert_near(found, softmax(own))

@@ -19,7 +19,15 @@ from kdfast.distill.model_folders import save_model, writing
 from kdfast.distill.models import SpanModel
 from kdfast.distill.optim import Updater
 from kdfast.errors import UserError
-from kdfast.files import fault_in, read_json_object, sync, sync_folder, write_json, write_sums
+from kdfast.files import (
+    even_modes,
+    fault_in,
+    read_json_object,
+    sync,
+    sync_folder,
+    write_json,
+    write_sums,
+)
 from kdfast.squad.batches import CutRule
 
 STATE_FILE = "trainer_state.json"
@@ -68,6 +76,7 @@ def save_checkpoint(
         shutil.rmtree(beside, ignore_errors=True)
         save_model(beside, model, tokenizer)
         save_file(_trained_tensors(model, updater), beside / OPTIMIZER_FILE)
+        even_modes(beside)
         state = {
             "format": FORMAT,
             "updates": updater.updates,

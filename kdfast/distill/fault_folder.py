@@ -27,7 +27,7 @@ from kdfast.distill.optim import Updater
 from kdfast.distill.precision import AUTOCAST
 from kdfast.distill.step import Stepper
 from kdfast.errors import UserError
-from kdfast.files import read_json_object, sync_folder, write_json
+from kdfast.files import even_modes, read_json_object, sync_folder, write_json
 from kdfast.squad.features import Windows
 
 FORMAT = 1
@@ -116,6 +116,7 @@ def write(
         tensors |= {f"{number}.{name}": t for name, t in found.items() if t is not None}
     tensors |= beside_reader(stepper.model, stepper.updater)
     save_file({name: t.contiguous() for name, t in tensors.items()}, beside / BATCH_FILE)
+    even_modes(beside)
     ids = windows.question_ids
     cuts = [each.indices.tolist() for each in replayed]
     content = {

@@ -23,6 +23,8 @@ from kdfast.distill.precision import AUTOCAST
 from kdfast.distill.step import Stepper
 from kdfast.errors import UserError
 from kdfast.squad import features
+from kdfast.squad.template import Template
+from kdfast.squad.tokenizer import has_token_types, load_tokenizer
 
 
 class LayerStepper(Stepper):
@@ -136,12 +138,19 @@ def find_teacher(config: TrainConfig, student: models.Loaded) -> str:
     """weights_key of the teacher. Raises UserError for one whose tokens are not the student's."""
     name = config.teacher[0]
     folder = models.local_folder(name, "--teacher")
-    key = features.tokenizer_key(models.load_tokenizer(folder, "--teacher"))
-    if key != features.tokenizer_key(student.tokenizer):
+    own = load_tokenizer(folder, "--teacher")
+    if not features.same_tokens(own, student.tokenizer):
         raise UserError(
             f"--stage layers: --teacher {name} has another tokenizer than the student, and hidden "
             "states are compared token by token: give a teacher with the student's tokenizer, or "
             "--stage predictions."
+        )
+    read, given = (Template.learn(each).uses_token_types for each in (own, student.tokenizer))
+    if read != given and has_token_types(folder):
+        raise UserError(
+            f"--stage layers: --teacher {name} was trained with{'' if read else 'out'} token types "
+            f"and the student with{'' if given else 'out'} them, and both read one input: give a "
+            "teacher that was trained as the student, or --stage predictions."
         )
     return teacher.weights_key(folder)
 

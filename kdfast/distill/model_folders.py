@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from kdfast.distill.models import SpanModel
 from kdfast.errors import UserError
-from kdfast.files import sync_folder
+from kdfast.files import even_modes, sync_folder
 
 
 @contextmanager
@@ -34,6 +34,7 @@ def save_model(folder: Path, model: SpanModel, tokenizer) -> None:
     with writing(folder):
         model.reader.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        even_modes(folder)
 
 
 def replace_model(folder: Path, model: SpanModel, tokenizer) -> None:

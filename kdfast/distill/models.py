@@ -9,10 +9,11 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import nn
-from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer
+from transformers import AutoConfig, AutoModelForQuestionAnswering
 
 from kdfast.distill.model_checks import check_sizes
 from kdfast.errors import UserError
+from kdfast.squad.tokenizer import load_tokenizer
 
 # Model types whose span head is a Linear `qa_outputs` over the base model's last hidden states
 # and whose first token stands for "no answer". Each has a test.
@@ -156,26 +157,6 @@ def local_folder(name: str, role: str) -> Path:
             f"{role} {name} is neither a folder nor a model that the hub gave "
             f"({type(error).__name__}): check the name and the network, or name a local folder."
         ) from error
-
-
-def load_tokenizer(folder: Path, role: str):
-    """The fast tokenizer in `folder`. Raises UserError where there is none."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        # Where its files are missing, transformers makes one that knows its special tokens only.
-        if len(tokenizer) <= len(tokenizer.all_special_tokens):
-            raise ValueError("its vocabulary is empty")
-    except Exception as error:  # tokenizers raises bare Exception for a broken file
-        raise UserError(
-            f"{role} {folder} has no tokenizer that loads ({first_line(error)}): "
-            "save the model's tokenizer into that folder."
-        ) from error
-    if not tokenizer.is_fast:
-        raise UserError(
-            f"{role} {folder} has a slow tokenizer, which gives no character offsets: "
-            "save its fast version (tokenizer.json) into that folder."
-        )
-    return tokenizer
 
 
 def load_reader(

@@ -18,7 +18,8 @@ from kdfast.distill.record import RUN_FILE, check_no_links, open_output, remove_
 from kdfast.errors import UserError
 from kdfast.files import read_json_object
 from kdfast.squad import metrics, records
-from kdfast.squad.features import tokenizer_key
+from kdfast.squad.features import same_tokens
+from kdfast.squad.tokenizer import load_tokenizer
 
 # What stage layers has no use for.
 OF_ANSWERS = {
@@ -156,10 +157,10 @@ def _look_ahead(first: TrainConfig, last: TrainConfig) -> None:
         metrics.gold_answers(records.read_examples(last.validation_file, split="validation"))
     if not last.learns_answers:
         return
-    own = models.load_tokenizer(models.local_folder(first.student, "--student"), "--student")
+    own = load_tokenizer(models.local_folder(first.student, "--student"), "--student")
     for name in last.teacher:
         loaded = models.load_reader(name, "--teacher")
-        if tokenizer_key(loaded.tokenizer) != tokenizer_key(own):
+        if not same_tokens(loaded.tokenizer, own):
             teachers.refuse_mse(last, name)
         else:
             models.check_fits(loaded, last.max_seq_length, name)

@@ -18,6 +18,7 @@ from kdfast.errors import UserError
 from kdfast.squad import features, pieces
 from kdfast.squad.carry import Carrier, softened
 from kdfast.squad.template import Template
+from kdfast.squad.tokenizer import load_tokenizer
 from kdfast.squad.windows import Windows
 
 
@@ -62,11 +63,12 @@ def find(
     windows: the student's. kind: the precision of the teacher.
     """
     folder = models.local_folder(name, "--teacher")
-    tokenizer = models.load_tokenizer(folder, "--teacher")
+    tokenizer = load_tokenizer(folder, "--teacher")
     key = features.tokenizer_key(tokenizer)
     weights = teacher.weights_key(folder)
-    if key == features.tokenizer_key(student.tokenizer):
+    if features.same_tokens(tokenizer, student.tokenizer):
         source = teacher.Source(weights, key, windows.key, kind)
+        windows = windows.with_token_types(Template.learn(tokenizer).uses_token_types)
         return Teacher(name, source, windows, config.max_seq_length, None)
     refuse_mse(config, name)
     length = models.trained_length(models.load_config(folder, name, "--teacher"))

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from kdfast.squad.cutting import Cutter
 from kdfast.squad.encoding import MOST_PROCESSES, encoder, processor_count
 from kdfast.squad.examples import Example
 from kdfast.squad.records import fingerprint, iter_examples
-from kdfast.squad.template import Template, whole_texts
+from kdfast.squad.template import Template, backend_text
 from kdfast.squad.windows import Windows, open_windows
 
 FORMAT = 3  # part of every key: raise it when files or meaning change
@@ -40,9 +41,15 @@ def tokenizer_key(tokenizer: Any) -> str:
     Raises UserError as `Template.learn` does.
     """
     template = Template.learn(tokenizer)
-    with whole_texts(tokenizer.backend_tokenizer) as backend:
-        text = backend.to_str()
-    return hashlib.sha256(f"{text}\n{template}".encode()).hexdigest()
+    return hashlib.sha256(f"{backend_text(tokenizer)}\n{template}".encode()).hexdigest()
+
+
+def same_tokens(tokenizer: Any, other: Any) -> bool:
+    """Whether two tokenizers make the same tokens, whatever their models read of token types."""
+    kept, others = (Template.learn(each) for each in (tokenizer, other))
+    return backend_text(tokenizer) == backend_text(other) and kept == replace(
+        others, uses_token_types=kept.uses_token_types
+    )
 
 
 def prepare(

@@ -25,6 +25,12 @@ def whole_texts(backend: Any) -> Iterator[Any]:
             backend.enable_padding(**padding)
 
 
+def backend_text(tokenizer: Any) -> str:
+    """All that decides a fast tokenizer's output for one text, as JSON."""
+    with whole_texts(tokenizer.backend_tokenizer) as backend:
+        return backend.to_str()
+
+
 @dataclass(frozen=True)
 class Template:
     """What a tokenizer puts around a question and a context."""
@@ -46,14 +52,16 @@ class Template:
         Raises UserError for a tokenizer without a Rust backend, without a padding token, without a
         token in front (which stands for "no answer"), or with token types of an unknown pattern.
         """
-        name = type(tokenizer).__name__
+        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         if not getattr(tokenizer, "is_fast", False):
             raise UserError(
                 f"{name}: a slow tokenizer, which knows no character offsets: use its fast one "
-                "(a folder with tokenizer.json, AutoTokenizer with use_fast=True)"
+                "(a folder with tokenizer.json)"
             )
         if tokenizer.pad_token_id is None:
-            raise UserError(f"{name}: no padding token: set tokenizer.pad_token")
+            raise UserError(
+                f"{name}: no padding token: state pad_token in its tokenizer_config.json"
+            )
         with whole_texts(tokenizer.backend_tokenizer) as backend:
             probe = backend.encode("probe", "probe")
         side = probe.sequence_ids
@@ -70,7 +78,11 @@ class Template:
             )
         uses_types = "token_type_ids" in tokenizer.model_input_names and any(probe.type_ids)
         if uses_types and probe.type_ids != [int(p >= context) for p in range(len(probe.ids))]:
-            raise UserError(f"{name}: token types {probe.type_ids} are of an unknown pattern")
+            raise UserError(
+                f"{name}: token types {probe.type_ids}, and known are those that are 0 up to the "
+                "context and 1 from there on: state model_input_names without token_type_ids in "
+                "its tokenizer_config.json if the model was trained without them"
+            )
         ids = probe.ids
         return cls(
             tuple(ids[:question]),

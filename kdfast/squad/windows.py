@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,12 @@ class Windows:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def with_token_types(self, used: bool) -> Windows:
+        """The same windows for a model that reads the tokenizer's token types, or all 0."""
+        others = copy.copy(self)
+        others.uses_token_types = used
+        return others
 
     def padded(self, indices: Any, width: int | None = None) -> dict[str, np.ndarray]:
         """The given windows side by side, padded on the right.

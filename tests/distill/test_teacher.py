@@ -13,6 +13,7 @@ from kdfast.distill.feed import HostFeed, flat_positions, forward_windows
 from kdfast.errors import UserError
 from kdfast.squad import features
 from kdfast.squad.batches import cut_by_tokens
+from kdfast.squad.tokenizer import load_tokenizer
 from tests import corpora, readers
 
 CPU = torch.device("cpu")
@@ -29,7 +30,7 @@ def pass_(tmp_path):
         def __init__(self):
             readers.save(self.folder)
             self.model = models.load_reader(str(self.folder), "--teacher").model
-            tokenizer = models.load_tokenizer(self.folder, "--teacher")
+            tokenizer = load_tokenizer(self.folder, "--teacher")
             self.windows = features.prepare(
                 corpora.write(tmp_path / "train.json"),
                 tokenizer,

@@ -294,5 +294,5 @@ def test_tokenizers_that_are_refused(tmp_path, source):
         pair="[CLS]:1 $A:1 [SEP]:1 $B:0 [SEP]:0",
         special_tokens=[("[CLS]", turned.cls_token_id), ("[SEP]", turned.sep_token_id)],
     )
-    with pytest.raises(UserError, match="unknown pattern"):
+    with pytest.raises(UserError, match="0 up to the context and 1"):
         tokenizer_key(turned)
