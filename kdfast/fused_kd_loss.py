@@ -6,7 +6,14 @@ from torch import Tensor, nn
 from kdfast import reference
 from kdfast.arguments import Logits, check_name, check_settings, check_tensors
 from kdfast.backends import choose, choose_while_tracing
-from kdfast.kd_rows import HARD, NO_TRANSFORMS, SOFT, differentiable_rows, is_seen
+from kdfast.kd_rows import (
+    HARD,
+    NO_TRANSFORMS,
+    SOFT,
+    differentiable_rows,
+    is_seen,
+    rows_of_graph,
+)
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -197,7 +204,7 @@ def _compute(
     soft_scale = 1.0 if kind == 0 and convention == "haystack" else 0.5
     settings = (temperature, distillation_loss_weight, kind, soft_scale)
     if is_traced or is_seen(tensors):
-        row_loss, row_stats = torch.ops.kdfast.kd_rows(*tensors, *settings, chosen)
+        row_loss, row_stats = rows_of_graph(tensors, settings, chosen)
         if divisor is not None:
             return row_loss.sum() / divisor
     elif divisor is not None:

@@ -1,13 +1,16 @@
 """The loss inside torch's machinery: torch.compile, its library ops, autocast, the loss scaler."""
 
+import math
 import subprocess
 import sys
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from kdfast import FusedKDLoss, backends, fused_kd_loss, kd_loss_rows
+from kdfast.kd_rows import kinds_of
 
 REFUSED = backends.why_not("native", torch.empty(0))
 needs_native = pytest.mark.skipif(REFUSED is not None, reason=f"native: {REFUSED}")
@@ -114,15 +117,93 @@ def samples():
 
 
 @needs_native
+@pytest.mark.parametrize("form", ["fixed", "annealed"])
 @pytest.mark.parametrize("tensors", list(samples()), ids=["tensor", "pair", "no teacher", "fp64"])
-def test_ops_are_what_torch_expects(tensors):
-    settings = (1.5, 0.0 if tensors[2] is None else 0.75, 0, 1.0, "native")
-    torch.library.opcheck(torch.ops.kdfast.kd_rows, (*tensors, *settings))
+def test_ops_are_what_torch_expects(tensors, form):
+    numbers = (1.5, 0.0 if tensors[2] is None else 0.75)
+    if form == "annealed":
+        numbers = [torch.tensor(number, dtype=torch.float64) for number in numbers]
+    settings = (*numbers, 0, 1.0, "native")
+    op = getattr(torch.ops.kdfast, f"kd_rows_{form}")
+    torch.library.opcheck(op, (*tensors, *settings))
     fixed = [None if tensor is None else tensor.detach() for tensor in tensors]
-    _, row_stats = torch.ops.kdfast.kd_rows(*fixed, *settings)
+    _, row_stats = op(*fixed, *settings)
     gradient = torch.ones(3, 1, dtype=row_stats.dtype).expand(3, 2)
-    arguments = (gradient, *fixed, row_stats, *settings)
-    torch.library.opcheck(torch.ops.kdfast.kd_rows_backward, arguments)
+    arguments = (gradient, *fixed, row_stats, *settings, kinds_of((*fixed, row_stats)))
+    torch.library.opcheck(getattr(torch.ops.kdfast, f"kd_rows_{form}_backward"), arguments)
+
+
+def annealed_weight(number, student, *beside, backend):
+    """Each of these uses the float elsewhere too, which is what torch.compile stumbles over."""
+    loss = fused_kd_loss(
+        student, *beside, temperature=1.5, distillation_loss_weight=1 - number, backend=backend
+    )
+    return loss + number * student.square().mean()
+
+
+def annealed_temperature(number, student, *beside, backend):
+    loss = fused_kd_loss(student, *beside, temperature=1 + 4 * number, backend=backend)
+    return loss + number * student.square().mean()
+
+
+def annealed_both(number, student, *beside, backend):
+    """A cosine, through the trainer's door."""
+    settings = {"distillation_loss_weight": 0.5 + 0.5 * math.cos(3 * number)}
+    settings |= {"temperature": 1 + number**2, "distillation_loss": "kl_div"}
+    row_loss, _ = kd_loss_rows(
+        student, *beside, **settings, convention="hf", mask=None, backend=backend
+    )
+    return row_loss.sum() / number
+
+
+class Annealed(torch.nn.Module):
+    """Settings of a module that are changed between calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.loss = FusedKDLoss()
+
+    def forward(self, number, student, *beside, backend):
+        self.loss.backend = backend
+        return self.loss(student, *beside) + self.loss.temperature * student.square().mean()
+
+    def __call__(self, number, *arguments, backend):
+        self.loss.temperature, self.loss.distillation_loss_weight = 1 + number, number
+        return super().__call__(number, *arguments, backend=backend)
+
+
+@needs_native
+@pytest.mark.parametrize("compiler", ["inductor", "aot_eager", "eager"])
+@pytest.mark.parametrize("loss", [annealed_weight, annealed_temperature, annealed_both, Annealed])
+def test_a_setting_that_changes_each_step(loss, compiler):
+    features, *beside, _ = batch(4, 37)
+    student = features[..., :2].contiguous().requires_grad_()
+    loss = loss() if isinstance(loss, type) else loss
+    counted = CompileCounterWithBackend(compiler)
+    if isinstance(loss, Annealed):
+        compiled = Annealed()
+        compiled.compile(fullgraph=True, backend=counted)
+    else:
+        compiled = torch.compile(loss, fullgraph=True, backend=counted)
+    for step in range(1, 15):
+        values = []
+        for call, backend in ((compiled, "native"), (loss, "reference")):
+            value = call(step / 14, student, *beside, backend=backend)
+            values.append((value, *torch.autograd.grad(value, student)))
+        for actual, expected in zip(*values, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+    assert counted.frame_count <= 2
+
+
+@needs_native
+def test_a_captured_cuda_graph_would_not_read_what_changes():
+    """torch cuts its CUDA graphs at ops with this tag."""
+    unsafe = getattr(torch.Tag, "cudagraph_unsafe", None)
+    if unsafe is None:
+        pytest.skip("this torch has no such tag: it captures no graph with a CPU tensor in it")
+    assert unsafe in torch.ops.kdfast.kd_rows_annealed.default.tags
+    assert unsafe in torch.ops.kdfast.kd_rows_annealed_backward.default.tags
+    assert unsafe not in torch.ops.kdfast.kd_rows_fixed.default.tags
 
 
 @needs_native
@@ -150,7 +231,7 @@ def test_what_traces_sees_an_op():
 @needs_native
 def test_ops_are_differentiated_once():
     tensors = next(samples())
-    row_loss, _ = torch.ops.kdfast.kd_rows(*tensors, 1.5, 0.75, 0, 1.0, "native")
+    row_loss, _ = torch.ops.kdfast.kd_rows_fixed(*tensors, 1.5, 0.75, 0, 1.0, "native")
     [slope] = torch.autograd.grad(row_loss.sum(), tensors[0], create_graph=True)
     with pytest.raises(RuntimeError, match="differentiated once; backend='reference' can"):
         slope.sum().backward()

@@ -1,6 +1,7 @@
 """Every form and layout in memory of what a backend is given means the same."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from kdfast import fused_kd_loss, kd_loss_rows
 
 from .cases import FP16, FP32, SETTINGS, random_case
 
+CALL = SETTINGS | {"distillation_loss": "kl_div", "convention": "haystack"}
 VIEWS = {
     "heads apart": lambda x: x.permute(2, 0, 1).contiguous().permute(1, 2, 0),
     "every second column": lambda x: x.repeat_interleave(2, 2)[..., ::2],
@@ -160,3 +162,75 @@ def test_empty_batch(where):
     )
     assert row_loss.shape == (0, 2)
     assert parts.shape == (0, 2, 2)
+
+
+def only(what, change):
+    """An unpack hook that changes floats, or those alone whose last dimension is `what`."""
+    return lambda x: (
+        change(x) if x.is_floating_point() and what in (None, x.shape[-1]) else x.clone()
+    )
+
+
+def transposed(x):
+    return x.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+GIVEN_BACK = {
+    "all in other strides": (only(None, transposed), True),
+    "negated twice": (only(None, lambda x: torch._neg_view(-x)), True),
+    "row_stats in other strides": (only(8, transposed), True),
+    "a slice": (only(None, lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]]), True),
+    "half": (only(None, torch.Tensor.half), False),
+    "double": (only(None, torch.Tensor.double), False),
+    "logits in half": (only(2, torch.Tensor.half), False),
+    "row_stats in bfloat16": (only(8, torch.Tensor.bfloat16), False),
+    "cut": (only(None, lambda x: x[:, :-1]), False),
+    "without data": (only(None, lambda x: x.to("meta")), False),
+    "sparse": (only(None, torch.Tensor.to_sparse), False),
+}
+
+
+@pytest.mark.parametrize("door", ["loss", "rows", "op"])
+@pytest.mark.parametrize("change", GIVEN_BACK)
+def test_saved_tensors_come_back_changed(change, door, where):
+    """The right gradient, or an error as torch's own losses raise one; never a wrong gradient."""
+    backend, device = where
+    case = random_case(19, "kl_div", "haystack")
+    student = case.student.to(device).requires_grad_()
+    teacher, mask = case.teacher.to(device), case.mask.to(device)
+    beside = [target.to(device) for target in case.targets]
+
+    def loss():
+        if door == "loss":
+            return fused_kd_loss(student, teacher, *beside, mask=mask, backend=backend)
+        if door == "rows":
+            row_loss, _ = kd_loss_rows(
+                *(student, teacher, *beside), mask=mask, backend=backend, **CALL
+            )
+        else:  # what torch.compile leaves in a graph
+            op = torch.ops.kdfast.kd_rows_fixed
+            row_loss, _ = op(student, None, teacher, None, *beside, mask, 1.7, 0.6, 0, 1.0, backend)
+        return row_loss.sum()
+
+    (expected,) = torch.autograd.grad(loss(), student)
+    unpack, is_readable = GIVEN_BACK[change]
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, unpack):
+        value = loss()
+    if is_readable:
+        assert torch.equal(torch.autograd.grad(value, student)[0], expected)
+    else:
+        with pytest.raises(RuntimeError, match="other tensors than it had saved|invalid gradient"):
+            torch.autograd.grad(value, student)
+
+
+def test_saved_tensors_kept_on_the_cpu(where):
+    backend, device = where
+    case = random_case(19, "kl_div", "haystack")
+    student = VIEWS["heads apart"](case.student.to(device)).requires_grad_()
+    beside = [x.to(device) for x in (case.teacher, *case.targets)]
+    gradients = []
+    for hooks in (nullcontext, torch.autograd.graph.save_on_cpu):
+        with hooks():
+            loss = fused_kd_loss(student, *beside, backend=backend)
+        gradients.append(torch.autograd.grad(loss, student)[0])
+    assert torch.equal(*gradients)
