@@ -99,9 +99,11 @@ def _given_back(saved: Sequence[Tensor | None], kinds: str) -> list[Tensor | Non
     given = kinds_of(saved)
     if given != kinds or not all(
         tensor is None
-        or type(tensor) in PLAIN
-        and tensor.layout is torch.strided
-        and tensor.shape == ((sizes[0], 2, 8) if tensor is row_stats else sizes[: tensor.dim()])
+        or (
+            type(tensor) in PLAIN
+            and tensor.layout is torch.strided
+            and tensor.shape == ((sizes[0], 2, 8) if tensor is row_stats else sizes[: tensor.dim()])
+        )
         for tensor in saved
     ):
         raise RuntimeError(

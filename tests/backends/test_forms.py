@@ -219,7 +219,7 @@ def test_saved_tensors_come_back_changed(change, door, where):
     if is_readable:
         assert torch.equal(torch.autograd.grad(value, student)[0], expected)
     else:
-        with pytest.raises(RuntimeError, match="other tensors than it had saved|invalid gradient"):
+        with pytest.raises(RuntimeError, match=r"other tensors than it had saved|invalid gradient"):
             torch.autograd.grad(value, student)
 
 
