@@ -20,7 +20,7 @@ from kdfast.distill.ranks import Ranks
 from kdfast.errors import UserError
 from kdfast.fused_kd_loss import fused_kd_loss
 from kdfast.squad.features import Windows
-from kdfast.squad.tokenizer import load_tokenizer
+from kdfast.squad.tokenizer import FolderTokenizer, load_tokenizer
 
 TEACHER_COLUMNS = ("teacher_logits", "teacher_window")
 
@@ -79,14 +79,21 @@ def kd_dataset(config: TrainConfig) -> KDDataset:
     check_teachers(config)
     alone = Ranks()
     device = pick_device()
-    folder = models.local_folder(config.student, "--student")
-    student = models.Loaded(None, load_tokenizer(folder, "--student"))
+    student = models.Loaded(None, kd_tokenizer(config))
     windows = inputs.prepare(config, student, config.train_file, "train", alone)
     precision = resolve(config.mixed_precision, device)
     lesson = inputs.teacher_lesson(config, windows, student, device, precision, alone)
     logits = inputs.teacher_logits(config, lesson, windows, device, alone)
     chosen = inputs.trained_windows(config, windows, alone)
     return KDDataset(windows, chosen, logits, config.temperature if lesson.is_derived else None)
+
+
+def kd_tokenizer(config: TrainConfig) -> FolderTokenizer:
+    """The tokenizer of config.student, for the Trainer, which writes it as it was read.
+
+    (AutoTokenizer of transformers 5 may make another one of the same files.)
+    """
+    return load_tokenizer(models.local_folder(config.student, "--student"), "--student")
 
 
 class KDCollator:

@@ -196,4 +196,7 @@ def test_the_example_of_the_readme(world, monkeypatch):
     monkeypatch.chdir(world.path)
     monkeypatch.setenv("HOME", str(world.path))
     exec(compile(code, "README.md", "exec"), {})
-    assert (world.path / "distilled-hf" / "model.safetensors").is_file()
+    saved = world.path / "distilled-hf"
+    assert (saved / "model.safetensors").is_file()
+    read = Path(world.student, "tokenizer.json").read_bytes()
+    assert (saved / "tokenizer.json").read_bytes() == read

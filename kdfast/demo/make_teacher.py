@@ -7,7 +7,6 @@ teacher is written to TEACHER_FOLDER, by default the one in the package, with it
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -76,14 +75,10 @@ def main(argv: list[str]) -> int:
 
 
 def save_half(source: Path, target: Path, tokenizer) -> None:
-    """Write the model of `source` to `target` in fp16, with a tokenizer that any version loads."""
+    """Write the model of `source` to `target` in fp16."""
     model = AutoModelForQuestionAnswering.from_pretrained(source, dtype=torch.float32)
     model.half().save_pretrained(target)
     tokenizer.save_pretrained(target)
-    path = target / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name in transformers 4 as well
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
 
 from kdfast.demo.names import NAME_WORDS, UNITS, word_lists
 from kdfast.demo.templates import domains
+from kdfast.squad.tokenizer import FolderTokenizer
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
@@ -45,7 +45,7 @@ def vocabulary() -> list[str]:
     return SPECIAL + sorted(pieces | set(string.punctuation))
 
 
-def make_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
+def make_tokenizer(max_length: int) -> FolderTokenizer:
     """The tokenizer in Hugging Face's form, lower-casing, with BERT's special tokens."""
     ids = {piece: i for i, piece in enumerate(vocabulary())}
     backend = Tokenizer(WordPiece(ids, unk_token="[UNK]"))
@@ -57,7 +57,7 @@ def make_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[(token, ids[token]) for token in ("[CLS]", "[SEP]")],
     )
-    return PreTrainedTokenizerFast(
+    return FolderTokenizer(
         tokenizer_object=backend,
         model_max_length=max_length,
         pad_token="[PAD]",

@@ -79,16 +79,18 @@ class FolderTokenizer(PreTrainedTokenizerFast):
 def load_tokenizer(folder: Path, role: str) -> FolderTokenizer:
     """The tokenizer in a model's `folder`, which gives the ids that transformers 4.57 gave.
 
-    tokenizer.json is used as it stands. Transformers 4 changed it after reading, in three ways:
+    tokenizer.json is used as it stands. Transformers 4 changed it after reading, in two ways:
 
     - Special tokens, of tokenizer_config.json, special_tokens_map.json and added_tokens.json or
-      else the class's own, that tokenizer.json lacks were added to it. So they are here.
+      else the class's own, that tokenizer.json lacks were added to it. So are here those that a
+      file states, but of the class's own only those that are in tokenizer.json's vocabulary.
     - do_lower_case, strip_accents and tokenize_chinese_chars went into a BertNormalizer, and
       add_prefix_space and trim_offsets into the steps of a byte-level tokenizer. Here they do so
       where tokenizer_config.json states them, but no default of a class replaces what
       tokenizer.json says: there kdfast goes by the file, and not by transformers 4.
-    - Transformers 5 builds normalizer and pre-tokenizer from the class, whatever the file says.
-      That is not done here.
+
+    AutoTokenizer of transformers 5 builds normalizer and pre-tokenizer from the class, whatever the
+    file says; so it is not used.
 
     Without tokenizer.json it is made of the vocabulary's files as transformers 4 did
     (vocabulary_files.py), a SentencePiece model with its own character map.
@@ -143,12 +145,15 @@ def _load(folder: Path) -> FolderTokenizer:
     model, settings = _read(folder / "config.json"), _read(folder / "tokenizer_config.json")
     name = _class_name(model, settings)
     stated, added = _special_tokens(folder, settings)
-    special = {**SPECIAL_TOKENS.get(name, {}), **stated}
+    defaults = SPECIAL_TOKENS.get(name, {})
     read = (folder / FILE).read_bytes() if (folder / FILE).is_file() else None
     if read is not None:
         backend = Tokenizer.from_buffer(read)
+        # What neither names would get an id that the model may have no embedding for.
+        defaults = {key: token for key, token in defaults.items() if _knows(backend, token)}
     else:
-        backend = vocabulary_files.convert(folder, name, settings, special)
+        backend = vocabulary_files.convert(folder, name, settings, {**defaults, **stated})
+    special = {**defaults, **stated}
     before = backend.to_str()
     for key, how in CLASS_TOKENS.get(name, {}).items():
         token = special.get(key)
@@ -158,7 +163,8 @@ def _load(folder: Path) -> FolderTokenizer:
     if special.get("pad_token") is None and isinstance(model.get("pad_token_id"), int):
         special["pad_token"] = backend.id_to_token(model["pad_token_id"])
     extra = special.pop("additional_special_tokens", [])
-    special = {key: token for key, token in special.items() if token is not None}
+    # New ones get their ids in this order.
+    special = {key: special[key] for key in SPECIAL if special.get(key) is not None}
     _add(backend, added, [*special.values(), *extra])
     tokenizer = FolderTokenizer(
         tokenizer_object=backend,
@@ -231,16 +237,19 @@ def _token(stated: Any) -> Any:
     return AddedToken(stated["content"], **{key: stated[key] for key in fields if key in stated})
 
 
+def _knows(backend: Tokenizer, token: str | list[str]) -> bool:
+    """Whether a token, or each of several, has an id."""
+    tokens = [token] if isinstance(token, str) else token
+    return all(backend.token_to_id(each) is not None for each in tokens)
+
+
 def _holds(backend: Tokenizer, token: str | AddedToken) -> bool:
     """Whether it is one of the tokens that are found in a text before it is split."""
     return any(each.content == str(token) for each in backend.get_added_tokens_decoder().values())
 
 
 def _add(backend: Tokenizer, added: list[AddedToken], special: list[str | AddedToken]) -> None:
-    """Add the tokens that the backend lacks, or has with other properties than the folder states.
-
-    In transformers 4's order, since a new one gets the next id.
-    """
+    """Add the tokens that the backend lacks, or has with other properties than are stated."""
     names = {str(token) for token in special}
     for token in [*added, *special]:
         if isinstance(token, AddedToken):

@@ -26,6 +26,8 @@ FILES = {
     "XLMRobertaTokenizer": ("sentencepiece.bpe.model",),
 }
 
+UNIGRAM = 1  # as a SentencePiece model names its kind
+
 
 @dataclass
 class SlowTokenizer:
@@ -71,7 +73,18 @@ def convert(
             settings.get("keep_accents", False),
             settings.get("split_by_punct", False),
         )
-        converter = kind(slow)
+        try:
+            converter = kind(slow)
+        except ImportError as error:
+            raise UserError(
+                f"holds a SentencePiece model ({files[0].name}), which protobuf reads: "
+                "pip install protobuf."
+            ) from error
+        if converter.proto.trainer_spec.model_type != UNIGRAM:
+            raise UserError(
+                f"holds a SentencePiece model ({files[0].name}) that is no unigram model: "
+                "save its fast version (tokenizer.json) into that folder."
+            )
         pieces = converter.vocab(converter.proto)
         slow.vocab = {piece: number for number, (piece, _) in enumerate(pieces)}
         return converter.converted()

@@ -83,6 +83,7 @@ def test_a_checkpoint_holds_no_pickle(setup, tmp_path):
     train(run, 0, 1)
     folder = save(run, tmp_path, 1)
     assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors", ""}
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
     assert (
         subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=folder).returncode
         == 0

@@ -1,12 +1,16 @@
 """The door to tokenizers: what decides token types, what counts where files disagree, mistakes."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
+from transformers.convert_slow_tokenizer import SpmConverter
+from transformers.utils import sentencepiece_model_pb2_new
 
+import kdfast
 from kdfast.errors import UserError
 from kdfast.squad.template import Template
 from kdfast.squad.tokenizer import load_tokenizer, uses_token_types
@@ -91,7 +95,7 @@ def replace_part(folder: Path, **parts) -> Tokenizer:
     for part, value in parts.items():
         setattr(backend, part, value)
     backend.save(str(path))
-    return backend
+    return Tokenizer.from_file(str(path))
 
 
 NFKC = normalizers.NFKC()
@@ -164,6 +168,21 @@ def test_a_mask_that_the_vocabulary_lacks_gets_the_next_id(folder):
     assert (tokenizer.pad_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id) == (0, 1, 400)
 
 
+def test_a_class_adds_no_token_that_the_file_does_not_know(folder):
+    found = folder("bert", tokenizer={"do_lower_case": True})
+    state = json.loads((found / "tokenizer.json").read_text())
+    state["model"]["vocab"]["[M]"] = state["model"]["vocab"].pop("[MASK]")
+    state["added_tokens"] = [each for each in state["added_tokens"] if each["content"] != "[MASK]"]
+    (found / "tokenizer.json").write_text(json.dumps(state))
+    tokenizer = load_tokenizer(found, "--student")
+    assert len(tokenizer) == len(state["model"]["vocab"]) and tokenizer.mask_token is None
+
+
+def test_a_padding_token_that_only_the_model_names(folder):
+    found = folder("roberta", tokenizer={"tokenizer_class": "PreTrainedTokenizerFast"})
+    assert load_tokenizer(found, "--student").pad_token == "<pad>"
+
+
 def test_added_tokens_and_additional_special_tokens_are_kept(folder):
     found = folder("bert", tokenizer={"additional_special_tokens": ["[Q]"], "pad_token": "[SEP]"})
     (found / "added_tokens.json").write_text(json.dumps({"Dornow": 520}))
@@ -210,6 +229,24 @@ def test_damaged_and_missing_tokenizers_are_named(folder):
         load_tokenizer(found, "--teacher")
 
 
+def test_sentencepiece_models_that_cannot_be_converted(folder, monkeypatch):
+    found = folder("xlm-roberta")
+    (found / "tokenizer.json").unlink()
+    path = found / "sentencepiece.bpe.model"
+    proto = sentencepiece_model_pb2_new.ModelProto.FromString(path.read_bytes())
+    proto.trainer_spec.model_type = 2
+    path.write_bytes(proto.SerializeToString())
+    with pytest.raises(UserError, match=r"\(sentencepiece\.bpe\.model\) that is no unigram model"):
+        load_tokenizer(found, "--student")
+
+    def no_protobuf(*_):
+        raise ImportError("protobuf")
+
+    monkeypatch.setattr(SpmConverter, "__init__", no_protobuf)
+    with pytest.raises(UserError, match="pip install protobuf"):
+        load_tokenizer(found, "--student")
+
+
 def test_token_types_of_an_unknown_pattern_are_refused(folder):
     found = folder("bert")
     backend = Tokenizer.from_file(str(found / "tokenizer.json"))
@@ -218,3 +255,13 @@ def test_token_types_of_an_unknown_pattern_are_refused(folder):
     (found / "tokenizer.json").write_text(json.dumps(state))
     with pytest.raises(UserError, match="token types"):
         Template.learn(load_tokenizer(found, "--student"))
+
+
+def test_there_is_one_door():
+    package = Path(kdfast.__file__).parent
+    others = [
+        str(path)
+        for path in package.rglob("*.py")
+        if re.search(r"AutoTokenizer\.|import [^\n]*AutoTokenizer", path.read_text("utf-8"))
+    ]
+    assert not others
