@@ -5,6 +5,13 @@ of the two is bound last is what `kdfast.fused_kd_loss` means. Reader is importe
 it needs transformers.
 """
 
+import sys
+
+if sys.argv[:1] == ["-m"]:  # a program starts: torch takes seconds to load, and Ctrl-C may come
+    from kdfast import program
+
+    program.end_at_interrupt()
+
 from kdfast.fused_kd_loss import FusedKDLoss, fused_kd_loss, kd_loss_rows
 
 __version__ = "0.1.0"

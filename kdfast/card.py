@@ -9,17 +9,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers.utils import logging as hf_logging
-
-from kdfast.command_line import parse, parser_of
-from kdfast.distill import card, figures, report
+from kdfast import program
 from kdfast.distill.config import TrainConfig, flag
 from kdfast.distill.evaluate_config import EvaluateConfig
-from kdfast.distill.ranks import Ranks
-from kdfast.distill.run_files import EVAL_FOLDER, RunFiles, read_run
 from kdfast.errors import UserError
-from kdfast.evaluate import evaluate
+
+if TYPE_CHECKING:
+    from kdfast.distill.run_files import RunFiles
 
 Say = Callable[[str], None]
 
@@ -61,27 +59,32 @@ class CardConfig:
         """Raise UserError for a flag that is missing or out of range."""
         if self.model_dir is None:
             raise UserError("--model_dir is missing: name the folder of a finished run.")
+        from kdfast.distill import card
+
         card.check(self.language, self.push_to_hub)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The program. Returns the exit status: 0, or 2 for a mistake in what it was given."""
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    config = parse(parser_of(CardConfig, "card", __doc__), argv)
-    try:
-        config.check()
-        publish(config, lambda text: print(text, flush=True))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    """The program; see `program.run` for the exit status it returns."""
+    return program.run(parse, start, argv)
+
+
+def parse(argv: list[str]) -> CardConfig:
+    """The settings that a command line gives. Raises UserError for unknown flags and values."""
+    return program.parse(program.parser_of(CardConfig, "card", __doc__), argv)
+
+
+def start(config: CardConfig) -> None:
+    """The work of the program."""
+    config.check()
+    publish(config, lambda text: print(text, flush=True))
 
 
 def publish(config: CardConfig, say: Say) -> None:
     """Write pictures, card and, if wanted, report; then, if wanted, upload the model."""
+    from kdfast.distill import card, figures, report
+    from kdfast.distill.run_files import read_run
+
     folder = Path(config.model_dir).expanduser()
     files = read_run(folder)
     if config.report and needs_answers(files):
@@ -110,14 +113,18 @@ def publish(config: CardConfig, say: Say) -> None:
         say(f"The model is at {card.push(folder, config.push_to_hub)}.")
 
 
-def needs_answers(files: RunFiles) -> bool:
+def needs_answers(files: "RunFiles") -> bool:
     """Whether the run's own validation data were not answered question by question yet."""
     source = files.config["validation_file"]
     return source is not None and files.result_of(source) is None
 
 
-def answer_validation(files: RunFiles) -> None:
+def answer_validation(files: "RunFiles") -> None:
     """Evaluate model and teacher on the run's validation data, into its eval/."""
+    from kdfast.distill.ranks import Ranks
+    from kdfast.distill.run_files import EVAL_FOLDER
+    from kdfast.evaluate import evaluate
+
     config = files.config
     settings = EvaluateConfig(
         data=[config["validation_file"]],

@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 import kdfast
-from kdfast import backends, fused_kd_loss
+from kdfast import backends, fused_kd_loss, program
 
 VOLTA = (
     "A V100 (sm_70) needs torch 2.14 or older from PyTorch's cu126 index: CUDA 13 has no sm_70, "
@@ -24,11 +24,19 @@ VOLTA = (
 )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m kdfast.doctor", description=__doc__)
-    parser.parse_args(arguments)
+def main(argv: list[str] | None = None) -> int:
+    """The program; see `program.run` for the exit status it returns."""
+    return program.run(parse, start, argv, stdout_is_result=True)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The settings that a command line gives. Raises UserError for unknown flags and values."""
+    return program.parse(program.plain_parser("doctor", __doc__), argv)
+
+
+def start(given: argparse.Namespace) -> None:
+    """The work of the program."""
     print("\n".join(page()))
-    return 0
 
 
 def page() -> list[str]:

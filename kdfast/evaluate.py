@@ -1,14 +1,18 @@
 """`python -m kdfast.evaluate`: score a reader, or a file of predictions, as SQuAD 2.0 does."""
 
+import sys
+
+from kdfast import program
+from kdfast.distill.evaluate_config import parse
+
+if __name__ == "__main__":  # flags come first: what is imported below takes seconds
+    sys.exit(program.run(parse, "kdfast.evaluate:start", stdout_is_result=True))
+
 import json
 import math
 import reprlib
-import sys
 from pathlib import Path
 
-from transformers.utils import logging as hf_logging
-
-from kdfast.command_line import parse, parser_of
 from kdfast.distill import scoring
 from kdfast.distill.contender import Contender, questions_of, result_of
 from kdfast.distill.evaluate_config import EvaluateConfig
@@ -23,21 +27,10 @@ from kdfast.squad.suites import EvaluationSet
 FORMAT = 1  # of what is written: raise it when the meaning changes
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The program. Returns the exit status: 0, or 2 for a mistake in what it was given."""
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    config = parse(parser_of(EvaluateConfig, "evaluate", __doc__), argv)
-    try:
-        with Ranks.join() as ranks:
-            evaluate(config, ranks)
-    except UserError as error:
-        if not error.is_repeated:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+def start(config: EvaluateConfig) -> None:
+    """The work of the program."""
+    with Ranks.join() as ranks:
+        evaluate(config, ranks)
 
 
 def evaluate(config: EvaluateConfig, ranks: Ranks) -> None:
@@ -183,5 +176,6 @@ def open_folder(name: str | None) -> Path | None:
     return folder
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def main(argv: list[str] | None = None) -> int:
+    """The program, called from Python; see `program.run` for the exit status it returns."""
+    return program.run(parse, "kdfast.evaluate:start", argv, stdout_is_result=True)

@@ -14,19 +14,20 @@ from dataclasses import dataclass, fields
 from errno import EISDIR
 from itertools import tee
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO
 
-from tqdm import tqdm
-from transformers.utils import logging as hf_logging
+from tqdm.auto import tqdm
 
-from kdfast.command_line import parse, parser_of
+from kdfast import program
 from kdfast.distill.config import flag
 from kdfast.errors import UserError
 from kdfast.files import make_writable
-from kdfast.reader import Reader, ReaderSettings
 from kdfast.squad.forms import article_examples
 from kdfast.squad.json_items import json_items
 from kdfast.squad.questions import check_text
+
+if TYPE_CHECKING:
+    from kdfast.reader import ReaderSettings
 
 
 @dataclass(frozen=True)
@@ -66,32 +67,34 @@ class PredictConfig:
             raise UserError("Give --question either --context or --context_file.")
         self.settings().check()
 
-    def settings(self) -> ReaderSettings:
+    def settings(self) -> "ReaderSettings":
+        from kdfast.reader import ReaderSettings
+
         return ReaderSettings(**{f.name: getattr(self, f.name) for f in fields(ReaderSettings)})
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The program. Returns the exit status: 0, or 2 for a mistake in what it was given."""
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    config = parse(parser_of(PredictConfig, "predict", __doc__), argv)
+    """The program; see `program.run` for the exit status it returns."""
+    return program.run(parse, start, argv, stdout_is_result=True)
+
+
+def parse(argv: list[str]) -> PredictConfig:
+    """The settings that a command line gives. Raises UserError for unknown flags and values."""
+    return program.parse(program.parser_of(PredictConfig, "predict", __doc__), argv)
+
+
+def start(config: PredictConfig) -> None:
+    """The work of the program."""
     try:
         predict(config)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # whoever reads the answers has enough of them
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        print(f"error: the answers cannot be written ({error.strerror}).", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+        raise UserError(f"The answers cannot be written ({error.strerror}).") from error
 
 
 def predict(config: PredictConfig) -> None:
     """Answer the questions in their order, each line as soon as it is there."""
+    from kdfast.reader import Reader  # takes seconds, of which a typo in a flag costs none
+
     config.check()
     # Read once for its faults alone: the last record's must not cost the answers before it.
     total = sum(1 for _ in records(config))

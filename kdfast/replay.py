@@ -7,38 +7,45 @@ finite, and exits with 1 if any is, with 0 if all are finite here.
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-from transformers.utils import logging as hf_logging
+from kdfast import program
 
-from kdfast.distill import fault_folder, faults, layers, models
-from kdfast.distill.dropout import speed_up_dropout
-from kdfast.distill.optim import Updater, make_optimizer
-from kdfast.distill.precision import AUTOCAST, pick_device, resolve
-from kdfast.distill.ranks import Ranks
-from kdfast.errors import UserError
-from kdfast.squad.batches import CutRule
+if TYPE_CHECKING:
+    from kdfast.distill import faults
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The program. Returns the exit status: 0, 1 where a term is not finite, or 2 for a mistake."""
-    parser = argparse.ArgumentParser(prog="python -m kdfast.replay", description=__doc__)
+    """The program; see `program.run` for the exit status it returns, or 1: it is not finite."""
+    return program.run(parse, start, argv)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The settings that a command line gives. Raises UserError for unknown flags and values."""
+    parser = program.plain_parser("replay", __doc__)
     parser.add_argument("folder", help="A fault-STEP folder in the --output_dir of a run.")
     parser.add_argument(
-        "--mixed_precision", choices=sorted(AUTOCAST), help="Default: that of the run."
+        "--mixed_precision", choices=("bf16", "fp16", "no"), help="Default: that of the run."
     )
-    given = parser.parse_args(argv)
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    try:
-        return 1 if replay(Path(given.folder).expanduser(), given.mixed_precision) else 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return program.parse(parser, argv)
 
 
-def replay(folder: Path, mixed_precision: str | None = None) -> list[faults.Finding]:
+def start(given: argparse.Namespace) -> int:
+    """The work of the program: 1 where a term is not finite, else 0."""
+    return 1 if replay(Path(given.folder).expanduser(), given.mixed_precision) else 0
+
+
+def replay(folder: Path, mixed_precision: str | None = None) -> "list[faults.Finding]":
     """Run the folder's micro-batches again, print and return what is not finite in them."""
+    import numpy as np
+
+    from kdfast.distill import fault_folder, faults, layers, models
+    from kdfast.distill.dropout import speed_up_dropout
+    from kdfast.distill.optim import Updater, make_optimizer
+    from kdfast.distill.precision import pick_device, resolve
+    from kdfast.distill.ranks import Ranks
+    from kdfast.squad.batches import CutRule
+
     kept = fault_folder.read(folder)
     device = pick_device()
     precision = resolve(mixed_precision or kept.precision, device)

@@ -3,20 +3,26 @@
 Without any argument it runs the embedded demo.
 """
 
+import sys
+
+from kdfast import program
+from kdfast.distill.train_flags import parse
+
+if __name__ == "__main__":  # flags come first: what is imported below takes seconds
+    sys.exit(program.run(parse, "kdfast.train:start"))
+
 import json
 import signal
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers.utils import logging as hf_logging
 
-from kdfast import command_line, recipes
+from kdfast import recipes
 from kdfast.card import CardConfig, publish
 from kdfast.distill import checkpoint, costs, inputs, invariance, layers, models, resume, stages
-from kdfast.distill.config import SECTIONS, TrainConfig
+from kdfast.distill.config import TrainConfig
 from kdfast.distill.dropout import speed_up_dropout
 from kdfast.distill.feed import make_feed
 from kdfast.distill.log import Clock, progress_line
@@ -35,53 +41,19 @@ from kdfast.distill.record import (
 from kdfast.distill.results import Results
 from kdfast.distill.stopping import Stopped, StopSignals
 from kdfast.distill.watch import Watch
-from kdfast.errors import UserError
 from kdfast.squad.batches import CutRule, TrainingOrder
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The program. Returns the exit status: 0, 2 for a mistake in what it was given, or 128 + the
-    number of the signal that stopped it."""
-    argv = sys.argv[1:] if argv is None else argv
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    try:
-        with StopSignals() as stop:
-            if argv:
-                config = parse(argv)
-                with Ranks.join() as ranks:
-                    train(config, ranks, stop)
-            else:
-                from kdfast.demo.tour import tour
+def start(config: TrainConfig | None) -> None:
+    """The work of the program. config: None runs the embedded demo."""
+    with StopSignals() as stop:
+        if config is None:
+            from kdfast.demo.tour import tour
 
-                tour()
-    except UserError as error:
-        if not error.is_repeated:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Stopped as stopped:
-        print(f"{stopped}; --resume_from_checkpoint last goes on", file=sys.stderr)
-        return 128 + stopped.number
-    return 0
-
-
-def parse(argv: list[str]) -> TrainConfig:
-    """Flags to settings, over those of a recipe, over the defaults.
-
-    Unknown flags and values end the program with argparse's own message, `--recipe list` with the
-    recipes.
-    """
-    parser = command_line.parser_of(TrainConfig, "train", __doc__, SECTIONS)
-    recipe = parser.parse_known_args(argv)[0].recipe
-    if recipe == "list":
-        print(recipes.listing())
-        parser.exit()
-    if recipe is not None:
-        settings = recipes.load(recipe).settings
-        parser.set_defaults(stage=settings.get("stage", TrainConfig.stage))
-        stage = parser.parse_known_args(argv)[0].stage
-        parser.set_defaults(**stages.of_stage(settings, stage))
-    return command_line.parse(parser, argv)
+            tour()
+            return
+        with Ranks.join() as ranks:
+            train(config, ranks, stop)
 
 
 def train(config: TrainConfig, ranks: Ranks | None = None, stop: StopSignals | None = None) -> dict:
@@ -299,5 +271,6 @@ def say_config(config: TrainConfig, device: torch.device, precision: str, ranks:
             ranks.say(f"  {line}")
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def main(argv: list[str] | None = None) -> int:
+    """The program, called from Python; see `program.run` for the exit status it returns."""
+    return program.run(parse, "kdfast.train:start", argv)

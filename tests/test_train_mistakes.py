@@ -10,7 +10,6 @@ import pytest
 import torch
 from transformers import AutoModelForQuestionAnswering
 
-from kdfast import train
 from tests import corpora, readers
 
 FAULTS = {
@@ -98,13 +97,6 @@ def test_a_validation_set_without_answers_is_refused_before_training(world, caps
     assert world.run(validation_file=bare) == 2
     captured = capsys.readouterr()
     assert "cannot be scored" in captured.err and "steps of" not in captured.out
-
-
-def test_an_unknown_flag_is_named(world, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        train.main([*world.flags(), "--foo", "3"])
-    assert stopped.value.code == 2
-    assert "--foo" in capsys.readouterr().err
 
 
 def test_nothing_to_resume_is_said_before_the_teacher_runs(world, capsys):

@@ -5,11 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from kdfast import program
 from kdfast.distill.config import flag
 from kdfast.distill.flag_values import LARGEST, MOST, check_values
 from kdfast.errors import UserError
 from kdfast.squad import suites
 
+ABOUT = "`python -m kdfast.evaluate`: score a reader, or a file of predictions, as SQuAD 2.0 does."
 WINDOW_SETTINGS = ("max_seq_length", "max_query_length", "doc_stride")
 
 
@@ -108,3 +110,8 @@ class EvaluateConfig:
     @property
     def cache_path(self) -> Path:
         return Path(self.cache_dir).expanduser()
+
+
+def parse(argv: list[str]) -> EvaluateConfig:
+    """The settings that a command line gives. Raises UserError for unknown flags and values."""
+    return program.parse(program.parser_of(EvaluateConfig, "evaluate", ABOUT), argv)

@@ -10,46 +10,16 @@ from typing import Any
 from kdfast.distill import card, models, teachers
 from kdfast.distill.checkpoint import list_checkpoints
 from kdfast.distill.config import TrainConfig
-from kdfast.distill.config_checks import LAYERS_FLAGS
 from kdfast.distill.flag_values import LARGEST
 from kdfast.distill.log import LOG_FILE
 from kdfast.distill.ranks import Ranks
 from kdfast.distill.record import RUN_FILE, check_no_links, open_output, remove_run, sole_run
+from kdfast.distill.train_flags import of_stage
 from kdfast.errors import UserError
 from kdfast.files import read_json_object
 from kdfast.squad import metrics, records
 from kdfast.squad.features import same_tokens
 from kdfast.squad.tokenizer import load_tokenizer
-
-# What stage layers has no use for.
-OF_ANSWERS = {
-    "teacher_weights",
-    "temperature",
-    "distillation_loss_weight",
-    "distillation_loss",
-    "convention",
-    "embeds_dropout_prob",
-    "validation_file",
-    "eval_steps",
-    "load_best_model_at_end",
-    "max_answer_length",
-    "n_best_size",
-    "report",
-    "push_to_hub",
-}
-
-
-def of_stage(settings: dict[str, Any], stage: str) -> dict[str, Any]:
-    """Of settings by flag, a recipe's say, those that `stage` uses, under the flags it uses."""
-    settings = {**settings, "stage": stage}
-    if stage == "both":
-        return settings
-    own = {LAYERS_FLAGS[name]: settings.pop(name) for name in LAYERS_FLAGS if name in settings}
-    if stage == "layers":
-        kept = {name: value for name, value in settings.items() if name not in OF_ANSWERS}
-        return kept | own
-    settings.pop("attention_loss", None)
-    return settings
 
 
 def of_layers(config: TrainConfig) -> TrainConfig:
