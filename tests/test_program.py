@@ -121,7 +121,8 @@ def test_flags_are_read_before_anything_heavy_is_imported(name):
         "heavy = ('transformers.models', 'transformers.modeling_utils', 'datasets', 'triton',"
         " 'kdfast.reader', 'kdfast.distill.models', 'kdfast.distill.step', 'tokenizers')\n"
         "atexit.register(lambda: print('heavy:', *(name for name in heavy if name in sys.modules)))"
-        f"\nsys.argv = ['-m', 'x', '--nothing']; runpy.run_module('kdfast.{name}', run_name='__main__')"
+        f"\nsys.argv = ['-m', 'x', '--nothing']\n"
+        f"runpy.run_module('kdfast.{name}', run_name='__main__')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2 and "--nothing is no flag" in done.stderr
