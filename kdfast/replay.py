@@ -57,8 +57,7 @@ def replay(folder: Path, mixed_precision: str | None = None) -> "list[faults.Fin
     if device.type == "cpu" and not kept.config.torch_compile:  # as the run did
         speed_up_dropout(model)
     feed = fault_folder.KeptFeed(kept.batches, device)
-    uses_types = any(each.inputs["token_type_ids"] is not None for each in kept.batches)
-    learner, kind_of_step = layers.make_learner(kept.config, model, uses_types, device, precision)
+    learner, kind_of_step = layers.make_learner(kept.config, model, device, precision)
     updater = Updater(learner, make_optimizer(learner, 0.0), None, kept.config.max_grad_norm)
     fault_folder.restore_beside(kept, model, updater, folder)
     stepper = kind_of_step(

@@ -124,9 +124,7 @@ def distil(
     model = student.model.to(device)
     if device.type == "cpu" and not config.torch_compile:  # it compiles its own dropout
         speed_up_dropout(model)
-    learner, kind_of_step = layers.make_learner(
-        config, model, windows.uses_token_types, device, precision
-    )
+    learner, kind_of_step = layers.make_learner(config, model, device, precision)
     scaler = None
     if precision == "fp16":
         scaler = torch.amp.GradScaler(device.type, kind_of_step.INITIAL_SCALE)

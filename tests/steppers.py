@@ -56,7 +56,7 @@ def make(
         speed_up_dropout(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10) if precision == "fp16" else None
     device = torch.device("cpu")
-    learner, kind = layers.make_learner(config, model, windows.uses_token_types, device, precision)
+    learner, kind = layers.make_learner(config, model, device, precision)
     learner.to(dtype)
     optimizer = make_optimizer(learner, config.weight_decay)
     updater = Updater(learner, optimizer, scaler, config.max_grad_norm)

@@ -89,6 +89,12 @@ def test_a_teacher_that_was_trained_without_the_students_token_types(world, caps
     assert "was trained without token types and the student with them" in capsys.readouterr().err
 
 
+def test_a_teacher_without_token_types_reads_the_same_windows(world):
+    teacher = readers.save(world.path / "untyped", layers=4, type_vocab_size=1)
+    for number, changes in enumerate((LAYERS, {})):
+        assert world.run(**changes, teacher=teacher, output_dir=world.path / str(number)) == 0
+
+
 MISTAKES = {
     "two teachers": ({**LAYERS, "teacher": "TWO"}, "learns from one teacher"),
     "no teacher": ({**LAYERS, "teacher": None}, "learns from one teacher"),

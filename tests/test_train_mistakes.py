@@ -29,7 +29,7 @@ FAULTS = {
     "layers": ({"student_layers": "3,1"}, "rising layer numbers"),
     "layer words": ({"student_layers": "first"}, "rising layer numbers"),
     "layers not there": ({"student_layers": "0,7"}, "has layers 0 to 1"),
-    "too long": ({"max_seq_length": 500}, "reads 402 tokens"),
+    "too long": ({"max_seq_length": 600}, "reads 512 tokens"),
     "stride": ({"doc_stride": 300}, "--doc_stride 300"),
     "no file": ({"train_file": "nowhere.json"}, "nowhere.json"),
     "no model": ({"student": "nowhere/nothing"}, "--student nowhere/nothing"),

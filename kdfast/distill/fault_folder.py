@@ -170,10 +170,9 @@ def read(folder: Path) -> Kept:
 def check_fits(kept: Kept, loaded: models.Loaded, folder: Path) -> None:
     """Raise UserError for windows that the folder's own model cannot read."""
     reader = loaded.model.reader
-    known = {
-        "input_ids": reader.get_input_embeddings().num_embeddings,
-        "token_type_ids": getattr(reader.config, "type_vocab_size", 0),
-    }
+    known = {"input_ids": reader.get_input_embeddings().num_embeddings}
+    if loaded.model.takes_token_types:
+        known["token_type_ids"] = reader.config.type_vocab_size
     for batch in kept.batches:
         models.check_fits(loaded, batch.inputs["input_ids"].shape[1], str(folder))
         for name, count in known.items():

@@ -17,7 +17,6 @@ from kdfast.distill.config import TrainConfig
 from kdfast.distill.faults import broken_weight
 from kdfast.distill.feed import MicroBatch
 from kdfast.distill.layer_terms import AttentionTerm, Heard, RelationTerm, hidden_term
-from kdfast.distill.model_checks import check_token_types
 from kdfast.distill.models import SpanModel
 from kdfast.distill.precision import AUTOCAST
 from kdfast.distill.step import Stepper
@@ -158,21 +157,18 @@ def find_teacher(config: TrainConfig, student: models.Loaded) -> str:
 def make_learner(
     config: TrainConfig,
     student: SpanModel,
-    uses_token_types: bool,
     device: torch.device,
     precision: str,
 ) -> tuple[nn.Module, type[Stepper]]:
     """What trains in the stage of a run, and the kind of its steps.
 
-    uses_token_types: whether the windows have any. In stage layers the teacher is loaded. Its span
-    head is not used: it may have none.
+    In stage layers the teacher is loaded. Its span head is not used: it may have none.
     """
     if config.stage != "layers":
         return student, Stepper
     name = config.teacher[0]
     loaded = models.load_reader(name, "--teacher", new_head_seed=config.seed)
     models.check_fits(loaded, config.max_seq_length, name)
-    check_token_types(loaded.model.reader, uses_token_types, name)
     if weight := broken_weight(loaded.model.named_parameters()):
         raise UserError(
             f"--teacher {name} has weights that are not finite ({weight}): name a sound model."

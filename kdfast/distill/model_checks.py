@@ -38,15 +38,6 @@ def check_sizes(config, folder: Path, name: str, role: str) -> None:
         )
 
 
-def check_token_types(reader: nn.Module, uses_token_types: bool, name: str) -> None:
-    """Raise UserError for a teacher that lacks the token types of the windows it is to read."""
-    if uses_token_types and getattr(reader.config, "type_vocab_size", 0) < 2:
-        raise UserError(
-            f"--teacher {name} has no embeddings for token types, which its tokenizer gives: name "
-            "another teacher."
-        )
-
-
 def check_windows(reader: nn.Module, windows: Windows, max_seq_length: int, cache: Path) -> None:
     """Raise UserError for prepared windows that the model cannot read, whoever prepared them.
 
@@ -61,8 +52,6 @@ def check_windows(reader: nn.Module, windows: Windows, max_seq_length: int, cach
         fault = f"token {highest}, and the model knows {known}"
     elif windows.lengths.max() > max_seq_length:
         fault = f"a window of {windows.lengths.max()} tokens, more than --max_seq_length"
-    elif windows.uses_token_types and reader.config.type_vocab_size < 2:
-        fault = "token types, and the model has none"
     if fault:
         raise UserError(
             f"{cache / 'features'} holds {fault}: delete the features there, and they are made "

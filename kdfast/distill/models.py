@@ -48,6 +48,9 @@ class SpanModel(nn.Module):
         self.reader = reader
         self.dropout = nn.Dropout(embeds_dropout_prob)
         self.takes_4d_mask = reader.config._attn_implementation == "sdpa"
+        # RoBERTa has one type only, published DeBERTas and MPNet none, whatever a tokenizer gives.
+        types = getattr(reader.base_model.embeddings, "token_type_embeddings", None)
+        self.takes_token_types = types is not None and types.num_embeddings > 1
 
     def forward(
         self,
@@ -58,7 +61,8 @@ class SpanModel(nn.Module):
         """Logits (B, L, 2), start and end, in the type of the head's weights.
 
         input_ids: int64 (B, L). attention_mask: bool (B, L), True for real tokens, or None where
-        nothing is padding. token_type_ids: int64 (B, L), or None for models without them.
+        nothing is padding. token_type_ids: int64 (B, L), 0 or 1, or None for all 0; a model without
+        embeddings for two types never gets them.
         """
         hidden = self._encode(input_ids, attention_mask, token_type_ids)[0]
         head = self.reader.qa_outputs
@@ -87,13 +91,18 @@ class SpanModel(nn.Module):
         output_hidden_states: bool = False,
     ):
         """What transformers' encoder returns."""
-        if not self.takes_4d_mask and attention_mask is None:
-            # DeBERTa makes this mask itself, but looks for padding first: that reads the device.
-            attention_mask = torch.ones_like(input_ids, dtype=torch.bool)
-        elif attention_mask is not None and self.takes_4d_mask:
+        if self.takes_4d_mask and attention_mask is not None:
             # transformers passes a 4-D mask on as it is; a 2-D one makes it read the device.
             attention_mask = attention_mask[:, None, None, :]
-        kwargs = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        elif not self.takes_4d_mask:
+            # DeBERTa makes a mask itself, but looks for padding first: that reads the device. The
+            # convolution of DeBERTa-v2-xlarge subtracts it from 1, which bools cannot.
+            attention_mask = (
+                torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+            )
+        kwargs = {}
+        if token_type_ids is not None and self.takes_token_types:
+            kwargs["token_type_ids"] = token_type_ids
         return self.reader.base_model(
             input_ids,
             attention_mask=attention_mask,
@@ -180,7 +189,8 @@ def load_reader(
             output_loading_info=True,
         )
         with torch.inference_mode():  # a config.json may load and yet compute nothing
-            reader(torch.zeros((1, 2), dtype=torch.int64))
+            ids = torch.zeros((1, 2), dtype=torch.int64)
+            reader(ids, attention_mask=torch.ones_like(ids))
     except UserError:
         raise
     except Exception as error:  # safetensors and transformers share no base class for these

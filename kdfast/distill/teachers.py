@@ -12,7 +12,6 @@ from tqdm import tqdm
 from kdfast.distill import costs, models, teacher
 from kdfast.distill.config import TrainConfig
 from kdfast.distill.derived import Probabilities
-from kdfast.distill.model_checks import check_token_types
 from kdfast.distill.ranks import Ranks
 from kdfast.errors import UserError
 from kdfast.squad import features, pieces
@@ -112,7 +111,6 @@ def own_logits(config: TrainConfig, one: Teacher, device: torch.device, ranks: R
         return logits
     loaded = models.load_reader(one.name, "--teacher")
     models.check_fits(loaded, one.max_seq_length, one.name)
-    check_token_types(loaded.model.reader, one.windows.uses_token_types, one.name)
     for note in loaded.notes:
         ranks.say(note)
     total = len(one.windows)

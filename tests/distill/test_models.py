@@ -168,7 +168,7 @@ def test_layers_that_are_not_there(tmp_path):
         models.keep_layers(models.load_reader(shared, "--teacher"), [0], shared)
 
 
-@pytest.mark.parametrize(("model_type", "longest"), [("bert", 402), ("roberta", 400)])
+@pytest.mark.parametrize(("model_type", "longest"), [("bert", 512), ("roberta", 512)])
 def test_windows_longer_than_the_model_reads(tmp_path, model_type, longest):
     loaded = models.load_reader(readers.save(tmp_path, model_type), "--student")
     models.check_fits(loaded, longest, "it")
