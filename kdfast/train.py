@@ -26,6 +26,7 @@ from kdfast.distill.config import TrainConfig
 from kdfast.distill.dropout import speed_up_dropout
 from kdfast.distill.feed import make_feed
 from kdfast.distill.log import Clock, progress_line
+from kdfast.distill.model_folders import rehearse_saving
 from kdfast.distill.optim import Updater, make_optimizer
 from kdfast.distill.precision import AUTOCAST, be_deterministic, pick_device, resolve
 from kdfast.distill.ranks import Ranks
@@ -106,6 +107,8 @@ def distil(
 ) -> dict:
     """The recipe, once `output` is this run's own."""
     student = inputs.load_student(config, ranks)
+    if ranks.is_first and not config.check_invariance:
+        rehearse_saving(output, student, config.student or config.teacher[0])
     windows = inputs.prepare(config, student, config.train_file, "train", ranks)
     validation = inputs.load_validation(config, student, ranks)
     lesson = inputs.teacher_lesson(config, windows, student, device, precision, ranks)
@@ -195,7 +198,7 @@ def distil(
     bar = tqdm(
         total=total, initial=progress.steps, desc="train", unit="step", disable=not ranks.is_first
     )
-    with bar, stop.deferred():
+    with bar, stop.deferred(), results.telling_where():
         while not stop.agreed:
             is_last = progress.steps >= total
             if is_last:
@@ -227,7 +230,8 @@ def distil(
             raise Stopped(stop.number or signal.SIGTERM)
     if updater.updates < progress.steps:
         ranks.say(f"{progress.steps - updater.updates} of {progress.steps} steps were skipped.")
-    results.finish()
+    with results.telling_where():
+        results.finish()
 
     record = {
         "config": asdict(config),
@@ -242,7 +246,8 @@ def distil(
         **results.figures(),
     }
     if ranks.is_first:
-        write_run(output, record)
+        with results.telling_where():
+            write_run(output, record)
     ranks.barrier()
     ranks.say(f"The student is in {output}; run.json there holds settings, versions and figures.")
     if ranks.is_first and config.stage == "predictions":

@@ -101,7 +101,7 @@ def save_checkpoint(
 def remove_leftovers(output_dir: Path) -> None:
     """Delete what a kill amid a write has left beside what it was to replace."""
     for path in output_dir.iterdir():
-        if re.fullmatch(r"(checkpoint-\d+|best|last|model)\.(new|old)", path.name):
+        if re.fullmatch(r"(checkpoint-\d+|best|last|model)\.(new|old)|\.rehearsal", path.name):
             shutil.rmtree(path, ignore_errors=True)
 
 

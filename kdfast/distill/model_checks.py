@@ -12,6 +12,26 @@ from kdfast.errors import UserError
 from kdfast.squad.features import Windows
 
 
+def check_reads_both_ways(config, name: str, role: str) -> None:
+    """Raise UserError for a `config` with which transformers would not compute a reader's logits."""
+    if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
+        switch = "is_decoder" if getattr(config, "is_decoder", False) else "add_cross_attention"
+        raise UserError(
+            f"{role} {name} is a decoder ({switch} in its config.json), and a reader looks both "
+            "ways: name an encoder."
+        )
+    if getattr(config, "position_embedding_type", None) not in (None, "absolute"):
+        raise UserError(
+            f"{role} {name} has position embeddings of type {config.position_embedding_type}, "
+            "which transformers 5 leaves out without a word: name a model with absolute ones."
+        )
+    if getattr(config, "quantization_config", None):
+        raise UserError(
+            f"{role} {name} is quantized (quantization_config in its config.json): name the model "
+            "that it was made from."
+        )
+
+
 def check_sizes(config, folder: Path, name: str, role: str) -> None:
     """Raise UserError where `config` describes more weights than the folder's safetensors hold.
 

@@ -7,11 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
-from kdfast.distill.models import SpanModel
+from kdfast.distill.models import Loaded, SpanModel, first_line, load_reader
 from kdfast.errors import UserError
 from kdfast.files import even_modes, sync_folder
+from kdfast.squad.features import same_tokens
+
+REHEARSAL = ".rehearsal"  # the folder of rehearse_saving, within the run's
+WEIGHTS_FILE = "student-weights.safetensors"  # of keep_weights
 
 
 @contextmanager
@@ -35,6 +41,49 @@ def save_model(folder: Path, model: SpanModel, tokenizer) -> None:
         model.reader.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         even_modes(folder)
+
+
+def rehearse_saving(output: Path, student: Loaded, name: str) -> None:
+    """Save the student, `name`, into a folder of `output` that is deleted again, and load it back.
+
+    So that no run is lost at its last line. Raises UserError where it does not come back the same.
+    """
+    folder = output / REHEARSAL
+    shutil.rmtree(folder, ignore_errors=True)
+    model = student.model
+    ids = torch.arange(min(32, model.reader.get_input_embeddings().num_embeddings))[None]
+    was_training = model.training
+    fault = None
+    try:
+        save_model(folder, model, student.tokenizer)
+        again = load_reader(str(folder), "The saved copy of")
+        with torch.inference_mode():
+            logits, others = model.eval()(ids), again.model.eval()(ids)
+        if not torch.equal(logits.nan_to_num(), others.nan_to_num()):
+            fault = "it comes back with other logits"
+        elif not same_tokens(again.tokenizer, student.tokenizer):
+            fault = "it comes back with another tokenizer"
+    except Exception as error:
+        if isinstance(error, UserError) and "--output_dir" in str(error):
+            raise  # of the disk, not of the model
+        fault = first_line(error)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        model.train(was_training)
+    if fault:
+        raise UserError(
+            f"{name} cannot be saved and read again, so that its training would be lost ({fault}): "
+            "take out of its config.json what an encoder does not need, or name another model."
+        )
+
+
+def keep_weights(folder: Path, model: SpanModel) -> Path:
+    """Write the bare weights of a model that cannot be saved as one; returns the file."""
+    path = folder / WEIGHTS_FILE
+    with writing(path):
+        tensors = model.reader.state_dict()
+        save_file({name: each.detach().cpu().clone() for name, each in tensors.items()}, path)
+    return path
 
 
 def replace_model(folder: Path, model: SpanModel, tokenizer) -> None:

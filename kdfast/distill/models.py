@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import nn
 from transformers import AutoConfig, AutoModelForQuestionAnswering
 
-from kdfast.distill.model_checks import check_sizes
+from kdfast.distill.model_checks import check_reads_both_ways, check_sizes
 from kdfast.errors import UserError
 from kdfast.squad.tokenizer import load_tokenizer
 
@@ -224,8 +224,14 @@ def load_config(folder: Path, name: str, role: str):
     except Exception as error:  # a broken file, or a type that transformers does not know
         raise _does_not_load(name, role, error) from error
     check_type(config, name, role)
+    check_reads_both_ways(config, name, role)
     # A config.json may name attention code on the hub, which would be fetched and run.
     config._attn_implementation = None
+    # Switches of what transformers returns, and how: save_pretrained refuses some of them, and
+    # feed-forward chunks fail at every width that they do not divide.
+    config.output_attentions = config.output_hidden_states = False
+    config.return_dict = True
+    config.chunk_size_feed_forward = 0
     return config
 
 

@@ -16,7 +16,7 @@ import kdfast
 from kdfast.distill.checkpoint import list_checkpoints, remove_leftovers
 from kdfast.distill.config import TrainConfig
 from kdfast.distill.log import LOG_FILE, TENSORBOARD_FOLDER
-from kdfast.distill.model_folders import writing
+from kdfast.distill.model_folders import WEIGHTS_FILE, writing
 from kdfast.distill.ranks import Ranks
 from kdfast.errors import UserError
 from kdfast.files import locked, make_writable, sha256_of, write_json
@@ -109,7 +109,7 @@ def remove_run(output: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     for name in ("figures", ".eval_results"):
         shutil.rmtree(output / name, ignore_errors=True)
-    for name in (RUN_FILE, "README.md", "report.html"):
+    for name in (RUN_FILE, "README.md", "report.html", WEIGHTS_FILE):
         (output / name).unlink(missing_ok=True)
 
 

@@ -1,5 +1,7 @@
 """What a run leaves in its folder as it goes: log, evaluations, checkpoints, the student."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,8 @@ from kdfast.distill.checkpoint import Progress, save_checkpoint
 from kdfast.distill.config import TrainConfig
 from kdfast.distill.faults import check_weights
 from kdfast.distill.log import Clock, Speed, TrainLog
-from kdfast.distill.model_folders import place_copy, place_model, replace_model
-from kdfast.distill.models import Loaded
+from kdfast.distill.model_folders import keep_weights, place_copy, place_model, replace_model
+from kdfast.distill.models import Loaded, first_line
 from kdfast.distill.optim import Updater
 from kdfast.distill.ranks import Ranks
 from kdfast.distill.step import StepReport
@@ -46,6 +48,7 @@ class Results:
 
     def __post_init__(self) -> None:
         self._saved = self.progress.steps  # a run that was resumed there has that checkpoint
+        self._placed = False
         self.log = None
         if self.ranks.is_first:
             tensorboard = self.config.report_to == "tensorboard"
@@ -131,7 +134,31 @@ class Results:
         check_weights(self.student.model)
         if self.log:
             with self.clock.stopped():
-                place_model(self.output, self.student.model, self.student.tokenizer)
+                self._place()
+        self._placed = True
+
+    def _place(self) -> None:
+        try:
+            place_model(self.output, self.student.model, self.student.tokenizer)
+        except UserError:
+            raise
+        except Exception as error:  # of transformers or a tokenizer
+            path = keep_weights(self.output, self.student.model)
+            raise UserError(
+                f"The student is trained and cannot be saved as a model ({first_line(error)}): its "
+                f"weights are in {path}; put them into the --student by load_state_dict."
+            ) from error
+
+    @contextmanager
+    def telling_where(self) -> Iterator[None]:
+        """Inside, what fails once the student is in its place raises a UserError that says so."""
+        try:
+            yield
+        except Exception as error:
+            if not self._placed:
+                raise
+            what = str(error) if isinstance(error, UserError) else f"{first_line(error)}."
+            raise UserError(f"{what} The trained student is in {self.output}.") from error
 
     def finish(self) -> None:
         """Close the log; under --load_best_model_at_end put the best model into output_dir, and
