@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForQuestionAnswering, AutoTokenizer
+from transformers import AutoModelForQuestionAnswering
 
 from kdfast.distill import teacher
 from kdfast.distill.config import TrainConfig
@@ -15,6 +15,7 @@ from kdfast.hf import kd_dataset
 from kdfast.squad import features, pieces
 from kdfast.squad.carry import Carrier
 from kdfast.squad.template import Template
+from kdfast.squad.tokenizer import load_tokenizer
 from tests import readers
 from tests.programs import log_of
 from tests.squad.two_tokenizers import by_the_book
@@ -37,7 +38,7 @@ def cached(world, key):
 
 
 def student_windows(world, student=None):
-    tokenizer = AutoTokenizer.from_pretrained(student or world.student)
+    tokenizer = load_tokenizer(Path(student or world.student), "it")
     cache = world.path / "cache"
     return features.prepare(world.train_file, tokenizer, **LENGTHS, cache_dir=cache, split="train")
 
@@ -81,7 +82,7 @@ def test_a_teacher_of_another_tokenizer(world, capsys, student, other, positions
     assert raw_header["kind"] == "raw"
 
     windows = student_windows(world, student)
-    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer = load_tokenizer(Path(other), "it")
     read = pieces.prepare(
         windows,
         world.train_file,
@@ -106,7 +107,7 @@ def test_a_teacher_of_another_tokenizer(world, capsys, student, other, positions
         own = torch.stack([out.start_logits[0], out.end_logits[0]], 1).numpy()
         np.testing.assert_allclose(raw[begin:end], own, rtol=2e-3, atol=2e-3)
 
-    ours = Template.learn(AutoTokenizer.from_pretrained(student))
+    ours = Template.learn(load_tokenizer(Path(student), "it"))
     carrier = Carrier(windows, read, ours, Template.learn(tokenizer))
     wanted = [by_the_book(carrier, raw, window, TEMPERATURE) for window in range(len(windows))]
     for found, mass in zip(by_window(windows, logits), wanted, strict=True):

@@ -13,7 +13,7 @@ from kdfast.squad.features import Windows
 
 
 def check_reads_both_ways(config, name: str, role: str) -> None:
-    """Raise UserError for a `config` with which transformers would not compute a reader's logits."""
+    """Raise UserError for a `config` that transformers does not compute a reader's logits by."""
     if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
         switch = "is_decoder" if getattr(config, "is_decoder", False) else "add_cross_attention"
         raise UserError(
