@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from errno import EISDIR
+from functools import partial
 from itertools import tee
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TextIO
+from typing import Literal, TextIO
 
 from tqdm.auto import tqdm
 
@@ -25,9 +26,7 @@ from kdfast.files import make_writable
 from kdfast.squad.forms import article_examples
 from kdfast.squad.json_items import json_items
 from kdfast.squad.questions import check_text
-
-if TYPE_CHECKING:
-    from kdfast.reader import ReaderSettings
+from kdfast.squad.reader_settings import ReaderSettings
 
 
 @dataclass(frozen=True)
@@ -65,12 +64,11 @@ class PredictConfig:
             raise UserError("--context goes with --question: the records of --data hold theirs.")
         if self.question is not None and (self.context is None) == (self.context_file is None):
             raise UserError("Give --question either --context or --context_file.")
-        self.settings().check()
+        self.settings()
 
-    def settings(self) -> "ReaderSettings":
-        from kdfast.reader import ReaderSettings
-
-        return ReaderSettings(**{f.name: getattr(self, f.name) for f in fields(ReaderSettings)})
+    def settings(self) -> ReaderSettings:
+        given = {f.name: getattr(self, f.name, None) for f in fields(ReaderSettings)}
+        return ReaderSettings().changed(given)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -109,7 +107,8 @@ def predict(config: PredictConfig) -> None:
             disable=config.data is None,
             bar_format="{l_bar}{bar}| {n:.0f}/{total_fmt} questions [{elapsed}<{remaining}]",
         ) as bar:
-            results = reader.stream(pairs, config.settings(), progress=bar.update)
+            say = partial(bar.write, file=sys.stderr)
+            results = reader.stream(pairs, config.settings(), bar.update, say)
             for result, (name, question, _) in zip(results, named, strict=True):
                 answers = result if isinstance(result, list) else [result]
                 found = answers[0] if config.top_k == 1 else {"answers": answers}

@@ -2,73 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import GeneratorType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
+from torch.utils.data import Dataset
 
 from kdfast.distill import models
 from kdfast.distill.costs import forward_tokens
 from kdfast.distill.feed import flat_positions, forward_windows
-from kdfast.distill.precision import AUTOCAST, pick_device, resolve
+from kdfast.distill.precision import AUTOCAST, device_of, resolve
 from kdfast.errors import UserError
 from kdfast.squad.batches import cut_by_tokens
 from kdfast.squad.examples import Example
 from kdfast.squad.features import windows_of
 from kdfast.squad.pipeline import pipeline_answers
-from kdfast.squad.questions import Pair, pairs_of
+from kdfast.squad.questions import Pair, pair_of, pairs_of
+from kdfast.squad.reader_settings import ReaderSettings
+from kdfast.squad.template import Template
+from kdfast.squad.tokenizer import load_tokenizer
+from kdfast.squad.windows import Windows
 from kdfast.squad.words import Words
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 # Characters of questions and contexts that are in work at once: their windows bound the memory.
 CHUNK_CHARACTERS = 1 << 21
+OF_DTYPE = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}
 
 Answers = dict | list[dict]
-
-
-@dataclass(frozen=True)
-class ReaderSettings:
-    """How questions are answered: the arguments of Reader.__call__, which describes them."""
-
-    top_k: int = 1
-    handle_impossible_answer: bool = False
-    max_answer_len: int = 15
-    max_question_len: int = 64
-    max_seq_len: int | None = None
-    doc_stride: int | None = None
-    align_to_words: bool = True
-
-    def check(self) -> None:
-        """Raise UserError for a number that is none or out of range."""
-        for name in ("top_k", "max_answer_len", "max_question_len", "max_seq_len", "doc_stride"):
-            value, least = getattr(self, name), int(name != "doc_stride")
-            if value is None and name in ("max_seq_len", "doc_stride"):
-                continue
-            if not isinstance(value, int) or value < least:
-                raise UserError(f"{name} is {value!r}: give a whole number of at least {least}.")
 
 
 class Reader:
     """A reader, ready to answer questions; it stands in for pipeline("question-answering").
 
-    model: a folder that save_pretrained has written, or a hub id. device: a torch device or its
-    name; None takes the GPU where there is one, else the CPU. mixed_precision: "no", "fp16" or
-    "bf16"; "no" gives the scores of transformers 4, the others are faster on a GPU.
+    model: a folder that save_pretrained has written, a hub id, or a model of transformers, which is
+    moved to the device. tokenizer: a folder, a hub id, or a fast tokenizer; None takes the model's.
+    device: a torch device or its name; a number is that GPU where there is one, and -1 the CPU;
+    None takes the GPU where there is one, else the CPU. mixed_precision: "no", "fp16" or "bf16";
+    "no" gives the scores of transformers 4, the others are faster on a GPU. dtype, or torch_dtype:
+    transformers' name for it, torch.float16 being "fp16". Other arguments are those of a call, and
+    hold for all calls that do not give them.
 
-    Raises UserError for a model that does not load or has no question-answering head.
+    Raises UserError for a model that does not load or has no question-answering head, and for an
+    argument out of range.
     """
 
     def __init__(
         self,
-        model: str | Path,
+        model: str | Path | PreTrainedModel,
+        tokenizer: str | Path | PreTrainedTokenizerFast | None = None,
         *,
-        device: str | torch.device | None = None,
+        device: str | int | torch.device | None = None,
         mixed_precision: str = "no",
+        **arguments: Any,
     ):
-        self.name = str(model)
-        self.device = pick_device() if device is None else _usable(device)
-        loaded = models.load_reader(self.name, "model")
+        for name in ("dtype", "torch_dtype"):
+            dtype = str(arguments.pop(name, None)).removeprefix("torch.")
+            mixed_precision = OF_DTYPE.get(dtype, mixed_precision)
+        if arguments.get("revision") not in (None, "main"):
+            raise UserError(
+                f"revision is {arguments['revision']!r}, and of a hub id the main one is read: "
+                "download that one and name its folder."
+            )
+        arguments.pop("revision", None)
+        self.settings = ReaderSettings().changed(arguments)
+        self.device = device_of(device)
+        loaded, self.name = _load(model, tokenizer)
         self.tokenizer = loaded.tokenizer
         self.notes = loaded.notes
         self._longest = models.longest_input(loaded, self.name)
@@ -78,101 +85,120 @@ class Reader:
             )
         self._precision = AUTOCAST[resolve(mixed_precision, self.device)]
         self.model = loaded.model.to(self.device).eval()
+        self._told_of_cuts = False
 
     def __call__(
         self,
-        *inputs,
-        question: str | list[str] | None = None,
-        context: str | list[str] | None = None,
-        top_k: int = 1,
-        handle_impossible_answer: bool = False,
-        max_answer_len: int = 15,
-        max_question_len: int = 64,
-        max_seq_len: int | None = None,
-        doc_stride: int | None = None,
-        align_to_words: bool = True,
-    ) -> Answers | list[Answers]:
+        *inputs: Any,
+        question: str | Sequence[str] | None = None,
+        context: str | Sequence[str] | None = None,
+        X: Any = None,
+        data: Any = None,
+        **arguments: Any,
+    ) -> Answers | list[Answers] | Iterator[Answers]:
         """Answer questions, each in its context, as QuestionAnsweringPipeline of transformers 4.
 
         The questions: question= and context= (two texts, two lists of one length, or a list of
-        questions and the one context of all), or a dict {"question", "context"}, an iterable or
-        several of them, or two texts. The result belongs to the only question, or is a list with
-        one result a question. A result is {"score", "start", "end", "answer"}, where answer is
+        questions and the one context of all), or, without a name or as X= or data=: a dict
+        {"question", "context"}, an object of the SquadExample kind (question_text, context_text),
+        a tuple of two texts, an iterable or several of these, two texts, or a dict of two lists.
+
+        The result belongs to the only question, or is a list with one result a question. Of a
+        dict of lists it always is a list. Of a generator or a torch Dataset it is an iterator: of
+        a generator, which may wait for its answers, it reads batch_size (1) questions ahead, and a
+        text may be empty there. A result is {"score", "start", "end", "answer"}, where answer is
         context[start:end], or a list of these, best first, where there are several of them.
 
-        top_k: answers to a question, fewer where its context has not as many.
-        handle_impossible_answer: let "" compete, with the probability that there is no answer.
-        max_answer_len: tokens in the longest answer considered.
-        max_question_len: tokens of a question that are kept. (transformers 4 said so too, but with
-            a fast tokenizer never cut a question, and failed at a very long one.)
-        max_seq_len: tokens in a window, special ones included; None means 384, or fewer where the
-            model reads fewer.
-        doc_stride: context tokens that two windows of one question share. This is the pipeline's
-            meaning; in training and evaluation doc_stride is the step from window to window. None
-            means 128, or half of max_seq_len where that is less.
-        align_to_words: widen answers to whole words, as the tokenizer splits words. As there, an
-            answer's characters are those its tokens stand for, so that some tokenizers leave out a
-            combining mark at its end.
+        Further arguments, of which None means what the Reader was made with, or else:
 
-        Scores, and how they are summed over equal texts, are described in
-        squad.pipeline.pipeline_answers. The search is exact, over all spans of every window.
+        top_k (1): answers to a question, fewer where its context has not as many. Also as topk.
+        handle_impossible_answer (False): let "" compete, with the probability that there is no
+            answer.
+        max_answer_len (15): tokens in the longest answer considered.
+        max_question_len (64): tokens of a question that are kept; a warning tells of the first
+            question that is cut. (transformers 4 said so too, but with a fast tokenizer never cut
+            a question, and failed at a very long one.)
+        max_seq_len (384, or fewer where the model reads fewer): tokens in a window, special ones
+            included.
+        doc_stride (128, or half of max_seq_len where that is less): context tokens that two windows
+            of one question share. This is the pipeline's meaning; in training and evaluation
+            doc_stride is the step from window to window. A question that leaves no more than these
+            for its context is refused, however short that is; by default its windows share half
+            of what it leaves.
+        align_to_words (True): widen answers to whole words, as the tokenizer splits words. As
+            there, an answer's characters are those its tokens stand for, so that some tokenizers
+            leave out a combining mark at its end.
+        batch_size (by tokens): the most windows that the model reads at once.
+        num_workers, padding and the like: without effect, since no answer depends on them.
+
+        Numbers may be of any type that holds a whole one. Scores, and how they are summed over
+        equal texts, are described in squad.pipeline.pipeline_answers. The search is exact, over all
+        spans of every window.
 
         Raises UserError for a question or a context that is empty or no text, for an argument out
         of range, and for logits that are NaN or infinite.
         """
-        settings = ReaderSettings(
-            top_k,
-            handle_impossible_answer,
-            max_answer_len,
-            max_question_len,
-            max_seq_len,
-            doc_stride,
-            align_to_words,
-        )
-        results = list(self.stream(pairs_of(inputs, question, context), settings))
-        return results[0] if len(results) == 1 else results
+        settings = self.settings.changed(arguments)
+        named = [given for given in (X, data) if given is not None]
+        inputs = inputs or tuple(named[:1])
+        if len(inputs) == 1 and isinstance(inputs[0], (GeneratorType, Dataset)):
+            given = inputs[0]
+            items = (
+                given if hasattr(given, "__iter__") else map(given.__getitem__, range(len(given)))
+            )
+            pairs = (pair_of(f"input {n}", i, may_be_empty=True) for n, i in enumerate(items))
+            ahead = settings.batch_size or 1 if isinstance(given, GeneratorType) else None
+            return self.stream(pairs, settings, read_ahead=ahead)
+        asked, is_list = pairs_of(inputs, question, context)
+        results = list(self.stream(asked, settings))
+        return results if is_list or len(results) != 1 else results[0]
 
     def stream(
         self,
         pairs: Iterable[Pair],
         settings: ReaderSettings,
         progress: Callable[[float], object] | None = None,
+        note: Callable[[str], object] = warnings.warn,
+        read_ahead: int | None = None,
     ) -> Iterator[Answers]:
         """Yields one result a (question, context), in order, holding few of them in memory.
 
         progress: is told how many questions were answered since it was last told; the windows of
-        a question are its fractions.
+        a question are its fractions. note: is told of questions that are cut. read_ahead: how many
+        questions are read before the first of them is answered, at most. Raises UserError at once
+        for settings that the model cannot follow.
         """
-        settings.check()
-        max_seq_len = settings.max_seq_len or min(
-            384, self.tokenizer.model_max_length, self._longest
-        )
-        if max_seq_len > self._longest:
+        size = settings.max_seq_len or min(384, self.tokenizer.model_max_length, self._longest)
+        if size > self._longest:
             raise UserError(
-                f"max_seq_len is {max_seq_len}, and {self.name} reads {self._longest} tokens at "
-                "most: give a smaller one."
+                f"max_seq_len is {size}, and {self.name} reads {self._longest} tokens at most: "
+                "give a smaller one."
             )
-        overlap = settings.doc_stride
-        if overlap is None:
-            overlap = min(max_seq_len // 2, 128)
-        for chunk in _chunks(pairs):
-            yield from self._answer(chunk, settings, max_seq_len, overlap, progress)
+        special = Template.learn(self.tokenizer).size
+        if settings.doc_stride is not None and settings.doc_stride >= size - special:
+            raise _too_much_shared(settings.doc_stride, size - special, size, "")
+        settings = replace(settings, max_seq_len=size)
+        chunks = _chunks(pairs, read_ahead)
+        return (
+            result for chunk in chunks for result in self._answer(chunk, settings, progress, note)
+        )
 
-    def _answer(self, chunk, settings, max_seq_len, overlap, progress) -> list[Answers]:
+    def _answer(
+        self,
+        chunk: list[Pair],
+        settings: ReaderSettings,
+        progress: Callable[[float], object] | None,
+        note: Callable[[str], object],
+    ) -> list[Answers]:
         contexts = [context for _, context in chunk]
         number = {context: n for n, context in enumerate(dict.fromkeys(contexts))}
-        windows = windows_of(
-            # An error about a question names its id.
-            (Example(question[:80], "", question, context, None) for question, context in chunk),
-            self.tokenizer,
-            max_seq_length=max_seq_len,
-            max_query_length=settings.max_question_len,
-            overlap=overlap,
-        )
+        windows = self._windows(chunk, settings, note)
         logits = np.empty((len(windows.input_ids), 2), dtype=np.float32)
         batches = cut_by_tokens(
             np.arange(len(windows)), windows.lengths, forward_tokens(self.device)
         )
+        most = settings.batch_size or len(windows)
+        batches = [b[n : n + most] for b in batches for n in range(0, len(b), most)]
         for indices, rows in forward_windows(
             self.model, windows, batches, self.device, self._precision
         ):
@@ -191,24 +217,69 @@ class Reader:
             align_to_words=settings.align_to_words,
         )
 
+    def _windows(
+        self, chunk: list[Pair], settings: ReaderSettings, note: Callable[[str], object]
+    ) -> Windows:
+        size, shared = settings.max_seq_len, settings.doc_stride
+        windows = windows_of(
+            # An error about a question names its id.
+            (Example(question[:80], "", question, context, None) for question, context in chunk),
+            self.tokenizer,
+            max_seq_length=size,
+            max_query_length=settings.max_question_len,
+            overlap=min(size // 2, 128) if shared is None else shared,
+        )
+        if shared is not None:
+            left = size - (windows.lengths - windows.count)
+            short = np.flatnonzero(left <= shared)
+            if len(short):
+                asked = chunk[windows.question[short[0]]][0]
+                raise _too_much_shared(shared, int(left[short[0]]), size, asked)
+        cut = windows.counts["truncated_questions"]
+        if cut and not self._told_of_cuts:
+            self._told_of_cuts = True
+            note(
+                f"max_question_len is {settings.max_question_len}, and a question of more tokens "
+                "is cut to it, which may change its answer: give a larger one. (Said once.)"
+            )
+        return windows
 
-def _usable(device: str | torch.device) -> torch.device:
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
+
+def _too_much_shared(shared: int, left: int, size: int, question: str) -> UserError:
+    taken = f"next to the question {question[:80]!r} " if question else ""
+    return UserError(
+        f"doc_stride is {shared}, and a window of {size} tokens {taken}has {max(0, left)} of its "
+        "context, which it may not share all: give a smaller doc_stride or a larger max_seq_len."
+    )
+
+
+def _load(model: Any, tokenizer: Any) -> tuple[models.Loaded, str]:
+    """The model with its tokenizer, and what errors call it."""
+    if isinstance(tokenizer, (str, Path)):
+        role, name = "tokenizer", str(tokenizer)
+        tokenizer = load_tokenizer(models.local_folder(name, role), role)
+    if isinstance(model, (str, Path)):
+        return models.load_reader(str(model), "model", tokenizer=tokenizer), str(model)
+    name = getattr(model, "name_or_path", "") or type(model).__name__
+    if not isinstance(getattr(model, "qa_outputs", None), nn.Module):
         raise UserError(
-            f"device {str(device)!r} cannot be used ({models.first_line(error)}): name another."
-        ) from None
+            f"model is {type(model).__name__}: give a folder, a hub id or a model for question "
+            "answering."
+        )
+    models.check_type(model.config, name, "model")
+    if tokenizer is None:
+        raise UserError("tokenizer is missing: a model that is loaded already comes without one.")
+    return models.Loaded(models.SpanModel(model), tokenizer, []), name
 
 
-def _chunks(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
-    """Consecutive pairs of about CHUNK_CHARACTERS together, at least one."""
+def _chunks(pairs: Iterable[Pair], most: int | None) -> Iterator[list[Pair]]:
+    """Consecutive pairs of about CHUNK_CHARACTERS together, at least one and at most `most`."""
     chunk: list[Pair] = []
     size = 0
     for pair in pairs:
         chunk.append(pair)
         size += len(pair[0]) + len(pair[1])
-        if size >= CHUNK_CHARACTERS:
+        if size >= CHUNK_CHARACTERS or len(chunk) == most:
             yield chunk
             chunk, size = [], 0
     if chunk:

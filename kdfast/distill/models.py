@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -169,11 +170,17 @@ def local_folder(name: str, role: str) -> Path:
 
 
 def load_reader(
-    name: str, role: str, *, new_head_seed: int | None = None, embeds_dropout_prob: float = 0.0
+    name: str,
+    role: str,
+    *,
+    new_head_seed: int | None = None,
+    embeds_dropout_prob: float = 0.0,
+    tokenizer: Any = None,
 ) -> Loaded:
     """Load folder or hub id `name` in fp32, whatever the checkpoint's type.
 
-    new_head_seed: seed of a fresh span head for a model that has none; None refuses such a model.
+    tokenizer: instead of the folder's. new_head_seed: seed of a fresh span head for a model that
+    has none; None refuses such a model.
     Raises UserError for a folder that holds no usable model of a supported type.
     """
     folder = local_folder(name, role)
@@ -214,7 +221,9 @@ def load_reader(
     if reader.config._attn_implementation != "sdpa":
         notes.append(f"{config.model_type} has no SDPA attention here: eager attention is used.")
     model = SpanModel(reader, embeds_dropout_prob)
-    return Loaded(model, load_tokenizer(folder, role), notes)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(folder, role)
+    return Loaded(model, tokenizer, notes)
 
 
 def load_config(folder: Path, name: str, role: str):

@@ -1,5 +1,6 @@
 """Which floating-point type the matrix products of a run use."""
 
+import operator
 import os
 
 import torch
@@ -12,6 +13,26 @@ AUTOCAST = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 def pick_device(number: int = 0) -> torch.device:
     """GPU `number` of those that CUDA_VISIBLE_DEVICES leaves, or the CPU where there is none."""
     return torch.device("cuda", number) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def device_of(device: str | int | torch.device | None) -> torch.device:
+    """The device of that name; a number is that GPU, or the CPU where it is below 0 or there is
+    no GPU; None is `pick_device`'s. Raises UserError for one that cannot be used."""
+    if device is None:
+        return pick_device()
+    if not isinstance(device, (str, torch.device)):
+        try:
+            number = operator.index(device)
+        except TypeError:
+            raise UserError(f"device is {device!r}: give a number or a device.") from None
+        device = pick_device(number) if number >= 0 else "cpu"
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"device {str(device)!r} cannot be used ({reason}): name another."
+        ) from None
 
 
 def resolve(mixed_precision: str | None, device: torch.device) -> str:

@@ -47,7 +47,8 @@ class Cutter:
     encode: how texts become tokens.
 
     overlap: where given, doc_stride counts for nothing, and each window begins with the last
-    `overlap` context tokens of the one before it, however long the question is.
+    `overlap` context tokens of the one before it, or with half a window where a question leaves no
+    room for more.
 
     spool: a file in which the tokens of the contexts seen so far are kept, so that a context which
     comes back later is not tokenised again; what it holds is of no use afterwards.
@@ -197,22 +198,19 @@ class Cutter:
     def _steps(self, batch: list[Example], size: np.ndarray, room: np.ndarray) -> np.ndarray:
         """The tokens from the start of a question's window to that of its next one.
 
-        size: tokens of its context; room: those of them that fit in a window. Raises UserError
-        where a window would have nothing that the one before it has not.
+        size: tokens of its context; room: those of them that fit in a window. Where the overlap
+        takes all of the room, half of it is shared. Raises UserError where there is no room.
         """
         if self.overlap is None:
             return np.full(len(batch), self.doc_stride)
-        step = room - self.overlap
-        stuck = np.flatnonzero((size > room) & (step < 1))
-        if len(stuck):
-            first = stuck[0]
+        full = np.flatnonzero((size > room) & (room < 1))
+        if len(full):
             raise UserError(
-                f"the question {batch[first].question[:80]!r} leaves {max(0, room[first])} of "
-                f"{self.max_seq_length} tokens for its context, too few for windows that overlap "
-                f"by {self.overlap}: give a smaller doc_stride or max_question_len, or a larger "
-                "max_seq_len"
+                f"the question {batch[full[0]].question[:80]!r} leaves 0 of {self.max_seq_length} "
+                "tokens for its context: give a smaller max_question_len or a larger max_seq_len"
             )
-        return np.maximum(step, 1)
+        step = room - self.overlap
+        return np.maximum(np.where(step < 1, room - room // 2, step), 1)
 
     def _labels(
         self, batch: list[Example], contexts: Tokens, local: np.ndarray

@@ -138,9 +138,9 @@ def windows_of(
 ) -> Windows:
     """As `prepare`, for examples at hand, in memory and without a cache (key "").
 
-    overlap: instead of doc_stride, the context tokens that two neighbouring windows share. A
-    question that leaves too little room for it raises UserError once its context needs more than
-    one window.
+    overlap: instead of doc_stride, the context tokens that two neighbouring windows share; half of
+    those that fit, where a question leaves no room for more. One that leaves none at all raises
+    UserError.
     """
     settings = {
         "max_seq_length": max_seq_length,
