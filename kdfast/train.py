@@ -27,6 +27,7 @@ from kdfast.distill.dropout import speed_up_dropout
 from kdfast.distill.feed import make_feed
 from kdfast.distill.log import Clock, progress_line
 from kdfast.distill.model_folders import rehearse_saving
+from kdfast.distill.nonfinite import NonfiniteSteps
 from kdfast.distill.optim import Updater, make_optimizer
 from kdfast.distill.precision import AUTOCAST, be_deterministic, pick_device, resolve
 from kdfast.distill.ranks import Ranks
@@ -41,7 +42,6 @@ from kdfast.distill.record import (
 )
 from kdfast.distill.results import Results
 from kdfast.distill.stopping import Stopped, StopSignals
-from kdfast.distill.watch import Watch
 from kdfast.squad.batches import CutRule, TrainingOrder
 
 
@@ -193,7 +193,7 @@ def distil(
         ranks,
         stop,
     )
-    watch = Watch(output, stepper, windows, student.tokenizer)
+    nonfinite = NonfiniteSteps(stepper, windows)
     ranks.say(f"{total} steps of {config.train_batch_size} windows.")
     bar = tqdm(
         total=total, initial=progress.steps, desc="train", unit="step", disable=not ranks.is_first
@@ -219,7 +219,7 @@ def distil(
                 progress.rule = stepper.rule
             if report is not None:
                 speed = results.step(report, windows.lengths[indices])
-                if skipped := watch.see(report):
+                if skipped := nonfinite.check(report):
                     ranks.say(skipped)
                 bar.set_postfix_str(progress_line(report, speed), refresh=False)
                 bar.update()

@@ -1,4 +1,4 @@
-"""What a flag's value may be, whoever gives it: a command line, a recipe, or a folder to replay."""
+"""What a flag's value may be, whoever gives it: a command line or a recipe."""
 
 import reprlib
 from pathlib import Path

@@ -14,10 +14,10 @@ from torch import nn
 
 from kdfast.distill import models, teacher
 from kdfast.distill.config import TrainConfig
-from kdfast.distill.faults import broken_weight
 from kdfast.distill.feed import MicroBatch
 from kdfast.distill.layer_terms import AttentionTerm, Heard, RelationTerm, hidden_term
 from kdfast.distill.models import SpanModel
+from kdfast.distill.nonfinite import nonfinite_weight
 from kdfast.distill.precision import AUTOCAST
 from kdfast.distill.step import Stepper
 from kdfast.errors import UserError
@@ -169,7 +169,7 @@ def make_learner(
     name = config.teacher[0]
     loaded = models.load_reader(name, "--teacher", new_head_seed=config.seed)
     models.check_fits(loaded, config.max_seq_length, name)
-    if weight := broken_weight(loaded.model.named_parameters()):
+    if weight := nonfinite_weight(loaded.model.named_parameters()):
         raise UserError(
             f"--teacher {name} has weights that are not finite ({weight}): name a sound model."
         )

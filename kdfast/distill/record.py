@@ -103,8 +103,7 @@ def check_is_run(output: Path) -> None:
 def remove_run(output: Path) -> None:
     """Delete what an earlier run wrote beside its model and its log, and nothing else."""
     remove_leftovers(output)
-    folders = [*list_checkpoints(output), *output.glob("fault-*")]
-    folders += [output / name for name in FOLDERS]
+    folders = [*list_checkpoints(output), *(output / name for name in FOLDERS)]
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
     for name in ("figures", ".eval_results"):

@@ -12,10 +12,10 @@ import torch
 from kdfast.distill import scoring
 from kdfast.distill.checkpoint import Progress, save_checkpoint
 from kdfast.distill.config import TrainConfig
-from kdfast.distill.faults import check_weights
 from kdfast.distill.log import Clock, Speed, TrainLog
 from kdfast.distill.model_folders import keep_weights, place_copy, place_model, replace_model
 from kdfast.distill.models import Loaded, first_line
+from kdfast.distill.nonfinite import check_weights
 from kdfast.distill.optim import Updater
 from kdfast.distill.ranks import Ranks
 from kdfast.distill.step import StepReport

@@ -53,7 +53,7 @@ class Stepper:
     changes where memory does not suffice.
     multiple: of which the feed makes every width one. ranks: the processes that share each step;
     None: this one alone. stop: what may ask for an end after a step, or amid a long one.
-    `batches`: this rank's micro-batches in the last step, for a replay.
+    `batches`: this rank's micro-batches in the last step.
     """
 
     PARTS = ("soft", "hard")  # what the row parts of losses() are

@@ -1,11 +1,10 @@
-"""Checkpoints, caches, models and fault folders that were damaged or made up.
+"""Checkpoints, caches and models that were damaged or made up.
 
 Each is read as a run reads it and then used for one step: that works, or ends in one sentence.
 Checksums are left out: who makes a folder up makes them too.
 """
 
 import json
-import shutil
 import types
 from functools import partial
 from pathlib import Path
@@ -16,10 +15,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdfast import replay
 from kdfast.distill import checkpoint, feed, models, scoring, teacher
 from kdfast.distill.model_checks import check_windows
-from kdfast.distill.watch import Watch
+from kdfast.distill.nonfinite import NonfiniteSteps
 from kdfast.errors import UserError
 from kdfast.squad import soundness
 from kdfast.squad.records import read_examples
@@ -36,7 +34,7 @@ from tests.hostile.mutations import (
 
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory):
-    """A run that stands after two steps, with a checkpoint, both caches and a fault folder."""
+    """A run that stands after two steps, with a checkpoint and both caches."""
     home = tmp_path_factory.mktemp("ground")
     run = steppers.make(home, precision="fp16", max_tokens_per_micro_batch=400)
     for step in range(2):
@@ -49,22 +47,15 @@ def ground(tmp_path_factory):
     source = teacher.Source("weights", "tokenizer", run.windows.key, "no")
     device = torch.device("cpu")
     teacher.fill_cache(home / "cache", source, run.model, run.windows, device, 400)
-    watch = Watch(home, run.stepper, run.windows, run.loaded.tokenizer)
-    good = run.stepper.feed.teacher_logits
-    run.stepper.feed.teacher_logits = np.full_like(good, np.nan)
-    with pytest.raises(UserError):
-        watch.see(run.stepper.run(2, np.arange(8)))
-    run.stepper.feed.teacher_logits = good
     return types.SimpleNamespace(
         home=home,
         run=run,
-        watch=watch,
+        nonfinite=NonfiniteSteps(run.stepper, run.windows),
         checkpoint=saved,
         source=source,
         student=home / "student",
         features=home / "cache" / "features" / run.windows.key,
         teacher=home / "cache" / "teacher" / source.key,
-        fault=home / "fault-2",
         examples=read_examples(run.stepper.config.train_file),
     )
 
@@ -96,7 +87,6 @@ def spoiled(data, path: Path) -> Damaged:
 def used(ground, windows, logits, work):
     """`work`, and one step over the windows with the teacher's logits; whether all went well."""
     stepper = ground.run.stepper
-    shutil.rmtree(ground.home / "fault-3", ignore_errors=True)
     kept = ground.run.model.state_dict()
     kept = {name: each.clone() for name, each in kept.items()}
     parts = stepper.feed, stepper.lengths
@@ -104,7 +94,7 @@ def used(ground, windows, logits, work):
         work()
         stepper.feed = feed.HostFeed(windows, logits)
         stepper.lengths = windows.lengths
-        ground.watch.see(stepper.run(3, np.arange(min(8, len(windows)))))
+        ground.nonfinite.check(stepper.run(3, np.arange(min(8, len(windows)))))
     except UserError as error:
         check_sentence(error)
         return False
@@ -179,14 +169,6 @@ def test_a_model_folder(ground, data):
             loaded.model(torch.from_numpy(ground.run.windows.padded([0])["input_ids"]))
         except UserError as error:
             check_sentence(error)
-
-
-@examples(30)
-@given(data=st.data())
-def test_a_fault_folder(ground, data):
-    names = ["fault.json"] * 2 + ["batch.safetensors"]
-    with spoiled(data, ground.fault / data.draw(st.sampled_from(names))):
-        assert replay.main([str(ground.fault)]) in (0, 1, 2)
 
 
 def grow(header, count):
@@ -295,7 +277,7 @@ def test_nan_in_a_teacher_cache_is_caught_at_the_step(ground):
         cached = teacher.open_cache(ground.home / "cache", ground.source, tokens, verify=False)
         run.stepper.feed, kept = feed.HostFeed(run.windows, cached), run.stepper.feed
         with pytest.raises(UserError, match=r"the teacher's logits of question n2 \(window 5\)"):
-            ground.watch.see(run.stepper.run(4, np.arange(8)))
+            ground.nonfinite.check(run.stepper.run(4, np.arange(8)))
         run.stepper.feed = kept
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdfast import evaluate, replay, train
+from kdfast import evaluate, train
 from kdfast.distill.config import TrainConfig
 from kdfast.distill.evaluate_config import EvaluateConfig
 from kdfast.distill.flag_values import LARGEST, MOST
@@ -36,7 +36,7 @@ WORDS = [str(each) for each in AWKWARD if each not in ("\ud800", "\0")]  # no ar
 TEXTS = st.sampled_from([*WORDS, "1e400", "-0", "1_0", "0x10", "~nobody/x"])
 
 
-@pytest.mark.parametrize("main", [train.parse, evaluate.main, replay.main])
+@pytest.mark.parametrize("main", [train.parse, evaluate.main])
 @examples(30)
 @given(data=st.data())
 def test_command_lines(main, data, capsys):

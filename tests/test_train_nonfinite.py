@@ -1,8 +1,7 @@
-"""The program at numbers that go bad: what it says, what it leaves, what stays as it was."""
+"""The program at numbers that go bad: what it says, and what stays as it was."""
 
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +9,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForQuestionAnswering
 
-from kdfast import replay
 from kdfast.distill.optim import Updater
 from kdfast.files import write_sums
-from tests import corpora
 from tests.programs import log_of
 from tests.test_train_ranks import ranks_of
 
@@ -67,14 +64,6 @@ def test_halt_names_the_window_and_keeps_what_was_there(spoilt, capsys):
     assert (out / "best").is_dir() == (step >= 2)
     assert [line for line in log_of(out) if "step" in line][-1]["skipped"]
 
-    folder = re.search(r"python -m kdfast\.replay (\S+) runs", said)[1]
-    assert Path(folder) == out / f"fault-{step}"
-    assert replay.main([folder]) == 1
-    assert "window 30, question q15" in capsys.readouterr().out
-    # The weights in it are those that the bad step found.
-    found = load_file(Path(folder) / "model.safetensors")
-    last = load_file(out / f"checkpoint-{step}" / "model.safetensors")
-    assert all(torch.equal(found[name], last[name]) for name in last)
     # The same step again, and then on without it.
     assert spoilt.run(**FLAGS, resume_from_checkpoint="last") == 2
     assert sentence(capsys) == said
@@ -90,10 +79,7 @@ def test_skip_leaves_the_step_out(spoilt, capsys):
     record = json.loads((spoilt.output / "run.json").read_text())
     assert record["steps"] == 5 and record["updates"] == 4
     skipped = [line["step"] for line in log_of(spoilt.output) if line.get("skipped")]
-    assert len(skipped) == 1 and (spoilt.output / f"fault-{skipped[0]}").is_dir()
-    clean = corpora.write(spoilt.path / "other.json", 15)
-    assert spoilt.run(max_steps=1, overwrite=True, train_file=clean) == 0
-    assert not list(spoilt.output.glob("fault-*"))
+    assert len(skipped) == 1
 
 
 def test_a_run_none_of_whose_steps_reached_the_weights_says_so(world, capsys):
