@@ -213,7 +213,7 @@ def make_stepper(problem: Problem, model: SpanModel, updater: Updater, work: cos
         embeds_dropout_prob=0.0,
         mixed_precision=problem.precision,
     )
-    trial = costs.Trial(model, model, CPU, AUTOCAST[problem.precision])
+    probe = costs.MemoryProbe(model, model, CPU, AUTOCAST[problem.precision])
     return Stepper(
         config,
         model,
@@ -221,7 +221,7 @@ def make_stepper(problem: Problem, model: SpanModel, updater: Updater, work: cos
         updater,
         make_feed(problem.windows, problem.teacher_logits, CPU),
         problem.windows.lengths,
-        costs.choose_rule(config, work, trial),
+        costs.choose_rule(config, work, probe),
         CPU,
         problem.precision,
         total_steps=1000,

@@ -153,9 +153,9 @@ def distil(
         work = work.with_teacher(costs.count_work(learner.teacher))
     if progress.rule is None:
         rule = ""
-        if ranks.is_first:  # what it measures holds for all
-            trial = costs.Trial(learner, forward, device, AUTOCAST[precision])
-            rule = json.dumps(asdict(costs.choose_rule(config, work, trial)))
+        if ranks.is_first:  # what memory it finds holds for all
+            probe = costs.MemoryProbe(learner, forward, device, AUTOCAST[precision])
+            rule = json.dumps(asdict(costs.choose_rule(config, work, probe)))
         progress.rule = CutRule(**json.loads(ranks.share(rule)))
     feed = make_feed(windows, teacher_logits, device, multiple)
     stepper = kind_of_step(

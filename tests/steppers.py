@@ -64,7 +64,7 @@ def make(
     logits = draw.normal(0, 3, (len(windows.input_ids), 2)).astype(np.float16)
     if config.gradient_checkpointing:
         model.keep_no_activations()
-    trial = costs.Trial(learner, learner, device, AUTOCAST[precision])
+    probe = costs.MemoryProbe(learner, learner, device, AUTOCAST[precision])
     stepper = kind(
         config,
         model,
@@ -72,7 +72,7 @@ def make(
         updater,
         feed.HostFeed(windows, logits if teacher else None),
         windows.lengths,
-        costs.choose_rule(config, costs.count_work(model), trial),
+        costs.choose_rule(config, costs.count_work(model), probe),
         device,
         precision,
         total_steps=10,

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from kdfast import evaluate, train
-from kdfast.distill import costs, step
+from kdfast.distill import step
 from tests import corpora, readers
 from tests.programs import log_of
 
@@ -185,20 +185,6 @@ def test_a_run_that_finds_no_best_model_makes_one(world):
     assert world.run(save_steps=2, eval_steps=2, **flags) == 0
     names = {path.name for path in world.output.iterdir()}
     assert {"best", "last", "model.safetensors"} <= names
-
-
-def test_measured_costs_are_kept_and_never_measured_again(world, monkeypatch):
-    monkeypatch.setattr(costs.Trial, "seconds", lambda self, n, length: 1e-3 + 1e-5 * n * length)
-    flags = {"measure_costs": True, "max_steps": 4, "save_steps": 2}
-    assert world.run(**flags) == 0
-    whole = json.loads((world.output / "run.json").read_text())
-    kept = json.loads((world.output / "checkpoint-2" / "trainer_state.json").read_text())
-    assert whole["cuts"] == kept["progress"]["rule"]
-    assert whole["cuts"]["per_token"] == pytest.approx(1e-5, rel=1e-3)
-    shutil.rmtree(world.output / "checkpoint-4")
-    monkeypatch.setattr(costs, "measured_rule", None)
-    assert world.run(**flags, resume_from_checkpoint="last") == 0
-    assert json.loads((world.output / "run.json").read_text())["cuts"] == whole["cuts"]
 
 
 def test_a_budget_that_memory_halved_is_kept(world, monkeypatch, capsys):

@@ -1,7 +1,6 @@
 """The program with several ranks, as torchrun starts them."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from kdfast import train
-from kdfast.distill import costs, teacher
+from kdfast.distill import teacher
 from tests import forks
 from tests.programs import log_of
 
@@ -129,15 +128,3 @@ def test_torchrun_itself(world):
     )
     assert done.returncode == 0, done.stderr
     assert json.loads((world.output / "run.json").read_text())["ranks"] == 2
-
-
-def test_costs_are_measured_by_one_rank_for_all(world, monkeypatch):
-    def seconds(self, count, length):
-        (world.path / f"measured-{os.getpid()}").touch()
-        return 1e-3 + 1e-5 * count * length
-
-    monkeypatch.setattr(costs.Trial, "seconds", seconds)
-    statuses, _ = ranks_of(world, 2, measure_costs=True, max_steps=2)
-    assert statuses == [0, 0]
-    assert len(list(world.path.glob("measured-*"))) == 1
-    assert json.loads((world.output / "run.json").read_text())["cuts"]["per_token"] > 0

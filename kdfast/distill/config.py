@@ -109,9 +109,6 @@ class TrainConfig:
     max_tokens_per_micro_batch: int | None = flag(
         None, "Padded tokens in a micro-batch. Default: 768 on a CPU, what fits on a GPU."
     )
-    measure_costs: bool = flag(
-        False, "Measure what micro-batches cost, instead of assuming it, to place the cuts."
-    )
     gradient_accumulation_steps: int | None = flag(
         None, "Cut each step into so many equal micro-batches instead of by tokens."
     )
@@ -240,7 +237,7 @@ OBJECTIVE = tuple(
     }
 )
 # How a step is cut: the same objective, other rounding.
-CUTS = {"max_tokens_per_micro_batch", "measure_costs", "gradient_accumulation_steps"}
+CUTS = {"max_tokens_per_micro_batch", "gradient_accumulation_steps"}
 # Of OBJECTIVE, what --allow_changes may name: neither what is learned nor the order of the data.
 CHANGEABLE = CUTS | {
     "num_train_epochs",

@@ -53,7 +53,6 @@ def check_contradictions(config: "TrainConfig") -> None:
     for one, other in (
         ("overwrite", "resume_from_checkpoint"),
         ("gradient_accumulation_steps", "max_tokens_per_micro_batch"),
-        ("gradient_accumulation_steps", "measure_costs"),
     ):
         if getattr(config, one) and getattr(config, other):
             raise UserError(f"--{one} and --{other} exclude each other: give one of them.")

@@ -1,4 +1,4 @@
-"""What a micro-batch costs: the model's work, the device's nominal speed, or a measurement.
+"""What a micro-batch costs: the model's work and the device's nominal speed.
 
 From it come the rule by which a step is cut, and the share of the device's matrix-multiply rate
 that a run reaches.
@@ -102,7 +102,7 @@ def count_work(model: SpanModel) -> Work:
     )
 
 
-def fixed_rule(work: Work, device_type: str, max_tokens: int) -> CutRule:
+def nominal_rule(work: Work, device_type: str, max_tokens: int) -> CutRule:
     """The rule for `work` on a nominal device: no clock is read, so every start finds the same.
 
     A micro-batch's overhead is each layer's own and one read and two writes of fp32 gradients.
@@ -114,33 +114,6 @@ def fixed_rule(work: Work, device_type: str, max_tokens: int) -> CutRule:
         per_token=3 * work.per_token / speed.products,
         per_token_width=3 * work.per_token_width / speed.attention,
     )
-
-
-def measured_rule(seconds: Callable[[int, int], float], width: int, max_tokens: int) -> CutRule:
-    """The rule that fits `seconds(count, length)` of micro-batches of equal windows.
-
-    width: of the widest window. The fit is of relative errors, by least squares, and its
-    coefficients are not negative.
-    """
-    widths = sorted({max(8, width // 8), max(8, width // 4), max(8, width // 2), width})
-    shapes = sorted(
-        {(max(1, tokens // each), each) for each in widths for tokens in (1, max_tokens)}
-        | {(max(1, max_tokens // 2 // each), each) for each in widths}
-    )
-    terms = np.array([[1, n * length, n * length**2] for n, length in shapes], dtype=np.float64)
-    times = np.array([seconds(n, length) for n, length in shapes])
-    kept = [0, 1, 2]
-    while True:
-        rows = terms[:, kept] / times[:, None]
-        scale = np.abs(rows).max(axis=0)
-        solution = np.linalg.lstsq(rows / scale, np.ones(len(times)), rcond=None)[0] / scale
-        if (solution >= 0).all():
-            break
-        del kept[int(solution.argmin())]
-    found = np.zeros(3)
-    found[kept] = solution
-    overhead, per_token, per_token_width = map(float, found)
-    return CutRule(max_tokens, overhead, per_token, per_token_width)
 
 
 def forward_tokens(device: torch.device) -> int:
@@ -165,8 +138,8 @@ def find_budget(peak_bytes: Callable[[int], int], free_bytes: int, width: int) -
     return min(GPU_TOKENS_AT_MOST, max(1, windows) * width)
 
 
-class Trial:
-    """Runs micro-batches of made-up windows forward and backward, and leaves no trace.
+class MemoryProbe:
+    """Runs micro-batches of made-up windows forward and backward on a GPU, and leaves no trace.
 
     precision: autocast's type, or None.
     """
@@ -183,24 +156,15 @@ class Trial:
         self.device = device
         self.precision = precision
 
-    def seconds(self, count: int, length: int) -> float:
-        """The least of three runs, after one that warms up."""
-        taken = []
-        for _ in range(4):
-            started = time.perf_counter()
-            self.run(count, length)
-            taken.append(time.perf_counter() - started)
-        return min(taken[1:])
-
     def peak_bytes(self, count: int, length: int) -> int:
-        """Memory that one run takes on a GPU beyond what is held already."""
+        """Memory that `count` windows of `length` tokens take beyond what is held already."""
         torch.cuda.reset_peak_memory_stats(self.device)
         held = torch.cuda.memory_allocated(self.device)
         self.run(count, length)
         return torch.cuda.max_memory_allocated(self.device) - held
 
     def run(self, count: int, length: int) -> None:
-        """Forward and backward of `count` windows of `length` tokens, waited for."""
+        """Forward and backward of `count` windows of `length` tokens."""
         self.model.train()
         ids = torch.ones(count, length, dtype=torch.int64, device=self.device)
         with torch.autocast(
@@ -213,10 +177,9 @@ class Trial:
             torch.cuda.synchronize(self.device)
 
 
-def choose_rule(config: TrainConfig, work: Work, trial: Trial) -> CutRule:
-    """The rule of a new run: what the flags say, the rest fixed, or measured where asked for."""
-    device = trial.device
-    width = config.max_seq_length
+def choose_rule(config: TrainConfig, work: Work, probe: MemoryProbe) -> CutRule:
+    """The rule of a new run: what the flags say, what the memory holds, the rest nominal."""
+    device = probe.device
     max_tokens = config.max_tokens_per_micro_batch
     if max_tokens is None and device.type == "cpu":
         max_tokens = CPU_TOKENS
@@ -224,10 +187,9 @@ def choose_rule(config: TrainConfig, work: Work, trial: Trial) -> CutRule:
         torch.cuda.empty_cache()  # what it holds in reserve would count as taken
         # What stands already counts as taken, and Adam's two moments are still to come.
         free = torch.cuda.mem_get_info(device)[0] - 8 * work.parameters
-        max_tokens = find_budget(lambda count: trial.peak_bytes(count, width), free, width)
-    if config.measure_costs:
-        return measured_rule(trial.seconds, width, max_tokens)
-    rule = fixed_rule(work, device.type, max_tokens)
+        width = config.max_seq_length
+        max_tokens = find_budget(lambda count: probe.peak_bytes(count, width), free, width)
+    rule = nominal_rule(work, device.type, max_tokens)
     return replace(rule, parts=config.gradient_accumulation_steps)
 
 

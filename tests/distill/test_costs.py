@@ -33,42 +33,21 @@ def test_work_is_counted_for_every_type(model_type):
 WORK = costs.Work(per_token=2e7, per_token_width=1e4, layers=6, parameters=20_000_000)
 
 
-def test_the_fixed_rule_reads_no_clock(monkeypatch):
+def test_the_rule_reads_no_clock(monkeypatch):
     monkeypatch.setattr(costs.time, "perf_counter", None)
     config = TrainConfig(train_file="f", output_dir="o")
-    rule = costs.choose_rule(config, WORK, costs.Trial(None, None, CPU, None))
-    assert rule == costs.fixed_rule(WORK, "cpu", 768)
+    probe = costs.MemoryProbe(None, None, CPU, None)
+    rule = costs.choose_rule(config, WORK, probe)
+    assert rule == costs.nominal_rule(WORK, "cpu", 768)
     assert rule.overhead > 0 and rule.per_token > 0 and rule.per_token_width > 0
-    parts = costs.choose_rule(
-        replace(config, gradient_accumulation_steps=4), WORK, costs.Trial(None, None, CPU, None)
-    )
+    parts = costs.choose_rule(replace(config, gradient_accumulation_steps=4), WORK, probe)
     assert parts.parts == 4
 
 
-def test_a_measurement_finds_the_coefficients_behind_the_times():
-    draw = np.random.default_rng(0)
-
-    def seconds(count, length):
-        noise = draw.uniform(1, 1.02)
-        return noise * (0.03 + count * length * (1e-4 + 2e-7 * length))
-
-    rule = costs.measured_rule(seconds, 384, 4096)
-    assert rule.max_tokens == 4096
-    found = [rule.overhead, rule.per_token, rule.per_token_width]
-    np.testing.assert_allclose(found, [0.03, 1e-4, 2e-7], rtol=0.15)
-
-
-def test_a_cost_that_times_deny_is_none_and_never_negative():
-    rule = costs.measured_rule(lambda count, length: 1e-4 * count * length**0.9, 384, 4096)
-    assert rule.per_token > 0
-    assert rule.overhead >= 0 and rule.per_token_width >= 0
-
-
-def test_a_trial_measures_the_model_and_leaves_no_gradient():
+def test_the_probe_leaves_no_gradient():
     reader, _ = readers.make("bert")
     model = SpanModel(reader)
-    trial = costs.Trial(model, model, CPU, torch.bfloat16)
-    assert trial.seconds(2, 16) > 0
+    costs.MemoryProbe(model, model, CPU, torch.bfloat16).run(2, 16)
     assert all(each.grad is None for each in model.parameters())
 
 
