@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from kdfast.errors import UserError
-from kdfast.squad.encoding import Encoder
 from kdfast.squad.examples import Example, locate
-from kdfast.squad.template import Template
-from kdfast.squad.tokens import Job, Tokens, ragged, starts_of
+from kdfast.squad.template import Template, whole_texts
+from kdfast.squad.tokens import Tokens, ragged, starts_of
 
 UNLABELLED = -100
 # Of the contexts of a batch; of all its questions' contexts, which its windows grow with.
@@ -44,7 +42,7 @@ class Batch:
 class Cutter:
     """Cuts windows out of examples.
 
-    encode: how texts become tokens.
+    tokenizer: a fast one of transformers.
 
     overlap: where given, doc_stride counts for nothing, and each window begins with the last
     `overlap` context tokens of the one before it, or with half a window where a question leaves no
@@ -54,7 +52,7 @@ class Cutter:
     comes back later is not tokenised again; what it holds is of no use afterwards.
     """
 
-    encode: Encoder
+    tokenizer: Any
     template: Template
     max_seq_length: int
     max_query_length: int
@@ -78,20 +76,17 @@ class Cutter:
         zero = np.zeros(1, dtype=np.int64)
         heads = ("window_start", "question_token_start", "context_token_start", "question_id_start")
         yield dict.fromkeys(heads, zero)
-        planned: deque[Batch] = deque()
-
-        def jobs() -> Iterator[Job]:
+        with whole_texts(self.tokenizer.backend_tokenizer) as backend:
             for batch in _batches(examples):
-                planned.append(self._plan(batch))
+                plan = self._plan(batch)
+                asked = [example.question for example in batch]
                 # One token more than is kept tells which questions were cut.
-                limit = self.max_query_length + 1
-                yield planned[-1].texts, [e.question for e in batch], limit
-
-        for contexts, questions in self.encode(jobs()):
-            yield self._batch(planned.popleft(), contexts, questions)
+                questions = Tokens.encode(backend, asked, self.max_query_length + 1)
+                contexts = Tokens.encode(backend, plan.texts).exact(plan.texts)
+                yield self._batch(plan, contexts, questions.exact(asked))
 
     def _plan(self, examples: list[Example]) -> Batch:
-        """Tells new contexts from known ones. Batches are planned in their order, some ahead."""
+        """Tells new contexts from known ones."""
         first_new = len(self._known)
         places: dict[int, int] = {}  # of contexts, in the order in which they are met
         texts, met, last = [], [], None

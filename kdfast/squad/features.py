@@ -19,7 +19,6 @@ from kdfast.errors import UserError
 from kdfast.files import fault_in, sync, write_sums
 from kdfast.squad.array_files import ARRAYS, HEADER, ArrayFile, narrowest, write_header
 from kdfast.squad.cutting import Cutter
-from kdfast.squad.encoding import MOST_PROCESSES, encoder, processor_count
 from kdfast.squad.examples import Example
 from kdfast.squad.records import fingerprint, iter_examples
 from kdfast.squad.template import Template, backend_text
@@ -61,22 +60,18 @@ def prepare(
     doc_stride: int = 128,
     cache_dir: Path | str,
     split: str | None = None,
-    processes: int | None = None,
 ) -> Windows:
     """Windows of all questions of `source` (see records.iter_examples), from the cache if there.
 
     A question is cut at max_query_length tokens. Windows of a context of n tokens begin at its
     tokens 0, doc_stride, 2 doc_stride, … and end with the first one that reaches token n.
 
-    processes: those that tokenise a large source, beside this one; the result is the same. As many
-    as there are processors for this process, up to 8, if None; 1 tokenises here.
-
     The cache is cache_dir/features/KEY, KEY being a sha256 over the content of the source, the
     tokenizer and the settings; a hit maps files and parses nothing. It is written beside, made
     durable and then renamed, by one process at a time: others that want it wait.
 
-    Raises UserError for a bad source, tokenizer or setting, for a damaged cache, for a folder that
-    cannot be written or is full, and where one of the processes is killed.
+    Raises UserError for a bad source, tokenizer or setting, for a damaged cache, and for a folder
+    that cannot be written or is full.
     """
     settings = {
         "max_seq_length": max_seq_length,
@@ -87,8 +82,7 @@ def prepare(
     _check(settings, template)
     parts = [FORMAT, fingerprint(source, split=split), tokenizer_key(tokenizer), settings]
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-    encode = encoder(tokenizer, processes or min(MOST_PROCESSES, processor_count()))
-    cutter = Cutter(encode, template, **settings)
+    cutter = Cutter(tokenizer, template, **settings)
 
     def arrays(folder: Path) -> Parts:
         with tempfile.TemporaryFile(dir=folder) as cutter.spool:
@@ -150,7 +144,7 @@ def windows_of(
     template = Template.learn(tokenizer)
     if overlap is None:
         _check(settings, template)
-    cutter = Cutter(encoder(tokenizer), template, **settings, overlap=overlap)
+    cutter = Cutter(tokenizer, template, **settings, overlap=overlap)
     parts: dict[str, list[np.ndarray]] = {name: [] for name in ARRAYS}
     for arrays in cutter.arrays(examples):
         for name, array in arrays.items():

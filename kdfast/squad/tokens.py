@@ -1,14 +1,7 @@
-"""Several texts as tokens after one another, with the characters that each token stands for.
-
-Run as a program, it encodes what comes through its standard input: see encoding.py. So it imports
-nothing of kdfast, and little else.
-"""
+"""Several texts as tokens after one another, with the characters that each token stands for."""
 
 from __future__ import annotations
 
-import os
-import pickle
-import sys
 import unicodedata
 from dataclasses import dataclass
 from functools import cache
@@ -31,10 +24,6 @@ def starts_of(lengths: Any) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
-# Contexts, questions, and how many tokens of a question are wanted.
-Job = tuple[list[str], list[str], int]
-
-
 @dataclass
 class Tokens:
     """The tokens of several texts after one another. starts int64 (n + 1,), ids int32 (tokens,),
@@ -46,6 +35,10 @@ class Tokens:
 
     @classmethod
     def encode(cls, backend: Any, texts: list[str], limit: int | None = None) -> Tokens:
+        """The first `limit` tokens of each text, or all.
+
+        backend: a `tokenizers` object, its truncation and padding off; it uses threads of its own.
+        """
         encodings = backend.encode_batch(texts, add_special_tokens=False)
         ids = [np.array(e.ids[:limit], dtype=np.int32) for e in encodings]
         pairs = [np.array(e.offsets[:limit], dtype=np.int32).reshape(-1, 2) for e in encodings]
@@ -81,18 +74,6 @@ class Tokens:
         return self
 
 
-def encode(backend: Any, job: Job) -> tuple[Tokens, Tokens]:
-    """The tokens of a job's contexts and of its questions.
-
-    backend: a `tokenizers` object, its truncation and padding off.
-    """
-    contexts, questions, limit = job
-    return (
-        Tokens.encode(backend, contexts).exact(contexts),
-        Tokens.encode(backend, questions, limit).exact(questions),
-    )
-
-
 def _next(wanted: np.ndarray) -> np.ndarray:
     """For each place, and the one past the end, the first place from there on that is wanted."""
     n = len(wanted)
@@ -111,27 +92,3 @@ def _kinds() -> np.ndarray:
         elif unicodedata.category(chr(c))[0] == "M":
             kinds[c] = _MARK
     return kinds
-
-
-def _serve() -> None:
-    """Reads a tokenizer's JSON text, then jobs, and writes the arrays of each; ends with its input.
-
-    All as pickles, on the pipes that were standard input and output.
-    """
-    from tokenizers import Tokenizer
-
-    source, sink = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints is no answer
-    backend = Tokenizer.from_str(pickle.load(source))
-    while True:
-        try:
-            job = pickle.load(source)
-        except EOFError:
-            return
-        found = [(t.starts, t.ids, t.offsets) for t in encode(backend, job)]
-        pickle.dump(found, sink, protocol=pickle.HIGHEST_PROTOCOL)
-        sink.flush()
-
-
-if __name__ == "__main__":
-    _serve()
