@@ -7,7 +7,7 @@ from dataclasses import fields
 
 import pytest
 
-from kdfast import card, doctor, evaluate, predict, replay, train
+from kdfast import card, doctor, evaluate, predict, train
 from kdfast.card import CardConfig
 from kdfast.distill.config import SECTIONS, TrainConfig
 from kdfast.distill.evaluate_config import EvaluateConfig
@@ -20,7 +20,7 @@ PROGRAMS = [
     (predict.main, PredictConfig),
     (card.main, CardConfig),
 ]
-NAMES = ("train", "evaluate", "predict", "card", "doctor", "replay")
+NAMES = ("train", "evaluate", "predict", "card", "doctor")
 
 
 def help_of(main, capsys):
@@ -55,7 +55,7 @@ def refused(main, capsys, *flags):
     return said.err
 
 
-@pytest.mark.parametrize("main", [main for main, _ in PROGRAMS] + [doctor.main, replay.main])
+@pytest.mark.parametrize("main", [main for main, _ in PROGRAMS] + [doctor.main])
 def test_an_unknown_flag_is_named(main, capsys):
     assert "--nothing is no flag of kdfast." in refused(main, capsys, "--nothing", "x")
 

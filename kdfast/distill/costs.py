@@ -23,14 +23,16 @@ from kdfast.squad.batches import CutRule
 class Work:
     """Floating-point operations in the matrix products of one forward pass.
 
-    A window of L tokens takes L (per_token + per_token_width L) of them; forward and backward
-    together take three times as many. parameters: whose gradients each backward reads and writes.
+    A window of L tokens takes L (per_token + per_token_width L) of them, and each pass per_pass
+    more (DeBERTa projects its relative positions once); forward and backward together take three
+    times as many. parameters: whose gradients each backward reads and writes.
     """
 
     per_token: float
     per_token_width: float
     layers: float
     parameters: int
+    per_pass: float = 0.0
 
     def with_teacher(self, teacher: "Work") -> "Work":
         """This and a forward pass of a teacher beside, a third of forward and backward."""
@@ -39,6 +41,7 @@ class Work:
             per_token=self.per_token + teacher.per_token / 3,
             per_token_width=self.per_token_width + teacher.per_token_width / 3,
             layers=self.layers + teacher.layers / 3,
+            per_pass=self.per_pass + teacher.per_pass / 3,
         )
 
     def of(self, lengths: np.ndarray) -> float:
@@ -73,9 +76,9 @@ MEMORY_SHARE = 0.8
 
 
 def count_work(model: SpanModel) -> Work:
-    """Count the operations of `model`, which may be on any device, by running it twice."""
+    """Count the operations of `model`, which may be on any device, by running it three times."""
     counts = []
-    lengths = (16, 32)
+    lengths = (16, 32, 48)
     device = next(model.parameters()).device
     linear = next(each for each in model.reader.modules() if isinstance(each, nn.Linear))
     is_rounded = linear.weight.dtype in (torch.float16, torch.bfloat16)
@@ -91,12 +94,15 @@ def count_work(model: SpanModel) -> Work:
             FlopCounterMode(display=False) as counter,
         ):
             model(ids)
-        counts.append(counter.get_total_flops() / length)
+        counts.append(counter.get_total_flops())
     model.train(was_training)
-    per_token_width = (counts[1] - counts[0]) / (lengths[1] - lengths[0])
+    # The parabola through the three, whose coefficients are whole numbers.
+    terms = np.array([[1, length, length**2] for length in lengths], dtype=np.float64)
+    per_pass, per_token, per_token_width = np.linalg.solve(terms, counts).round().tolist()
     return Work(
-        per_token=counts[0] - per_token_width * lengths[0],
+        per_token=per_token,
         per_token_width=per_token_width,
+        per_pass=per_pass,
         layers=model.reader.config.num_hidden_layers,
         parameters=sum(each.numel() for each in model.parameters()),
     )
@@ -105,12 +111,15 @@ def count_work(model: SpanModel) -> Work:
 def nominal_rule(work: Work, device_type: str, max_tokens: int) -> CutRule:
     """The rule for `work` on a nominal device: no clock is read, so every start finds the same.
 
-    A micro-batch's overhead is each layer's own and one read and two writes of fp32 gradients.
+    A micro-batch's overhead is each layer's own, what each pass computes once, and one read and two
+    writes of fp32 gradients.
     """
     speed = NOMINAL[device_type]
     return CutRule(
         max_tokens=max_tokens,
-        overhead=work.layers * speed.layer + 12 * work.parameters / speed.memory,
+        overhead=work.layers * speed.layer
+        + 3 * work.per_pass / speed.products
+        + 12 * work.parameters / speed.memory,
         per_token=3 * work.per_token / speed.products,
         per_token_width=3 * work.per_token_width / speed.attention,
     )

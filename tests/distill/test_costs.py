@@ -28,6 +28,7 @@ def test_work_is_counted_for_every_type(model_type):
     reader, _ = readers.make(model_type)
     work = costs.count_work(SpanModel(reader))
     assert work.per_token > 0 and work.per_token_width > 0 and work.layers == 2
+    assert (work.per_pass > 0) == (model_type == "deberta-v2")
 
 
 WORK = costs.Work(per_token=2e7, per_token_width=1e4, layers=6, parameters=20_000_000)
