@@ -11,8 +11,11 @@ from kdfast.distill.flag_values import LARGEST, MOST, check_values
 from kdfast.errors import UserError
 from kdfast.squad import suites
 
-ABOUT = "`python -m kdfast.evaluate`: score a reader, or a file of predictions, as SQuAD 2.0 does."
-WINDOW_SETTINGS = ("max_seq_length", "max_query_length", "doc_stride")
+ABOUT = (
+    "`python -m kdfast.evaluate`: score a reader, or a file of predictions, as SQuAD 2.0 or another "
+    "benchmark does."
+)
+WINDOW_SETTINGS = {"max_seq_length": 384, "max_query_length": 64, "doc_stride": 128}
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,15 @@ class EvaluateConfig:
             "action": "extend",
             "metavar": "NAME",
             "help": "Sets to evaluate on: card (the eight of the published card), xquad or mlqa "
-            "(every language), or one such as squadshifts.nyt or xquad.de.",
+            "(every language), or one such as squadshifts.nyt, xquad.de, cmrc2018, korquad or jaquad.",
         },
     )
+    metric: Literal["squad", "mlqa", "cmrc", "korquad"] | None = flag(
+        None,
+        "Whose rule scores the answers. Default: that of the set, where it is one of --suite or "
+        "its hub dataset, else squad. korquad is F1 over characters.",
+    )
+    language: str | None = flag(None, "For --metric mlqa: the language of the answers, such as zh.")
     model: str | None = flag(None, "Folder or hub id of the reader.")
     compare: str | None = flag(None, "Another reader, for a paired comparison with --model.")
     predictions: str | None = flag(None, "JSON file, question id to answer, instead of --model.")
@@ -53,9 +62,15 @@ class EvaluateConfig:
     )
     output_dir: str | None = flag(None, "Folder for the results and, of a model, its answers.")
     cache_dir: str = flag("~/.cache/kdfast", "Folder for prepared features.")
-    max_seq_length: int = flag(384, "Tokens in a window, special tokens included.")
-    max_query_length: int = flag(64, "Tokens of the question that are kept.")
-    doc_stride: int = flag(128, "Context tokens from the start of a window to that of the next.")
+    max_seq_length: int | None = flag(
+        None,
+        "Tokens in a window, special tokens included. Default, for this and the next two: as "
+        "--model was trained, by its run.json, else 384, 64 and 128; as far as it reads.",
+    )
+    max_query_length: int | None = flag(None, "Tokens of the question that are kept.")
+    doc_stride: int | None = flag(
+        None, "Context tokens from the start of a window to that of the next."
+    )
     max_answer_length: int = flag(30, "Tokens in the longest answer that is considered.")
     n_best_size: int = flag(20, "Answers per question in nbest_predictions.json.")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(
@@ -83,17 +98,22 @@ class EvaluateConfig:
                 raise UserError("--null_threshold is nan: give a number.")
         for name in (*WINDOW_SETTINGS, "max_answer_length", "n_best_size"):
             value, top = getattr(self, name), MOST.get(name, LARGEST)
-            if not 0 < value <= top:
+            if value is not None and not 0 < value <= top:
                 raise UserError(f"--{name} is {value}: give a number above 0, {top} at most.")
         self.sets()
 
     def sets(self) -> list[suites.EvaluationSet]:
-        """The sets of --suite, or the one that --data is. Raises UserError for unknown names."""
+        """The sets of --suite, or the one that --data is, each with the rule that scores it.
+
+        Raises UserError for unknown names, and a rule that has no language.
+        """
         data = self.data or []
         if self.suite is None:
             if len(data) != 1:
                 raise UserError("--data names several: give one, or name them as sets of --suite.")
-            return [suites.own_set(data[0])]
+            return [self.own_set(data[0])]
+        if self.language:
+            raise UserError("--language goes with --data: the sets of --suite have their own.")
         files = {}
         for each in data:
             name, equals, file = each.partition("=")
@@ -102,10 +122,11 @@ class EvaluateConfig:
                     f"--data {each} does not say which set of --suite it is: NAME=FILE."
                 )
             files[name] = file
-        return suites.choose(self.suite, files)
+        return [each.scored_by(self.metric, None) for each in suites.choose(self.suite, files)]
 
-    def window_settings(self) -> dict[str, int]:
-        return {name: getattr(self, name) for name in WINDOW_SETTINGS}
+    def own_set(self, source: str) -> suites.EvaluationSet:
+        """A file or hub dataset as a set, under --metric and --language."""
+        return suites.own_set(source).scored_by(self.metric, self.language)
 
     @property
     def cache_path(self) -> Path:

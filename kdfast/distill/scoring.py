@@ -16,12 +16,13 @@ from kdfast.errors import UserError
 from kdfast.squad import answers, metrics
 from kdfast.squad.batches import cut_by_tokens
 from kdfast.squad.features import Windows
+from kdfast.squad.metric_rules import SQUAD, MetricRule
 from kdfast.squad.records import Example
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One model on one set: metrics under the official key names, and the model's speed."""
+    """One model on one set: metrics under SQuAD's official key names, and the model's speed."""
 
     metrics: dict[str, float]
     answers: answers.Predictions
@@ -41,6 +42,7 @@ class Validation:
     max_answer_length: int
     n_best_size: int
     null_threshold: float = 0.0
+    rule: MetricRule = SQUAD
 
     def __post_init__(self) -> None:
         if list(self.windows.question_ids) != [example.id for example in self.examples]:
@@ -53,7 +55,8 @@ class Validation:
     def key(self) -> str:
         """Names what figures are measured on: they compare only where it is the same."""
         return (
-            f"{self.windows.key} {self.max_answer_length} {self.n_best_size} {self.null_threshold}"
+            f"{self.windows.key} {self.max_answer_length} {self.n_best_size} "
+            f"{self.null_threshold} {self.rule.label}"
         )
 
     def score(
@@ -100,6 +103,7 @@ class Validation:
             found.never_null,
             found.null_odds,
             self.null_threshold,
+            self.rule.best_scores,
         )
         return Evaluation(scores, found, rate)
 

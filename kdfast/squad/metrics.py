@@ -1,6 +1,7 @@
 """Exact match and F1 with the meaning of the official SQuAD 2.0 script, evaluate-v2.0.py.
 
-Texts in, numbers out: nothing here knows windows, models or files.
+Texts in, numbers out: nothing here knows windows, models or files. `best_scores` may be that of
+another benchmark (`metric_rules`); how questions come together stays the same.
 
 The official script stops with a KeyError when a question has no prediction, or a predicted
 question no null odds. Here a question without a prediction is wrong whatever the threshold, also
@@ -12,7 +13,7 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from numbers import Real
 
@@ -20,6 +21,9 @@ from kdfast.errors import UserError
 
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+
+# (gold answers, prediction) -> exact and F1 of one question.
+BestScores = Callable[[tuple[str, ...], str], tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,18 @@ def normalize_answer(text: str) -> str:
     """
     text = text.lower().translate(PUNCTUATION)
     return " ".join(ARTICLES.sub(" ", text).split())
+
+
+def best_scores(answers: tuple[str, ...], prediction: str) -> tuple[float, float]:
+    """(exact, f1) of one prediction, each the best over the gold answers.
+
+    Gold answers with nothing left after normalisation are dropped; where none is left, the empty
+    text is the right one.
+    """
+    golds = list(filter(None, map(normalize_answer, answers))) or [""]
+    guess = normalize_answer(prediction)
+    words = guess.split()
+    return int(guess in golds), max(_bag_f1(gold.split(), words) for gold in golds)
 
 
 def gold_answers(examples: Iterable) -> dict[str, tuple[str, ...]]:
@@ -77,12 +93,13 @@ def unmatched_ids(
 
 
 def question_scores(
-    gold: Mapping[str, tuple[str, ...]], predictions: Mapping[str, str]
+    gold: Mapping[str, tuple[str, ...]],
+    predictions: Mapping[str, str],
+    best_scores: BestScores = best_scores,
 ) -> QuestionScores:
     """Every question's best score over its gold answers, before any threshold.
 
-    Gold answers with nothing left after normalisation are dropped; where none is left, the empty
-    text is the right one. Raises UserError for a prediction that is not a text.
+    Raises UserError for a prediction that is not a text.
     """
     scores = QuestionScores([], [], [], [], [], [])
     for key, answers in gold.items():
@@ -95,7 +112,7 @@ def question_scores(
                 'write "" for no answer'
             )
         else:
-            exact, overlap = _best_scores(answers, prediction)
+            exact, overlap = best_scores(answers, prediction)
         scores.ids.append(key)
         scores.exact.append(exact)
         scores.f1.append(overlap)
@@ -125,6 +142,7 @@ def score(
     predictions: Mapping[str, str],
     null_odds: Mapping[str, float] | None = None,
     null_threshold: float = 1.0,
+    best_scores: BestScores = best_scores,
 ) -> dict[str, float]:
     """The official script's numbers under its key names; percentages are not rounded.
 
@@ -143,7 +161,7 @@ def score(
     """
     if not gold:
         raise UserError("the data hold no question: there is nothing to score")
-    scores = question_scores(gold, predictions)
+    scores = question_scores(gold, predictions, best_scores)
     if not any(scores.predicted):
         raise UserError(
             "the predictions hold none of the data's question ids: they belong to another data set"
@@ -164,14 +182,6 @@ def score(
             metrics[f"best_{name}"] = best
             metrics[f"best_{name}_thresh"] = threshold
     return metrics
-
-
-def _best_scores(answers: tuple[str, ...], prediction: str) -> tuple[int, float]:
-    """(exact, f1) of one prediction, each the best over the gold answers."""
-    golds = list(filter(None, map(normalize_answer, answers))) or [""]
-    guess = normalize_answer(prediction)
-    words = guess.split()
-    return int(guess in golds), max(_bag_f1(gold.split(), words) for gold in golds)
 
 
 def _bag_f1(gold: list[str], guess: list[str]) -> float:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kdfast.errors import UserError, unknown_name
+from kdfast.squad import metric_rules
 from kdfast.squad.records import CONVERTED
 
 
@@ -21,6 +22,7 @@ class EvaluationSet:
     unanswerable: it has questions without an answer. Only there may a reader abstain, as in the
         QuestionAnsweringEvaluator of Hugging Face's `evaluate`.
     by_original: its ids are ORIGINAL-SUFFIX for a perturbed form of the question ORIGINAL.
+    metric: the rule that its published figures are scored by, one of metric_rules.TITLES.
     file: what is read in place of the hub's set.
     """
 
@@ -32,6 +34,7 @@ class EvaluationSet:
     language: str | None = "en"
     unanswerable: bool = False
     by_original: bool = False
+    metric: str = "squad"
     file: str | None = None
 
     @property
@@ -41,6 +44,24 @@ class EvaluationSet:
             return self.file
         revision = f"@{self.revision}" if self.revision else ""
         return f"{self.dataset}{revision}:{self.config}:{self.split}"
+
+    @property
+    def rule(self) -> metric_rules.MetricRule:
+        return metric_rules.find(self.metric, self.language)
+
+    def scored_by(self, metric: str | None, language: str | None) -> "EvaluationSet":
+        """This set under --metric and --language, which None leaves as they are.
+
+        Raises UserError for a language that the rule does not know, or has no use for.
+        """
+        found = replace(self, metric=metric or self.metric, language=language or self.language)
+        if language and found.metric != "mlqa":
+            raise UserError(
+                f"--language goes with --metric mlqa, and {self.name} is scored by "
+                f"{found.metric}: leave it out, or give that."
+            )
+        metric_rules.find(found.metric, found.language)
+        return found
 
 
 SQUADSHIFTS = "ludwigschmidt/squadshifts"
@@ -72,21 +93,63 @@ XQUAD = tuple(
 )
 MLQA = tuple(
     EvaluationSet(
-        f"mlqa.{code}", "facebook/mlqa", f"mlqa.{code}.{code}", "test", CONVERTED, language=code
+        f"mlqa.{code}",
+        "facebook/mlqa",
+        f"mlqa.{code}.{code}",
+        "test",
+        CONVERTED,
+        language=code,
+        metric="mlqa",
     )
     for code in MLQA_LANGUAGES
 )
 GERMANQUAD = EvaluationSet(
     "germanquad", "deepset/germanquad", "plain_text", "test", CONVERTED, language="de"
 )
-SETS = {each.name: each for each in (*CARD, *XQUAD, *MLQA, GERMANQUAD)}
+CMRC = EvaluationSet(
+    "cmrc2018", "hfl/cmrc2018", "default", "validation", language="zh", metric="cmrc"
+)
+KORQUAD = EvaluationSet(
+    "korquad",
+    "KorQuAD/squad_kor_v1",
+    "squad_kor_v1",
+    "validation",
+    language="ko",
+    metric="korquad",
+)
+# JaQuAD's paper scores by characters and published no script.
+JAQUAD = EvaluationSet(
+    "jaquad",
+    "SkelterLabsInc/JaQuAD",
+    "default",
+    "validation",
+    CONVERTED,
+    language="ja",
+    metric="korquad",
+)
+SETS = {each.name: each for each in (*CARD, *XQUAD, *MLQA, GERMANQUAD, CMRC, KORQUAD, JAQUAD)}
 SUITES = {"card": CARD, "xquad": XQUAD, "mlqa": MLQA}
 
 
 def own_set(source: str) -> EvaluationSet:
-    """A user's file or hub dataset as a set, named after it; the reader may abstain in it."""
-    name = Path(re.split("[:@]", source)[0]).stem
-    return EvaluationSet(name, None, None, None, language=None, unanswerable=True, file=source)
+    """A user's file or hub dataset as a set, named after it; the reader may abstain in it.
+
+    Metric and language are those of a set of SETS where it is one.
+    """
+    place, config = (*source.split(":"), "")[:2]
+    dataset = place.split("@")[0]
+    known = [
+        each for each in SETS.values() if each.dataset == dataset and config in ("", each.config)
+    ]
+    languages, rules = ({getattr(each, of) for each in known} for of in ("language", "metric"))
+    return EvaluationSet(
+        Path(re.split("[:@]", source)[0]).stem,
+        *(None, None, None),
+        language=languages.pop() if len(languages) == 1 else None,
+        unanswerable=True,
+        metric=rules.pop() if len(rules) == 1 else "squad",
+        file=source,
+    )
 
 
 def choose(wanted: Iterable[str], files: Mapping[str, str]) -> list[EvaluationSet]:
