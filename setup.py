@@ -155,12 +155,14 @@ setup(
     extras_require={
         "tensorboard": ["tensorboard>=2.16"],
         "plots": ["matplotlib>=3.8"],
+        "cmrc": ["nltk>=3.8"],  # what CMRC 2018's official script cuts words with
         "test": [
             "pytest>=8.0",
             "pytest-benchmark>=5.0",
             "hypothesis>=6.100",
             "ruff>=0.12",
             "matplotlib>=3.8",
+            "nltk>=3.8",
             "pybind11>=2.12",  # what setup.py itself needs: a test builds the package
             "setuptools>=68",
             "accelerate>=1.1",  # the Hugging Face Trainer, which benchmarks/ trains against

@@ -4,17 +4,17 @@
 written more results.
 """
 
-import contextlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kdfast import program
 from kdfast.distill.config import TrainConfig, flag
 from kdfast.distill.evaluate_config import EvaluateConfig
 from kdfast.errors import UserError
+from kdfast.files import read_json_object, write_json
 
 if TYPE_CHECKING:
     from kdfast.distill.run_files import RunFiles
@@ -32,14 +32,15 @@ class CardConfig:
         metadata={
             "action": "extend",
             "metavar": "DIR",
-            "help": "Folders of other runs, for the picture of quality against latency.",
+            "help": "Folders of other runs, for the picture of quality against latency; later "
+            "cards keep them.",
         },
     )
     report: bool = flag(
         False, "Let model and teacher answer the run's --validation_file, and write report.html."
     )
-    language: str | None = flag(None, "Code of the data's language, or de,es. Default: the run's.")
-    license: str | None = flag(None, "The model's license. Default: the run's.")
+    language: str | None = flag(None, "Code of the data's language, or de,es. Default: as before.")
+    license: str | None = flag(None, "The model's license. Default: as before.")
     push_to_hub: str | None = flag(
         None, "Upload the model to this hub repository, made private if it is new."
     )
@@ -83,15 +84,31 @@ def start(config: CardConfig) -> None:
 def publish(config: CardConfig, say: Say) -> None:
     """Write pictures, card and, if wanted, report; then, if wanted, upload the model."""
     from kdfast.distill import card, figures, report
+    from kdfast.distill.record import CARD_SETTINGS
     from kdfast.distill.run_files import read_run
 
     folder = Path(config.model_dir).expanduser()
     files = read_run(folder)
     if config.report and needs_answers(files):
-        say("Student and teacher answer --validation_file for the report.")
+        who = "Student and teacher answer" if files.teacher else "The model answers"
+        say(f"{who} --validation_file for the report.")
         answer_validation(files)
         files = read_run(folder)
+    kept = kept_settings(folder)
     beside = [read_run(Path(name).expanduser()) for name in config.beside or []]
+    given = {str(each.folder.resolve()): each for each in beside}
+    for name in kept["beside"]:
+        try:
+            given.setdefault(name, read_run(Path(name)))
+        except UserError:
+            say(f"{name}, which the card had beside it, is left out: it is no run any more.")
+    beside = list(given.values())
+    kept = {
+        "beside": list(given),
+        "language": config.language or kept["language"] or files.config.get("language"),
+        "license": config.license or kept["license"] or files.config.get("license"),
+        "repository": config.push_to_hub or kept["repository"],
+    }
     for note in [note for each in (files, *beside) for note in each.notes]:
         say(note)
     plots = {}
@@ -102,15 +119,28 @@ def publish(config: CardConfig, say: Say) -> None:
     path = card.write_card(
         files,
         plots,
-        config.push_to_hub,
-        config.language or files.config.get("language"),
-        config.license or files.config.get("license"),
+        kept["repository"],
+        kept["language"],
+        kept["license"],
     )
+    write_json(folder / CARD_SETTINGS, kept)
     say(f"The card is {path}.")
     if config.report:
         say(f"The report is {report.write(files, plots)}: open it in a browser.")
     if config.push_to_hub:
         say(f"The model is at {card.push(folder, config.push_to_hub)}.")
+
+
+def kept_settings(folder: Path) -> dict[str, Any]:
+    """What earlier cards of the run were given: `beside`, a list, and texts or None."""
+    from kdfast.distill.record import CARD_SETTINGS
+
+    found = read_json_object(folder / CARD_SETTINGS)
+    texts = {name: found.get(name) for name in ("language", "license", "repository")}
+    kept = {name: text if isinstance(text, str) else None for name, text in texts.items()}
+    names = found.get("beside")
+    names = [each for each in names if isinstance(each, str)] if isinstance(names, list) else []
+    return {"beside": names, **kept}
 
 
 def needs_answers(files: "RunFiles") -> bool:
@@ -138,9 +168,10 @@ def answer_validation(files: "RunFiles") -> None:
         max_answer_length=config["max_answer_length"],
         n_best_size=config["n_best_size"],
         mixed_precision=config["mixed_precision"],
+        metric=files.run.get("metric"),
+        language=files.run.get("language"),
     )
-    with contextlib.redirect_stdout(sys.stderr):  # its figures are not this program's output
-        evaluate(settings, Ranks())
+    evaluate(settings, Ranks())
 
 
 if __name__ == "__main__":

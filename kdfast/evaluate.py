@@ -30,22 +30,22 @@ FORMAT = 1  # of what is written: raise it when the meaning changes
 def start(config: EvaluateConfig) -> None:
     """The work of the program."""
     with Ranks.join() as ranks:
-        evaluate(config, ranks)
+        if printed := evaluate(config, ranks):
+            print(printed)
 
 
-def evaluate(config: EvaluateConfig, ranks: Ranks) -> None:
-    """Score, print, and write what --output_dir is for; the first of the ranks does the last two.
+def evaluate(config: EvaluateConfig, ranks: Ranks) -> str:
+    """Score, and write what --output_dir is for, which the first of the ranks does.
 
-    Of one --data the official figures are printed as one JSON object, of a --suite a table.
+    Returns what the program prints, "" for another rank: of one --data the official figures as one
+    JSON object, of a --suite a table.
     """
     config.check()
     sets = config.sets()
     output = open_folder(config.output_dir)
     if config.predictions is not None:
-        scores = score_files(config, read_questions(sets[0]), ranks)
-        if ranks.is_first:
-            report_scores(scores, output)
-        return
+        scores = score_files(config, sets[0], ranks)
+        return report_scores(scores, sets[0], output) if ranks.is_first else ""
 
     device = pick_device(ranks.local_rank)
     precision = resolve(config.mixed_precision, device)
@@ -62,7 +62,7 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> None:
         "model": about[0],
         "compared_with": about[1] if len(about) > 1 else None,
         "settings": {
-            **config.window_settings(),
+            **readers[0].windows,
             "max_answer_length": config.max_answer_length,
             "precision": precision,
             "null_threshold_from": config.null_threshold_from,
@@ -79,34 +79,38 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> None:
     for each in sets:
         asked = questions.pop(each.name)
         answered = [
-            reader.answer(each.source, asked, threshold if each.unanswerable else math.inf)
+            reader.answer(each, asked, threshold if each.unanswerable else math.inf)
             for reader, threshold in zip(readers, thresholds, strict=True)
         ]
         if not ranks.is_first:
             continue
         found.append(result_of(each, answered))
         speed = found[-1]["windows_per_second"]
-        ranks.warn(f"{each.name}: {scoring.line(found[-1]['metrics'])}  {speed:.1f} windows/s")
+        by = f"  {each.rule.sentence}" if each.metric != "squad" else ""
+        line = scoring.line(found[-1]["metrics"])
+        ranks.warn(f"{each.name}: {line}  {speed:.1f} windows/s{by}")
         if output:
             write_json(output / f"{each.name}.eval.json", header | found[-1])
             write_json(output / f"{each.name}.questions.json", questions_of(answered))
     if not ranks.is_first:
-        return
-    if config.suite is None:
-        report_scores(found[0]["metrics"], output)
-        if output:
-            answers.write_predictions(answered[0].evaluation.answers, output)
-    if config.suite is not None or config.compare is not None:
-        print(results.table(found), file=sys.stdout if config.suite else sys.stderr)
+        return ""
     if output:
         write_json(output / "summary.json", header | {"sets": found})
-
-
-def report_scores(scores: dict[str, float], output: Path | None) -> None:
-    """The official figures, to stdout and into metrics.json."""
-    print(json.dumps(scores, indent=2))
+    if config.suite is not None:
+        return results.table(found)
+    if config.compare is not None:
+        ranks.warn(results.table(found))
     if output:
-        write_json(output / "metrics.json", scores)
+        answers.write_predictions(answered[0].evaluation.answers, output)
+    return report_scores(found[0]["metrics"], sets[0], output)
+
+
+def report_scores(scores: dict[str, float], each: EvaluationSet, output: Path | None) -> str:
+    """The official figures and the rule's name as JSON, which also goes into metrics.json."""
+    named = each.rule.named() | scores
+    if output:
+        write_json(output / "metrics.json", named)
+    return json.dumps(named, indent=2)
 
 
 def read_questions(each: EvaluationSet) -> list[records.Example]:
@@ -123,20 +127,20 @@ def read_questions(each: EvaluationSet) -> list[records.Example]:
     return examples
 
 
-def score_files(
-    config: EvaluateConfig, examples: list[records.Example], ranks: Ranks
-) -> dict[str, float]:
-    """The answers of --predictions, scored."""
+def score_files(config: EvaluateConfig, each: EvaluationSet, ranks: Ranks) -> dict[str, float]:
+    """The answers of --predictions to the questions of a set, scored by its rule."""
+    gold = metrics.gold_answers(read_questions(each))
     found = read_object(config.predictions, "--predictions", str)
     odds = read_object(config.null_odds, "--null_odds", float) if config.null_odds else None
-    gold = metrics.gold_answers(examples)
     missing, unknown = metrics.unmatched_ids(gold, found)
     if missing:
         ranks.warn(f"{len(missing)} questions without a prediction score 0, such as {missing[0]}.")
     if unknown:
         ranks.warn(f"{len(unknown)} predictions are of unknown questions, such as {unknown[0]}.")
     threshold = 1.0 if config.null_threshold is None else config.null_threshold
-    return metrics.score(gold, found, odds, threshold)
+    if each.metric != "squad":
+        ranks.warn(each.rule.sentence)
+    return metrics.score(gold, found, odds, threshold, each.rule.best_scores)
 
 
 def read_object(name: str, role: str, kind: type) -> dict:

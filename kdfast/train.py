@@ -35,6 +35,7 @@ from kdfast.distill.record import (
     check_shared,
     code_key,
     describe_machine,
+    local_paths,
     open_output,
     remove_run,
     sole_run,
@@ -64,6 +65,7 @@ def train(config: TrainConfig, ranks: Ranks | None = None, stop: StopSignals | N
     """
     ranks, stop = ranks or Ranks(), stop or StopSignals()
     config.check()
+    inputs.validation_set(config)  # a rule without its language is refused at once
     if config.stage == "both":
         with stages.held(config, ranks) as runs:
             for each in runs:
@@ -242,6 +244,7 @@ def distil(
         "train_windows": len(chosen),
         "teacher_cache": lesson and lesson.key,
         "layers_stage": stages.earlier(config),
+        "local_paths": local_paths(config),
         "matmul_flops_per_second": matmul_rate,
         **results.figures(),
     }
@@ -249,7 +252,8 @@ def distil(
         with results.telling_where():
             write_run(output, record)
     ranks.barrier()
-    ranks.say(f"The student is in {output}; run.json there holds settings, versions and figures.")
+    what = "student" if lesson or config.stage == "layers" else "model"
+    ranks.say(f"The {what} is in {output}; run.json there holds settings, versions and figures.")
     if ranks.is_first and config.stage == "predictions":
         publish(CardConfig.of_run(config), ranks.say)
     return record

@@ -80,3 +80,38 @@ def test_flags_that_contradict(files, capsys, tmp_path):
     assert "cannot be written" in capsys.readouterr().err
     assert evaluate.main(["--data", "d.json", "--predictions", str(tmp_path / "no")]) == 2
     assert "d.json" in capsys.readouterr().err
+
+
+def test_the_rule_of_a_benchmark(tmp_path, capsys):
+    context = "天气很好，我们去公园。"
+    asked = {"id": "q", "question": "天气怎么样？"}
+    asked["answers"] = [{"text": "天气很好", "answer_start": 0}]
+    data = {"data": [{"paragraphs": [{"context": context, "qas": [asked]}]}]}
+    (tmp_path / "d.json").write_text(json.dumps(data))
+    (tmp_path / "p.json").write_text(json.dumps({"q": "天气"}))
+
+    def run(*flags):
+        files = ["--data", str(tmp_path / "d.json"), "--predictions", str(tmp_path / "p.json")]
+        status = evaluate.main([*files, "--output_dir", str(tmp_path), *flags])
+        return status, *capsys.readouterr()
+
+    for flags, named, f1 in (
+        ((), {"metric": "squad"}, 0),
+        (("--metric", "mlqa", "--language", "zh"), {"metric": "mlqa", "language": "zh"}, 200 / 3),
+        (("--metric", "mlqa", "--language", "de"), {"metric": "mlqa", "language": "de"}, 0),
+        (("--metric", "cmrc"), {"metric": "cmrc"}, 200 / 3),
+        (("--metric", "korquad"), {"metric": "korquad"}, 200 / 3),
+    ):
+        status, out, err = run(*flags)
+        found = json.loads(out)
+        assert status == 0 and found == json.loads((tmp_path / "metrics.json").read_text())
+        assert found["f1"] == pytest.approx(f1) and found.items() >= named.items()
+        assert ("Scored by" in err) == bool(flags)
+    for flags, words in (
+        (("--metric", "mlqa"), "give --language, one of ar"),
+        (("--metric", "mlqa", "--language", "ja"), "none for ja"),
+        (("--language", "zh"), "goes with --metric mlqa"),
+        (("--metric", "rouge"), "rouge"),
+    ):
+        status, out, err = run(*flags)
+        assert (status, out, err.count("\n")) == (2, "", 1) and words in err

@@ -1,6 +1,7 @@
 """`kdfast.evaluate` on sets of a suite, which local files stand in for."""
 
 import json
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -108,9 +109,9 @@ def test_a_file_of_ones_own_is_written_like_a_set(world):
     assert status == 0
     metrics = json.loads(out)
     own = read(world, "plain.eval")
-    assert own["metrics"] == metrics == read(world, "metrics")
+    assert {"metric": "squad"} | own["metrics"] == metrics == read(world, "metrics")
     assert (own["dataset"], own["file"], own["language"]) == (None, world.plain, None)
-    assert read(world, "summary")["sets"][0]["metrics"] == metrics
+    assert read(world, "summary")["sets"][0]["metrics"] == own["metrics"]
     questions = read(world, "plain.questions")
     assert {key: line["answer"] for key, line in questions.items()} == read(world, "predictions")
     status, out, err = world.run(*data, "--compare", world.second)
@@ -228,3 +229,64 @@ def test_two_ranks_say_and_write_once(world):
         assert ours["intervals"] == alone["intervals"]
         assert ours["compared"]["difference"] == alone["compared"]["difference"]
         assert ours["metrics"] == pytest.approx(alone["metrics"])
+
+
+def test_the_rule_of_a_suite(world):
+    flags = ["--suite", "mlqa.es", "jaquad", "xquad.es", "--output_dir", world.output]
+    for name in ("mlqa.es", "jaquad", "xquad.es"):
+        flags += ["--data", f"{name}={world.plain}"]
+    status, out, err = world.run(*flags)
+    assert status == 0, err
+    sets = {each["name"]: each for each in read(world, "summary")["sets"]}
+    assert {name: each["metric"] for name, each in sets.items()} == {
+        "mlqa.es": "mlqa",
+        "jaquad": "korquad",
+        "xquad.es": "squad",
+    }
+    assert read(world, "jaquad.eval") | sets["jaquad"] == read(world, "jaquad.eval")
+    assert "mlqa (es) |" in out and "korquad |" in out and "squad |" in out
+    assert "Scored by KorQuAD's rule (F1 over characters)." in err
+    # Figures of single questions are of the rule too, and make the sum.
+    lines = read(world, "jaquad.questions").values()
+    assert 100 * sum(each["f1"] for each in lines) / len(lines) == pytest.approx(
+        sets["jaquad"]["metrics"]["f1"]
+    )
+    assert sets["jaquad"]["metrics"]["f1"] != sets["xquad.es"]["metrics"]["f1"]
+    status, _, err = world.run("--suite", "xquad.el", "--metric", "mlqa")
+    assert status == 2 and "none for el" in err
+    status, _, err = world.run("--suite", "mlqa.es", "--metric", "mlqa", "--language", "es")
+    assert status == 2 and "--language goes with --data" in err
+
+
+def test_the_windows_that_a_model_was_trained_with(world):
+    def used(*flags, model=world.first):
+        flags = [*flags, "--model", model, "--cache_dir", world.path / "cache"]
+        flags += ["--data", world.plain, "--output_dir", world.output]
+        assert evaluate.main([str(each) for each in flags]) == 0
+        settings = read(world, "summary")["settings"]
+        return [settings[each] for each in ("max_seq_length", "max_query_length", "doc_stride")]
+
+    assert used() == [384, 64, 128]
+    trained = {"max_seq_length": 150, "max_query_length": 20, "doc_stride": 40}
+    Path(world.first, "run.json").write_text(json.dumps({"config": trained}))
+    assert used() == [150, 20, 40]
+    assert used("--doc_stride", "60") == [150, 20, 60]
+    shutil.copytree(world.first, world.path / "first" / "best")
+    (world.path / "first" / "best" / "run.json").unlink()
+    assert used(model=world.path / "first" / "best") == [150, 20, 40]
+    # What was not given gives way to what the model reads, and to flags.
+    short = readers.save(world.path / "short", max_position_embeddings=90)
+    assert used(model=short) == [90, 64, 11]
+    assert used("--max_seq_length", "100") == [100, 20, 40]
+    trained["max_seq_length"] = "long"
+    Path(short, "run.json").write_text(json.dumps({"config": trained}))
+    assert used(model=short) == [90, 20, 40]
+
+
+def test_the_line_on_windows(world):
+    Path(world.first, "run.json").write_text(json.dumps({"config": {"doc_stride": 40}}))
+    status, _, err = world.run("--data", world.plain)
+    assert status == 0 and err.count("max_seq_length 200  max_query_length 64  doc_stride 40") == 1
+    assert f"in {world.first}/run.json" in err
+    status, _, err = world.run("--data", world.plain, "--doc_stride", 128, model=world.second)
+    assert status == 0 and "doc_stride" not in err

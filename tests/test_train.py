@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 
 import pytest
@@ -42,10 +43,12 @@ def test_evaluate_gives_the_figures_of_the_run(world, capsys):
     folder = world.path / "eval"
     arguments = ["--cache_dir", str(world.path / "cache"), "--output_dir", str(folder)]
     data = ["--data", world.validation_file, *arguments]
-    model = ["--model", str(world.output), "--max_seq_length", "200"]
-    assert evaluate.main(model + data) == 0
+    # Nothing is said of windows: they are those of the run.
+    assert evaluate.main(["--model", str(world.output), *data]) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert printed == json.loads((world.output / "run.json").read_text())["metrics"]
+    run = json.loads((world.output / "run.json").read_text())
+    assert run["config"]["max_seq_length"] == 200
+    assert printed == {"metric": "squad"} | run["metrics"]
     assert printed == json.loads((folder / "metrics.json").read_text())
     for name in ("predictions", "nbest_predictions", "null_odds"):
         assert len(json.loads((folder / f"{name}.json").read_text())) == 10
@@ -72,13 +75,21 @@ def test_a_threshold_turns_answers_into_none(world, capsys):
     assert found["1e9"]["NoAns_exact"] < 50.0
 
 
-def test_students_of_some_layers_and_the_undistilled_baseline(world):
+def test_students_of_some_layers_and_the_undistilled_baseline(world, capsys):
     changes = {"student": None, "student_layers": "0,3"}
     assert world.run(**changes) == 0
     distilled = json.loads((world.output / "config.json").read_text())
     assert distilled["num_hidden_layers"] == 2
     plain = world.path / "plain"
-    assert world.run(**changes, output_dir=plain, distillation_loss_weight=0) == 0
+    assert f"The student is in {world.output}" in capsys.readouterr().out
+    assert world.run(**changes, output_dir=plain, distillation_loss_weight=0, report=True) == 0
+    said = capsys.readouterr()
+    assert f"The model is in {plain}" in said.out and "The model answers" in said.out
+    assert not re.search("student (is|and)|teacher answer", said.out, re.I)
+    # The report's evaluation prints no figures of its own amid the run's output.
+    assert '"exact"' not in said.out + said.err
+    for page in ("README.md", "report.html"):
+        assert "not distilled" in (plain / page).read_text()
     steps = [line for line in log_of(plain) if "step" in line]
     assert all(line["soft"] == 0 for line in steps)
     assert all(line["loss"] == pytest.approx(line["hard"]) for line in steps)
@@ -212,3 +223,41 @@ def test_dropout_on_a_cpu_is_the_cheap_one(world, monkeypatch):
     monkeypatch.setattr(train, "speed_up_dropout", made.append)
     assert world.run(max_steps=1) == 0
     assert len(made) == (not torch.cuda.is_available())
+
+
+def test_the_best_model_by_the_rule_of_a_benchmark(world, capsys):
+    flags = {"eval_steps": 1, "max_steps": 2, "metric": "korquad"}
+    assert world.run(**flags) == 0
+    said = capsys.readouterr().out
+    assert "Scored by KorQuAD's rule (F1 over characters)." in said
+    run = json.loads((world.output / "run.json").read_text())
+    scores = [line["f1"] for line in log_of(world.output) if "evaluated_after" in line]
+    assert run["metric"] == "korquad" and run["best_f1"] == max(scores)
+    assert "scored by korquad" in (world.output / "README.md").read_text()
+    data = ["--data", world.validation_file, "--cache_dir", str(world.path / "cache")]
+    data += ["--model", str(world.output / "best")]
+    found = {}
+    for metric in ("korquad", "squad"):
+        assert evaluate.main([*data, "--metric", metric]) == 0
+        found[metric] = json.loads(capsys.readouterr().out)["f1"]
+    assert found["korquad"] == pytest.approx(max(scores)) != found["squad"]
+
+    other = {"output_dir": world.path / "other", "max_steps": 1}
+    assert world.run(**other, metric="mlqa", language="de") == 0
+    run = json.loads((world.path / "other" / "run.json").read_text())
+    assert (run["metric"], run["language"]) == ("mlqa", "de")
+    assert "mlqa (de)" in (world.path / "other" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"metric": "mlqa"}, "give --language, one of ar"),
+        ({"metric": "mlqa", "language": "ja"}, "none for ja"),
+        ({"metric": "cmrc", "validation_file": None}, "--metric needs --validation_file"),
+        ({"metric": "mlqa", "stage": "both"}, "give --language, one of ar"),
+    ],
+)
+def test_a_rule_that_does_not_go(world, capsys, flags, words):
+    assert world.run(**flags) == 2
+    assert words in capsys.readouterr().err and not world.output.exists()

@@ -57,7 +57,6 @@ def score_teacher(config: TrainConfig) -> dict:
         {
             "metrics": result.metrics,
             "student_parameters": sum(each.numel() for each in loaded.model.parameters()),
-            "eval_windows_per_second": result.windows_per_second,
         }
     )
 
@@ -67,16 +66,15 @@ def row(record: dict) -> dict:
     return {
         **{name: record["metrics"][name] for name in FIGURES},
         "parameters": record["student_parameters"],
-        "windows/s": record["eval_windows_per_second"],
     }
 
 
 def table(rows: list[dict]) -> str:
     """The rows as a Markdown table."""
-    head = ("", "EM", "F1", "HasAns EM", "HasAns F1", "NoAns F1", "parameters", "windows/s")
+    head = ("", "EM", "F1", "HasAns EM", "HasAns F1", "NoAns F1", "parameters")
     lines = [f"| {' | '.join(head)} |", f"|:--{'|--:' * (len(head) - 1)}|"]
     for each in rows:
         cells = [each["reader"], *(f"{each[name]:.1f}" for name in FIGURES)]
-        cells += [f"{each['parameters']:,}", f"{each['windows/s']:.0f}"]
+        cells.append(f"{each['parameters']:,}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n" + "\n".join(lines) + "\n"

@@ -19,8 +19,9 @@ from huggingface_hub.utils import validate_repo_id
 
 from kdfast.distill import card_text
 from kdfast.distill.models import first_line
-from kdfast.distill.run_files import RunFiles, Source, is_local
+from kdfast.distill.run_files import RunFiles, Source
 from kdfast.errors import UserError
+from kdfast.squad import results
 from kdfast.squad.suites import SETS
 
 CARD_FILE = "README.md"
@@ -91,7 +92,7 @@ def front_matter(
     """The card's metadata, as the hub reads it."""
     config = files.config
     base = files.origin
-    data = Source.of(config["train_file"])
+    data = files.source(config["train_file"])
     found = eval_results(files)
     return ModelCardData(
         language=languages[0] if len(languages) == 1 else languages or None,
@@ -100,7 +101,7 @@ def front_matter(
         pipeline_tag="question-answering",
         tags=["extractive-qa", "kdfast", *(["distillation"] if files.teacher else [])],
         datasets=[data.name] if data.on_hub else None,
-        base_model=None if is_local(base) else base,
+        base_model=None if files.is_local(base) else base,
         metrics=[metric for metric, _ in METRICS.values()] if found else None,
         model_name=title,
         eval_results=found or None,
@@ -112,15 +113,21 @@ def eval_results(files: RunFiles) -> list[EvalResult]:
     found = []
     for result in files.results:
         source = Source.of_result(result)
-        found += _entries(source, result["name"], result["metrics"], "")
+        rule = _of_rule(result)
+        found += _entries(source, result["name"], result["metrics"], rule)
         if "worst_forms" in result:
-            found += _entries(
-                source, result["name"], result["worst_forms"]["metrics"], ", worst forms"
-            )
+            worst = result["worst_forms"]["metrics"]
+            found += _entries(source, result["name"], worst, f"{rule}, worst forms")
     validated, source = files.metrics(), files.config["validation_file"]
     if validated and files.result_of(source) is None:
-        found += _entries(Source.of(source), Source.of(source).name, validated, "")
+        data = files.source(source)
+        found += _entries(data, data.name, validated, _of_rule(files.run))
     return found
+
+
+def _of_rule(result: Mapping[str, Any]) -> str:
+    """The rule of a result within a figure's name, where it is another than SQuAD's."""
+    return "" if (rule := results.scored_by(result)) == "squad" else f", {rule}"
 
 
 def _entries(source: Source, name: str, metrics: Mapping[str, float], of: str) -> list[EvalResult]:
@@ -158,7 +165,8 @@ def write_results(files: RunFiles) -> None:
             dataset_id=source.name,
             task_id=source.config or "default",
             value=round(result["metrics"]["f1"], 4),
-            notes=f"F1; exact match {result['metrics']['exact']:.4f}; kdfast.evaluate",
+            notes=f"F1{_of_rule(result)}; exact match {result['metrics']['exact']:.4f}; "
+            "kdfast.evaluate",
         )
         folder.mkdir(exist_ok=True)
         text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
@@ -167,7 +175,7 @@ def write_results(files: RunFiles) -> None:
 
 def known_languages(files: RunFiles) -> list[str]:
     """The language of the training data, where it is a hub dataset of a known one."""
-    data = Source.of(files.config["train_file"])
+    data = files.source(files.config["train_file"])
     found = {
         each.language
         for each in SETS.values()

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from kdfast.distill.run_files import RunFiles, Source, as_text, short
+from kdfast.distill.run_files import RunFiles, as_text, short
 from kdfast.squad import results
 
 # What Haystack 1.x and the published cards call a setting, and what kdfast.train calls it.
@@ -55,7 +55,7 @@ def summary(files: RunFiles) -> str:
     """One sentence: who learnt from whom."""
     if files.teacher is None:
         return f"A reader that kdfast trained from {student(files)} on gold spans, not distilled."
-    teachers = " and ".join(code(short(name)) for name in files.teachers)
+    teachers = " and ".join(code(files.short(name)) for name in files.teachers)
     return f"A reader that kdfast distilled from {teachers} into {student(files)}."
 
 
@@ -63,20 +63,20 @@ def student(files: RunFiles) -> str:
     """What the weights were before the run."""
     first = files.layers_stage or files.config
     if not first["student_layers"]:
-        return code(short(files.origin))
-    return f"layers {first['student_layers']} of {code(short(files.origin))}"
+        return code(files.short(files.origin))
+    return f"layers {first['student_layers']} of {code(files.short(files.origin))}"
 
 
 def overview(files: RunFiles, title: str, language: list[str]) -> str:
     config, ranks, device = files.config, files.run.get("ranks", 1), device_of(files.run)
     evaluated = [code(each["name"]) for each in files.results]
     if not evaluated and files.metrics():
-        evaluated = [code(Source.of(config["validation_file"]).name)]
+        evaluated = [code(files.source(config["validation_file"]).name)]
     lines = {
         "Language model": code(title),
         "Language": ", ".join(language),
         "Downstream-task": "Extractive QA",
-        "Training data": code(Source.of(config["train_file"]).name),
+        "Training data": code(files.source(config["train_file"]).name),
         "Eval data": ", ".join(evaluated),
         "Code": f"kdfast {files.run['versions']['kdfast']}, `python -m kdfast.train`",
         "Infrastructure": f"{ranks}x {device}" if ranks > 1 else device,
@@ -89,15 +89,15 @@ def details(files: RunFiles) -> str:
     run, config = files.run, files.config
     lines = []
     if before := files.layers_stage:
-        attention, data = before["attention_loss"], Source.of(before["train_file"]).name
+        attention, data = before["attention_loss"], files.source(before["train_file"]).name
         also = "" if attention == "none" else f" and the attention's {attention}"
         lines.append(
             f"Before that: the student learnt the hidden states{also} of "
-            f"{code(short(before['teacher'][0]))}, on {code(data)}, at a learning rate of "
+            f"{code(files.short(before['teacher'][0]))}, on {code(data)}, at a learning rate of "
             f"{as_text(before['learning_rate'])}."
         )
     if files.teachers:
-        teachers = ", ".join(code(short(name)) for name in files.teachers)
+        teachers = ", ".join(code(files.short(name)) for name in files.teachers)
         lines.append(
             f"Teacher: {teachers}, logits computed once. Soft loss: "
             f"{config['distillation_loss']}, padding masked."
@@ -177,8 +177,9 @@ def performance(files: RunFiles) -> str:
     validated, source = files.metrics(), files.config["validation_file"]
     if validated and files.result_of(source) is None:
         parts.append(
-            f"On {code(Source.of(source).name)}, in the run itself: EM {validated['exact']:.2f}, "
-            f"F1 {validated['f1']:.2f} ({validated['total']} questions)."
+            f"On {code(files.source(source).name)}, in the run itself: EM "
+            f"{validated['exact']:.2f}, F1 {validated['f1']:.2f} ({validated['total']} questions), "
+            f"scored by {results.scored_by(files.run)}."
         )
     if not files.results:
         return "\n\n".join(parts)

@@ -142,6 +142,11 @@ class TrainConfig:
     load_best_model_at_end: bool = flag(
         False, "Put the model with the best f1 into --output_dir, and the last one into last/."
     )
+    metric: Literal["squad", "mlqa", "cmrc", "korquad"] | None = flag(
+        None,
+        "Whose rule scores --validation_file; best/ goes by its F1. mlqa takes --language. "
+        "Default: that of the hub dataset, else squad. korquad is F1 over characters.",
+    )
     max_answer_length: int = flag(30, "Tokens in the longest answer that evaluation considers.")
     n_best_size: int = flag(20, "Answers per question that evaluation keeps.")
     check_invariance: bool = flag(
@@ -151,7 +156,9 @@ class TrainConfig:
     report: bool = flag(
         False, "Let student and teacher answer --validation_file, and write report.html."
     )
-    language: str | None = flag(None, "For the card: code of the data's language, or de,es.")
+    language: str | None = flag(
+        None, "For the card, and --metric mlqa: code of the data's language; de,es for the card."
+    )
     license: str | None = flag(None, "For the card: the model's license, such as cc-by-4.0.")
     push_to_hub: str | None = flag(
         None, "Upload the finished model to this hub repository, made private if it is new."
@@ -225,6 +232,7 @@ OBJECTIVE = tuple(
         "save_total_limit",
         "grace_seconds",
         "load_best_model_at_end",
+        "metric",
         "max_answer_length",
         "n_best_size",
         "report_to",

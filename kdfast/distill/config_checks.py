@@ -56,7 +56,7 @@ def check_contradictions(config: "TrainConfig") -> None:
     ):
         if getattr(config, one) and getattr(config, other):
             raise UserError(f"--{one} and --{other} exclude each other: give one of them.")
-    for needy in ("eval_steps", "load_best_model_at_end", "report"):
+    for needy in ("eval_steps", "load_best_model_at_end", "metric", "report"):
         if getattr(config, needy) and not config.validation_file:
             raise UserError(f"--{needy} needs --validation_file: give one, or leave it out.")
 
@@ -91,7 +91,7 @@ def check_stage(config: "TrainConfig") -> None:
         return
     if len(config.teacher or ()) != 1:
         raise UserError(f"{stage} learns from one teacher: give one --teacher.")
-    evaluation = ("validation_file", "eval_steps", "load_best_model_at_end", "report")
+    evaluation = ("validation_file", "eval_steps", "load_best_model_at_end", "metric", "report")
     for name in (*evaluation, "push_to_hub"):
         if getattr(config, name):
             raise UserError(

@@ -10,13 +10,16 @@ import torch
 
 from kdfast.distill import latency, models, scoring, teacher
 from kdfast.distill.evaluate_config import EvaluateConfig
+from kdfast.distill.flag_values import LARGEST
 from kdfast.distill.model_checks import check_windows
 from kdfast.distill.ranks import Ranks
+from kdfast.distill.record import RUN_FILE
 from kdfast.errors import UserError
 from kdfast.files import read_json_object
 from kdfast.squad import features, metrics, results
 from kdfast.squad.records import Example, read_examples
 from kdfast.squad.suites import EvaluationSet
+from kdfast.squad.template import Template
 
 
 @dataclass(frozen=True)
@@ -59,19 +62,23 @@ class Contender:
         ranks: Ranks,
     ):
         loaded = models.load_reader(name, role)
-        models.check_fits(loaded, config.max_seq_length, name)
         self.config, self.name, self.ranks = config, name, ranks
+        folder = models.local_folder(name, role)
         for note in loaded.notes:
             self.ranks.warn(note)
+        self.windows = self._choose_windows(loaded, folder)
+        models.check_fits(loaded, self.windows["max_seq_length"], name)
         self.device, self.precision = device, precision
         self.tokenizer = loaded.tokenizer
         self.model = loaded.model.to(device)
-        self.weights = teacher.weights_key(models.local_folder(name, role))
+        self.weights = teacher.weights_key(folder)
 
-    def answer(self, source: str, examples: list[Example], null_threshold: float) -> Answered:
-        """Its answers to the questions of `source`, which are `examples`, scored."""
+    def answer(
+        self, each: EvaluationSet, examples: list[Example], null_threshold: float
+    ) -> Answered:
+        """Its answers to the questions of a set, which are `examples`, scored by the set's rule."""
         config = self.config
-        windows = self._windows(source)
+        windows = self._windows(each.source)
         for note in windows.notes():
             self.ranks.warn(f"{self.name}: {note}")
         validation = scoring.Validation(
@@ -80,10 +87,13 @@ class Contender:
             max_answer_length=config.max_answer_length,
             n_best_size=config.n_best_size,
             null_threshold=null_threshold,
+            rule=each.rule,
         )
         evaluation = validation.score(self.model, self.device, self.precision, self.ranks)
         found = evaluation.answers
-        scores = metrics.question_scores(metrics.gold_answers(examples), found.never_null)
+        scores = metrics.question_scores(
+            metrics.gold_answers(examples), found.never_null, each.rule.best_scores
+        )
         scores = metrics.apply_threshold(scores, found.null_odds, null_threshold)
         return Answered(evaluation, scores, windows, null_threshold)
 
@@ -112,7 +122,7 @@ class Contender:
         else:
             self.ranks.warn(f"{self.name}: looking for the best threshold on {name}")
             examples = read_examples(name, split="validation")
-            figures = self.answer(name, examples, 0.0).evaluation.metrics
+            figures = self.answer(config.own_set(name), examples, 0.0).evaluation.metrics
         names = ("best_f1_thresh", "best_f1", "total")
         if not all(type(figures.get(each)) in (int, float) for each in names):
             raise UserError(
@@ -133,6 +143,7 @@ class Contender:
             "type": self.model.reader.config.model_type,
             "parameters": sum(each.numel() for each in self.model.parameters()),
             "weights_sha256": self.weights,
+            "windows": self.windows,
             "latency": {
                 "data": source,
                 **latency.measure(self.model, self._windows(source), self.device, self.precision),
@@ -146,10 +157,28 @@ class Contender:
             self.tokenizer,
             split="validation",
             cache_dir=config.cache_path,
-            **config.window_settings(),
+            **self.windows,
         )
-        check_windows(self.model.reader, windows, config.max_seq_length, config.cache_path)
+        longest = self.windows["max_seq_length"]
+        check_windows(self.model.reader, windows, longest, config.cache_path)
         return windows
+
+    def _choose_windows(self, loaded: models.Loaded, folder: Path) -> dict[str, int]:
+        """The window settings; says them where neither flags nor the usual values decide."""
+        of_run = folder.name in ("best", "last") or folder.name.startswith("checkpoint-")
+        run = (folder.parent if of_run else folder) / RUN_FILE
+        trained = read_json_object(run).get("config")
+        trained = trained if isinstance(trained, dict) else {}
+        longest = models.longest_input(loaded, self.name)
+        special = Template.learn(loaded.tokenizer).size
+        found = self.config.window_settings(trained, longest, special)
+        if found != self.config.window_settings({}, LARGEST, special):
+            of = f" in {run}" * bool(trained) + f", of {longest} tokens at most" * (
+                found["max_seq_length"] == longest
+            )
+            said = "  ".join(f"{name} {value}" for name, value in found.items())
+            self.ranks.warn(f"{self.name}: windows as the model{of} has them: {said}")
+        return found
 
 
 def result_of(each: EvaluationSet, answered: Sequence[Answered]) -> dict[str, Any]:
@@ -164,6 +193,7 @@ def result_of(each: EvaluationSet, answered: Sequence[Answered]) -> dict[str, An
         "revision": each.revision,
         "file": each.file,
         "language": each.language,
+        "metric": each.rule.name,
         "windows": len(own.windows),
         **figures_of(own),
         "intervals": results.intervals(own.scores),

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from kdfast import program
 from kdfast.distill.config import flag
@@ -12,8 +12,8 @@ from kdfast.errors import UserError
 from kdfast.squad import suites
 
 ABOUT = (
-    "`python -m kdfast.evaluate`: score a reader, or a file of predictions, as SQuAD 2.0 or another "
-    "benchmark does."
+    "`python -m kdfast.evaluate`: score a reader, or a file of predictions, as SQuAD 2.0 or "
+    "another benchmark does."
 )
 WINDOW_SETTINGS = {"max_seq_length": 384, "max_query_length": 64, "doc_stride": 128}
 
@@ -37,7 +37,8 @@ class EvaluateConfig:
             "action": "extend",
             "metavar": "NAME",
             "help": "Sets to evaluate on: card (the eight of the published card), xquad or mlqa "
-            "(every language), or one such as squadshifts.nyt, xquad.de, cmrc2018, korquad or jaquad.",
+            "(every language), or one such as squadshifts.nyt, xquad.de, cmrc2018, korquad or "
+            "jaquad.",
         },
     )
     metric: Literal["squad", "mlqa", "cmrc", "korquad"] | None = flag(
@@ -127,6 +128,29 @@ class EvaluateConfig:
     def own_set(self, source: str) -> suites.EvaluationSet:
         """A file or hub dataset as a set, under --metric and --language."""
         return suites.own_set(source).scored_by(self.metric, self.language)
+
+    def window_settings(
+        self, trained: dict[str, Any], longest: int, special: int
+    ) -> dict[str, int]:
+        """The window settings for a model: those given, else `trained`, its own, else the usual.
+
+        What was not given is lowered to what the model can use. longest: the most tokens that it
+        reads; special: how many of them its tokenizer adds to a question and a context.
+        """
+        found = {}
+        for name, usual in WINDOW_SETTINGS.items():
+            given, own = getattr(self, name), trained.get(name)
+            found[name] = given or (own if type(own) is int and 0 < own <= LARGEST else usual)
+        window, query, stride = WINDOW_SETTINGS
+        if self.max_seq_length is None:
+            found[window] = min(found[window], longest)
+        room = found[window] - special
+        if self.max_query_length is None and found[query] >= room:
+            found[query] = max(1, room // 2)
+        room -= found[query]
+        if self.doc_stride is None and found[stride] > room:
+            found[stride] = max(1, room // 2)
+        return found
 
     @property
     def cache_path(self) -> Path:

@@ -14,7 +14,7 @@ from kdfast.distill.model_checks import check_windows
 from kdfast.distill.precision import teacher_precision
 from kdfast.distill.ranks import Ranks
 from kdfast.errors import UserError
-from kdfast.squad import features, metrics, records
+from kdfast.squad import features, metrics, records, suites
 
 
 @dataclass(frozen=True)
@@ -149,12 +149,27 @@ def trained_windows(config: TrainConfig, windows: features.Windows, ranks: Ranks
     return np.flatnonzero(keep)
 
 
+def validation_set(config: TrainConfig) -> suites.EvaluationSet | None:
+    """The set of --validation_file with the rule that scores it, or None without one.
+
+    Raises UserError for a rule that lacks a language; that of --language, unless the set has one.
+    """
+    if config.validation_file is None:
+        return None
+    found = suites.own_set(config.validation_file)
+    by_language = (config.metric or found.metric) == "mlqa" and found.language is None
+    return found.scored_by(config.metric, config.language if by_language else None)
+
+
 def load_validation(
     config: TrainConfig, student: models.Loaded, ranks: Ranks
 ) -> scoring.Validation | None:
     """The set of --validation_file, or None without one."""
-    if config.validation_file is None:
+    found = validation_set(config)
+    if found is None:
         return None
+    if found.metric != "squad":
+        ranks.say(found.rule.sentence)
     examples = records.read_examples(config.validation_file, split="validation")
     metrics.gold_answers(examples)  # a set that cannot be scored is refused before training
     return scoring.Validation(
@@ -162,4 +177,5 @@ def load_validation(
         examples=examples,
         max_answer_length=config.max_answer_length,
         n_best_size=config.n_best_size,
+        rule=found.rule,
     )

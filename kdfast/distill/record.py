@@ -22,6 +22,7 @@ from kdfast.errors import UserError
 from kdfast.files import locked, make_writable, sha256_of, write_json
 
 RUN_FILE = "run.json"
+CARD_SETTINGS = "card.json"  # what kdfast.card was given, for the next card
 LOCK_FILE = ".lock"
 FOLDERS = ("best", "last", TENSORBOARD_FOLDER)
 PACKAGES = ("kdfast", "torch", "triton", "transformers", "datasets", "tokenizers", "numpy")
@@ -108,7 +109,7 @@ def remove_run(output: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     for name in ("figures", ".eval_results"):
         shutil.rmtree(output / name, ignore_errors=True)
-    for name in (RUN_FILE, "README.md", "report.html", WEIGHTS_FILE):
+    for name in (RUN_FILE, CARD_SETTINGS, "README.md", "report.html", WEIGHTS_FILE):
         (output / name).unlink(missing_ok=True)
 
 
@@ -150,6 +151,12 @@ def write_run(output: Path, content: dict[str, Any]) -> None:
     """Write run.json: everything about the run that a reader of its figures needs."""
     with writing(output / RUN_FILE):
         write_json(output / RUN_FILE, content)
+
+
+def local_paths(config: TrainConfig) -> list[str]:
+    """What flags named that is on this machine: read elsewhere, `models/small` looks like an id."""
+    named = [config.student, *(config.teacher or ()), config.train_file, config.validation_file]
+    return [name for name in named if name and Path(name).expanduser().exists()]
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:

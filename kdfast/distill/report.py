@@ -11,7 +11,7 @@ import jinja2
 from markupsafe import Markup
 
 from kdfast.distill import card_text
-from kdfast.distill.run_files import RunFiles, Source
+from kdfast.distill.run_files import RunFiles
 from kdfast.squad.examples import Example, locate
 from kdfast.squad.records import read_examples
 
@@ -77,7 +77,7 @@ def facts(files: RunFiles, result: Mapping[str, Any] | None) -> dict[str, str]:
             figures.append((files.other(result).capitalize(), result["compared"]["metrics"]))
     for name, metrics in figures:
         if metrics:
-            data = Source.of(files.config["validation_file"]).name
+            data = files.source(files.config["validation_file"]).name
             found[f"{name} on {data}"] = f"EM {metrics['exact']:.2f}, F1 {metrics['f1']:.2f}"
     return found
 

@@ -182,6 +182,7 @@ class Results:
             "starts": progress.starts,
             "cuts": asdict(progress.rule),
             "train_speed": asdict(self.clock.speed()),
+            **(self.validation.rule.named() if self.validation else {}),
             "metrics": None if found is None else found.metrics,
             "eval_windows_per_second": None if found is None else found.windows_per_second,
             "best_f1": progress.best_f1,

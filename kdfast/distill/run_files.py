@@ -14,6 +14,7 @@ from kdfast.files import read_json_object
 
 EVAL_FOLDER = "eval"
 RESULT_FORMAT = 1  # of kdfast.evaluate
+FILE_ENDS = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".gz")  # of data; no hub id has them
 RESULT_END = ".eval.json"
 QUESTIONS_END = ".questions.json"
 
@@ -34,7 +35,7 @@ class Source:
     @classmethod
     def of(cls, text: str) -> "Source":
         """Of a flag's value: a file, or id[@revision][:config[:split]]."""
-        if is_local(text) or Path(text).suffix in (".json", ".jsonl", ".parquet"):
+        if is_local(text) or Path(text).suffix in FILE_ENDS:
             return cls(Path(text).name, on_hub=False)
         head, config, split = (*text.split(":"), None, None)[:3]
         name, _, revision = head.partition("@")
@@ -85,6 +86,20 @@ class RunFiles:
         first = self.layers_stage or self.config
         return first["student"] or first["teacher"][0]
 
+    def is_local(self, name: str) -> bool:
+        """Whether a model or data set of the run was a path rather than the hub's."""
+        return name in self.run.get("local_paths", ()) or is_local(name)
+
+    def short(self, name: str) -> str:
+        """A hub id as it is, a path without its folders."""
+        return Path(name).expanduser().resolve().name if self.is_local(name) else name
+
+    def source(self, text: str) -> Source:
+        """The data that a flag of the run named."""
+        if text in self.run.get("local_paths", ()):
+            return Source(Path(text).name, on_hub=False)
+        return Source.of(text)
+
     @property
     def teachers(self) -> list[str]:
         """The models that taught; none of a run on gold spans alone."""
@@ -108,7 +123,7 @@ class RunFiles:
         """The evaluation of the data that a flag names `source`."""
         if source is None:
             return None
-        wanted = Source.of(source)
+        wanted = self.source(source)
         for each in self.results:
             if each["file"] == source or (wanted.on_hub and Source.of_result(each) == wanted):
                 return each

@@ -22,6 +22,7 @@ OF_ANSWERS = {
     "validation_file",
     "eval_steps",
     "load_best_model_at_end",
+    "metric",
     "max_answer_length",
     "n_best_size",
     "report",

@@ -83,12 +83,13 @@ def comparison(scores: QuestionScores, other: QuestionScores) -> dict[str, dict]
 
 def table(results: list[dict]) -> str:
     """Results of sets as Markdown: figures with their intervals, then comparisons if there are."""
-    rows = [("set", "questions", *COLUMNS, "windows/s")]
+    rows = [("set", "questions", *COLUMNS, "windows/s", "scored by")]
     for result in results:
         speed = f"{result['windows_per_second']:.1f}"
-        rows.append((result["name"], *_figures(result), speed))
+        rows.append((result["name"], *_figures(result), speed, scored_by(result)))
         if "worst_forms" in result:
-            rows.append((f"{result['name']}, worst forms", *_figures(result["worst_forms"]), ""))
+            worst = _figures(result["worst_forms"])
+            rows.append((f"{result['name']}, worst forms", *worst, "", scored_by(result)))
     tables = [_markdown(rows)]
     compared = [result for result in results if "compared" in result]
     if compared:
@@ -103,6 +104,12 @@ def table(results: list[dict]) -> str:
             rows.append((result["name"], *cells))
         tables.append(_markdown(rows))
     return "\n\n".join(tables)
+
+
+def scored_by(result: dict) -> str:
+    """The rule that a result file names; one of an earlier version names none, and had SQuAD's."""
+    metric, language = result.get("metric", "squad"), result.get("language")
+    return f"{metric} ({language})" if metric == "mlqa" else metric
 
 
 def _percent(scores: QuestionScores) -> np.ndarray:

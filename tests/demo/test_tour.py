@@ -24,7 +24,7 @@ def test_without_arguments_the_tour_ends_with_one_table(small, capsys):
     assert train.main([]) == 0
     lines = capsys.readouterr().out.strip().splitlines()
     header, _, *rows = [line for line in lines if line.startswith("|")]
-    assert "EM | F1" in header and "windows/s" in header
+    assert "EM | F1" in header and "windows/s" not in header  # it measured unlike things
     names = [row.split("|")[1].strip() for row in rows]
     assert names == ["teacher", "student, distilled", "student, gold spans alone"]
     plain = json.loads((small / "undistilled/run.json").read_text())

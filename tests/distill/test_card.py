@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import filter_repo_objects
 
 from kdfast import card as program
-from kdfast.distill import card, run_files
+from kdfast.distill import card, figures, run_files
 from kdfast.errors import UserError
 from tests.programs import edit
 
@@ -299,3 +300,66 @@ def test_a_folder_without_a_run(tmp_path, capsys):
     assert "holds no run.json" in capsys.readouterr().err
     assert program.main([]) == 2
     assert "--model_dir is missing" in capsys.readouterr().err
+
+
+def test_a_local_base_model_read_elsewhere(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where neither is a folder
+    named = {"config__student": "models/small", "config__train_file": "sets/train"}
+    edit(finished.folder, "run.json", **named)
+    front, text = write(finished.folder)
+    assert front["base_model"] == "models/small" and front["datasets"] == ["sets/train"]
+    edit(finished.folder, "run.json", local_paths=["models/small", "sets/train"])
+    front, text = write(finished.folder)
+    assert "base_model" not in front and "datasets" not in front
+    assert "`small`" in text and "models/small" not in text
+
+
+def test_a_run_names_what_was_local(finished):
+    run = edit(finished.folder, "run.json")
+    names = ("student", "train_file", "validation_file")
+    assert run["local_paths"] == [
+        run["config"]["student"],
+        *run["config"]["teacher"],
+        *(run["config"][name] for name in names[1:]),
+    ]
+
+
+def test_later_cards_keep_what_a_card_was_given(finished, tmp_path, monkeypatch, capsys):
+    other = shutil.copytree(finished.folder, tmp_path / "other")
+    flags = ["--model_dir", str(finished.folder)]
+    given = ["--beside", str(other), "--license", "mit", "--language", "de"]
+    shown = []
+    save = figures.save
+    monkeypatch.setattr(
+        figures, "save", lambda run, beside: shown.append(beside) or save(run, beside)
+    )
+    for more in (given, [], ["--license", "cc-by-4.0"]):
+        assert program.main([*flags, *more]) == 0
+        assert [each.folder for each in shown.pop()] == [other]
+    front, _ = write_again(finished.folder)
+    assert (front["license"], front["language"]) == ("cc-by-4.0", "de")
+    shutil.rmtree(other)
+    capsys.readouterr()
+    assert program.main(flags) == 0
+    assert shown == [[]] and f"{other}, which the card had" in capsys.readouterr().out
+    assert program.main([*flags, "--beside", str(other)]) == 2  # now it is a mistake
+    for damaged in ("[]", '{"beside": {"a": 1}, "license": 3}', "{"):
+        (finished.folder / "card.json").write_text(damaged)
+        assert program.main(flags) == 0
+
+
+def write_again(folder: Path) -> tuple[dict, str]:
+    """The front matter and body of the card that is there."""
+    loaded = ModelCard.load(folder / "README.md")
+    return loaded.data.to_dict(), loaded.text
+
+
+def test_the_rule_of_a_figure(finished):
+    edit(finished.folder, f"eval/{SET}.eval.json", metric="mlqa", language="zh")
+    front, text = write(finished.folder)
+    names = {each["name"] for each in front["model-index"][0]["results"][0]["metrics"]}
+    assert names == {"Exact Match, mlqa (zh)", "F1, mlqa (zh)"} and "| mlqa (zh) |" in text
+    edit(finished.folder, f"eval/{SET}.eval.json", metric="squad")
+    front, text = write(finished.folder)
+    names = {each["name"] for each in front["model-index"][0]["results"][0]["metrics"]}
+    assert names == {"Exact Match", "F1"} and "| squad |" in text

@@ -91,6 +91,6 @@ def test_table():
     head, rule, row, worst = first.splitlines()
     assert head.count("|") == rule.count("|") == row.count("|") == worst.count("|")
     low, high = result["intervals"]["f1"]
-    assert f"| 62.50 [{low:.2f}, {high:.2f}] |" in row and row.endswith("| 70.00 | 12.3 |")
-    assert worst == "| made_up, worst forms | 3 | 1.00 | 2.00 |  |  |  |  |"
+    assert f"| 62.50 [{low:.2f}, {high:.2f}] |" in row and row.endswith("| 70.00 | 12.3 | squad |")
+    assert worst == "| made_up, worst forms | 3 | 1.00 | 2.00 |  |  |  |  | squad |"
     assert second.splitlines()[2].startswith("| made_up | +0.00 [+0.00, +0.00] | 1.0000 |")

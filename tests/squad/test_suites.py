@@ -108,3 +108,41 @@ def test_a_revision_of_a_dataset(monkeypatch):
     )
     records.read_examples("some/set@0123abc:plain:test")
     assert found == {"split": "test", "revision": "0123abc"}
+
+
+def test_each_set_has_the_rule_of_its_papers():
+    assert {each.metric for each in (*suites.CARD, *suites.XQUAD, suites.GERMANQUAD)} == {"squad"}
+    assert {each.rule.label for each in suites.MLQA} == {
+        f"mlqa ({code})" for code in suites.MLQA_LANGUAGES
+    }
+    rules = {name: suites.SETS[name].rule.name for name in ("cmrc2018", "korquad", "jaquad")}
+    assert rules == {"cmrc2018": "cmrc", "korquad": "korquad", "jaquad": "korquad"}
+
+
+@pytest.mark.parametrize(
+    ("source", "rule"),
+    [
+        ("facebook/mlqa@refs/convert/parquet:mlqa.zh.zh:test", "mlqa (zh)"),
+        ("google/xquad:xquad.zh:validation", "squad"),
+        ("SkelterLabsInc/JaQuAD", "korquad"),
+        ("hfl/cmrc2018:default:validation", "cmrc"),
+        ("some/mlqa.json", "squad"),
+    ],
+)
+def test_a_known_dataset_brings_its_rule(source, rule):
+    assert suites.own_set(source).scored_by(None, None).rule.label == rule
+
+
+def test_flags_over_the_rule_of_a_set():
+    own = suites.own_set("file.json")
+    assert own.scored_by("mlqa", "de").rule.label == "mlqa (de)"
+    assert suites.SETS["mlqa.zh"].scored_by("squad", None).rule.label == "squad"
+    assert suites.SETS["xquad.zh"].scored_by("mlqa", None).rule.label == "mlqa (zh)"
+    for wanted, given, words in (
+        (own, ("mlqa", None), "give --language"),
+        (suites.SETS["xquad.el"], ("mlqa", None), "none for el"),
+        (suites.own_set("facebook/mlqa"), (None, None), "give --language"),
+        (own, (None, "de"), "goes with --metric mlqa, and file is scored by squad"),
+    ):
+        with pytest.raises(UserError, match=words):
+            wanted.scored_by(*given)
