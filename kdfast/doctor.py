@@ -1,7 +1,8 @@
 """`python -m kdfast.doctor`: what computes the loss on this machine, and why the rest does not.
 
 Prints a page to paste into an issue. Reads versions and devices, runs every usable backend once on
-a few windows, changes nothing. Exits with 0 whatever it finds.
+a few windows, changes nothing. Exits with 0 whatever it finds. With --convert, makes safetensors of
+a model's pickled weights instead.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import torch
 
 import kdfast
 from kdfast import backends, fused_kd_loss, program
+from kdfast.errors import UserError
 
 VOLTA = (
     "A V100 (sm_70) needs torch 2.14 or older from PyTorch's cu126 index: CUDA 13 has no sm_70, "
@@ -31,12 +33,31 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The settings that a command line gives. Raises UserError for unknown flags and values."""
-    return program.parse(program.plain_parser("doctor", __doc__), argv)
+    parser = program.plain_parser("doctor", __doc__)
+    parser.add_argument(
+        "--convert",
+        metavar="DIR|HUB_ID",
+        help="Write model.safetensors of the weights in this model's pytorch_model.bin.",
+    )
+    parser.add_argument(
+        "--output_dir",
+        help="With --convert, a new folder for the whole model. Default: DIR itself, or a folder "
+        "of the hub model's name.",
+    )
+    given = program.parse(parser, argv)
+    if given.output_dir and not given.convert:
+        raise UserError("--output_dir needs --convert: leave it out, or name a model to convert.")
+    return given
 
 
 def start(given: argparse.Namespace) -> None:
     """The work of the program."""
-    print("\n".join(page()))
+    if given.convert:
+        from kdfast.distill.conversion import convert
+
+        print(f"{convert(given.convert, given.output_dir)} is written.")
+    else:
+        print("\n".join(page()))
 
 
 def page() -> list[str]:

@@ -43,8 +43,6 @@ def check_sizes(config, folder: Path, name: str, role: str) -> None:
             for key in file.keys():  # noqa: SIM118, it is no dict
                 held += math.prod(file.get_slice(key).get_shape())
                 tensors += 1
-    if tensors == 0:
-        return  # which loading will say
     described = math.inf
     if config.num_hidden_layers <= tensors:  # every layer has some
         with torch.device("meta"):

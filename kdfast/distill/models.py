@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import nn
 from transformers import AutoConfig, AutoModelForQuestionAnswering
 
+from kdfast.distill.hub import local_folder, without_safetensors
 from kdfast.distill.model_checks import check_reads_both_ways, check_sizes
 from kdfast.errors import UserError
 from kdfast.squad.tokenizer import load_tokenizer
@@ -32,8 +31,6 @@ SUPPORTED = (
 # Of what torch.compile is given every width is a multiple: the tensor cores of a V100 take
 # half-precision products whose sizes are multiples of 8, and a compiled kernel its widest loads.
 COMPILED_WIDTH = 8
-# The files of a model folder that are read; weights in safetensors only, never a pickle.
-MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
 
 class SpanModel(nn.Module):
@@ -145,30 +142,6 @@ class Loaded:
     notes: list[str] = field(default_factory=list)
 
 
-def local_folder(name: str, role: str) -> Path:
-    """The folder that holds model `name`: itself, or a hub model's files in the hub's own cache.
-
-    Raises UserError, naming `role` (such as "--teacher"), where there is no such model.
-    """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(
-                f"{role} {name} holds no config.json: name a folder that "
-                "save_pretrained has written."
-            )
-        return folder
-    if folder.exists():
-        raise UserError(f"{role} {name} is a file: name the model's folder.")
-    try:
-        return Path(snapshot_download(name, allow_patterns=MODEL_FILES))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"{role} {name} is neither a folder nor a model that the hub gave "
-            f"({type(error).__name__}): check the name and the network, or name a local folder."
-        ) from error
-
-
 def load_reader(
     name: str,
     role: str,
@@ -185,6 +158,8 @@ def load_reader(
     """
     folder = local_folder(name, role)
     config = load_config(folder, name, role)
+    if not any(folder.glob("*.safetensors")):
+        raise without_safetensors(folder, name, role)
     try:
         check_sizes(config, folder, name, role)
         reader, info = AutoModelForQuestionAnswering.from_pretrained(

@@ -13,7 +13,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 import kdfast
 from kdfast import evaluate
-from kdfast.distill import models
+from kdfast.distill import hub, models
 from kdfast.errors import UserError
 
 FORBIDDEN = (
@@ -40,6 +40,10 @@ def found_in(text):
     return [pattern for pattern in FORBIDDEN if re.search(pattern, text)]
 
 
+# The program that makes safetensors of a pickle, with weights_only.
+CONVERTER = "distill/conversion.py"
+
+
 def test_the_package_calls_nothing_that_runs_data():
     package = Path(kdfast.__file__).parent
     found = {
@@ -47,6 +51,9 @@ def test_the_package_calls_nothing_that_runs_data():
         for path in package.rglob("*.py")
     }
     assert len(found) > 40
+    assert found.pop(CONVERTER) == [r"torch\.load\b"]
+    text = code_of(package / CONVERTER)
+    assert [len(re.findall(each, text)) for each in (r"torch\.load\(", "weights_only=True")] == [1, 1]
     for name, patterns in found.items():
         assert not patterns, name
 
@@ -113,7 +120,7 @@ def test_sound_weights_that_are_pickled_are_refused_all_the_same(world, capsys):
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     assert world.run() == 2
-    assert "the weights in safetensors" in capsys.readouterr().err
+    assert "no weights in safetensors" in capsys.readouterr().err
 
 
 def test_code_beside_sound_weights_is_not_run(trap):
@@ -155,7 +162,7 @@ def test_hub_models_are_asked_for_safetensors_alone(monkeypatch):
         wanted.update(arguments)
         raise OSError("no network")
 
-    monkeypatch.setattr(models, "snapshot_download", download)
+    monkeypatch.setattr(hub, "snapshot_download", download)
     with pytest.raises(UserError, match="neither a folder nor a model"):
         models.local_folder("some/model", "--teacher")
     patterns = wanted["allow_patterns"]
