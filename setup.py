@@ -2,8 +2,9 @@
 
 The C++ rows need a C++17 compiler, the CUDA rows an nvcc of CUDA 11.8 or newer. Whatever is
 missing is left out, with a sentence: without nvcc _C has the CPU rows only, and without a C++
-compiler there is no _C, and kdfast computes in PyTorch, or on a GPU in Triton. No torch is needed
-to build.
+compiler there is no _C, and kdfast computes in PyTorch, or on a GPU in Triton. pip shows these
+sentences under -v alone, and what a compiler says under KDFAST_REQUIRE_EXTENSION=1, with which a
+build without _C fails. No torch is needed to build.
 """
 
 import os
@@ -43,6 +44,9 @@ class BuildRows(build_ext):
         except Exception as error:
             say(f"{extension.name} is left out, as the C++ build failed: {error}")
             say("the losses will be computed in PyTorch, or in Triton on a GPU")
+            say("install a C++ compiler, such as g++, then kdfast again by pip install")
+            if os.environ.get("KDFAST_REQUIRE_EXTENSION") == "1":
+                raise
 
     def copy_extensions_to_source(self) -> None:
         built = [

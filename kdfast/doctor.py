@@ -9,6 +9,7 @@ import argparse
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import warnings
@@ -84,6 +85,7 @@ def software() -> list[tuple[str, str]]:
         ("torch", f"{torch.__version__}, {f'CUDA {cuda}' if cuda else 'built without CUDA'}"),
         ("triton", installed("triton")),
         ("transformers", installed("transformers")),
+        ("C++ compiler", compiler() or "not found"),
         ("nvcc", nvcc() or "not found"),
         ("driver", driver() or "no NVIDIA driver found"),
     ]
@@ -94,6 +96,14 @@ def installed(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
+
+
+def compiler() -> str | None:
+    """What the first C++ compiler of those that build csrc says of itself."""
+    for command in (os.environ.get("CXX"), os.environ.get("CC"), "c++", "g++", "clang++"):
+        if command and (said := output_of(*shlex.split(command), "--version")):
+            return said.splitlines()[0]
+    return None
 
 
 def nvcc() -> str | None:
@@ -200,6 +210,11 @@ def faults() -> list[str]:
                 f"This torch has no code for cuda:{index} (sm_{major}{minor}): it was built for "
                 f"{', '.join(listed)}."
             )
+    if refused := backends.why_not("native", torch.empty(0)):
+        found.append(
+            f"The loss is slow on a CPU here, as {refused}. With KDFAST_REQUIRE_EXTENSION=1 that "
+            "fails where the extension cannot be built, and shows what the compiler says."
+        )
     release = nvcc()
     if release and int(release.split(".")[0]) >= 13:
         found.append(f"The nvcc here is {release}: it builds csrc for sm_75 and newer.")

@@ -1,13 +1,20 @@
 """The page of `python -m kdfast.doctor`, on this machine and on ones that are broken."""
 
+import os
+import platform
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from kdfast import backends, doctor
+from kdfast.backends.native import REMEDY
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -54,6 +61,34 @@ def test_an_extension_that_is_not_there(monkeypatch, page):
     text = page()
     assert "native        not usable: the extension is gone" in text
     assert "taken         reference" in text
+
+
+def test_a_missing_extension_names_a_compiler(monkeypatch, page):
+    replace_native(monkeypatch, why_not=lambda tensor: f"it was not built: {REMEDY}")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv("CC", raising=False)
+    text = page()
+    assert "C++ compiler  not found" in text
+    assert "install a C++ compiler, such as g++, then kdfast again by pip install. With KD" in text
+    monkeypatch.setenv("CXX", f"{sys.executable} -I")
+    assert f"C++ compiler  Python {platform.python_version()}" in page()
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_a_build_without_a_compiler(tmp_path, required):
+    for name in ("setup.py", "csrc", "kdfast/__init__.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    env = {**os.environ, "CC": "false", "CXX": "false", "CUDA_HOME": str(tmp_path)}
+    env["KDFAST_REQUIRE_EXTENSION"] = str(int(required))
+    run = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    done = subprocess.run(run, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert (done.returncode == 0) != required, done.stderr
+    for words in ("kdfast._C is left out", "install a C++ compiler"):
+        assert words in done.stdout
+    assert "error" in done.stderr or not required
 
 
 def test_a_backend_that_breaks_or_is_wrong_is_named(monkeypatch, page):

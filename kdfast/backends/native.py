@@ -16,6 +16,7 @@ TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3
 Tensors = Sequence[Tensor | None]  # as kdfast.backends lists them
 Settings = tuple[float, float, int, float]
 STATS = 8  # numbers of row_stats for each row
+REMEDY = "install a C++ compiler, such as g++, then kdfast again by pip install"
 ISAS = ("best", "portable", "avx2", "avx512")  # as numbered in csrc/kd_rows.h
 
 
@@ -42,8 +43,11 @@ def _why_not(device: torch.device) -> str | None:
 def _loaded() -> tuple[ModuleType | None, str | None]:
     try:
         return importlib.import_module("kdfast._C"), None
+    except ModuleNotFoundError:  # pip says success where no C++ compiler could build it
+        fault = "was not built as kdfast was installed"
     except ImportError as error:
-        return None, f"the extension kdfast._C is missing or broken ({error}): reinstall kdfast"
+        fault = f"does not load ({error})"
+    return None, f"the extension kdfast._C {fault}: {REMEDY}"
 
 
 def has_isa(isa: str) -> bool:

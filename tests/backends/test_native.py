@@ -400,14 +400,26 @@ def test_the_raw_door_refuses_what_is_not_a_number():
         _C.forward(*arguments)
 
 
-def test_a_missing_extension_gives_a_sentence(monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            ModuleNotFoundError("No module named 'kdfast._C'"),
+            "was not built as kdfast was installed",
+        ),
+        (ImportError("undefined symbol"), "does not load (undefined symbol)"),
+    ],
+)
+def test_a_missing_extension_gives_a_sentence_with_the_remedy(monkeypatch, error, words):
     def refuse(name):
-        raise ImportError("no such file")
+        raise error
 
     monkeypatch.setattr(native.importlib, "import_module", refuse)
     monkeypatch.setattr(native, "_loaded", native._loaded.__wrapped__)
-    sentence = native._why_not.__wrapped__(torch.device("cpu"))
-    assert sentence.startswith("the extension kdfast._C is missing or broken (no such file)")
+    assert native._why_not.__wrapped__(torch.device("cpu")) == (
+        f"the extension kdfast._C {words}: install a C++ compiler, such as g++, then kdfast again "
+        "by pip install"
+    )
 
 
 def test_devices_that_are_not_for_these_rows():
