@@ -169,6 +169,7 @@ def test_a_hub_model_is_read_as_the_hubs_bot_has_converted_it(folder, tmp_path):
     shutil.copy(GOLDEN / "roberta" / WEIGHTS, converted)
     wrong = shutil.copytree(converted, tmp_path / "wrong")
     (wrong / "pytorch_model.bin").write_bytes(b"weights of an earlier day")
+    (wrong / WEIGHTS).write_bytes(b"and what was made of them")
     repo = {"main": main, "refs/pr/2": wrong, "refs/pr/3": converted, "refs/pr/4": wrong}
     requests = [hub.pull_request(2), hub.pull_request(4, author="mallory")]
     home = tmp_path / "home"
