@@ -12,13 +12,13 @@ from transformers import AutoModelForQuestionAnswering
 
 import kdfast
 from kdfast import evaluate
-from kdfast.distill import models
+from kdfast.distill import model_checks, models
 from tests import published, readers
 from tests.distill.test_models import ids_of
 
 
 def test_every_supported_type_is_here():
-    assert {each.model_type for each in published.MODELS.values()} == set(models.SUPPORTED)
+    assert {each.model_type for each in published.MODELS.values()} == set(model_checks.SUPPORTED)
     for model_type, name in published.COMMON.items():
         assert published.MODELS[name].model_type == model_type
 

@@ -11,6 +11,34 @@ from transformers import AutoModelForQuestionAnswering
 from kdfast.errors import UserError
 from kdfast.squad.features import Windows
 
+# Model types whose span head is a Linear `qa_outputs` over the base model's last hidden states
+# and whose first token stands for "no answer". Each has a test.
+SUPPORTED = (
+    "albert",
+    "bert",
+    "camembert",
+    "deberta",
+    "deberta-v2",
+    "electra",
+    "mpnet",
+    "roberta",
+    "xlm-roberta",
+)
+
+
+def check_type(config, name: str, role: str) -> None:
+    """Raise UserError unless `config` is of a supported type with two logits a token."""
+    if config.model_type not in SUPPORTED:
+        raise UserError(
+            f"{role} {name} is of type {config.model_type}, which is not supported: "
+            f"use one of {', '.join(SUPPORTED)}."
+        )
+    if config.num_labels != 2:
+        raise UserError(
+            f"{role} {name} has {config.num_labels} labels, and a span head has 2: "
+            "name a question-answering model, or set num_labels in its config.json."
+        )
+
 
 def check_reads_both_ways(config, name: str, role: str) -> None:
     """Raise UserError for a `config` that transformers does not compute a reader's logits by."""

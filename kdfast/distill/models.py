@@ -11,23 +11,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForQuestionAnswering
 
 from kdfast.distill.hub import local_folder, without_safetensors
-from kdfast.distill.model_checks import check_reads_both_ways, check_sizes
+from kdfast.distill.model_checks import (
+    check_reads_both_ways,
+    check_sizes,
+    check_type,
+)
 from kdfast.errors import UserError
 from kdfast.squad.tokenizer import load_tokenizer
 
-# Model types whose span head is a Linear `qa_outputs` over the base model's last hidden states
-# and whose first token stands for "no answer". Each has a test.
-SUPPORTED = (
-    "albert",
-    "bert",
-    "camembert",
-    "deberta",
-    "deberta-v2",
-    "electra",
-    "mpnet",
-    "roberta",
-    "xlm-roberta",
-)
 # Of what torch.compile is given every width is a multiple: the tensor cores of a V100 take
 # half-precision products whose sizes are multiples of 8, and a compiled kernel its widest loads.
 COMPILED_WIDTH = 8
@@ -224,20 +215,6 @@ def _does_not_load(name: str, role: str, error: Exception) -> UserError:
         f"{role} {name} does not load ({first_line(error)}): name a folder with a "
         "config.json and the weights in safetensors."
     )
-
-
-def check_type(config, name: str, role: str) -> None:
-    """Raise UserError unless `config` is of a supported type with two logits a token."""
-    if config.model_type not in SUPPORTED:
-        raise UserError(
-            f"{role} {name} is of type {config.model_type}, which is not supported: "
-            f"use one of {', '.join(SUPPORTED)}."
-        )
-    if config.num_labels != 2:
-        raise UserError(
-            f"{role} {name} has {config.num_labels} labels, and a span head has 2: "
-            "name a question-answering model, or set num_labels in its config.json."
-        )
 
 
 def reset_head(reader: nn.Module, seed: int) -> None:

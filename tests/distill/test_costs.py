@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdfast.distill import costs, models
+from kdfast.distill import costs, model_checks
 from kdfast.distill.config import TrainConfig
 from kdfast.distill.models import SpanModel
 from tests import readers
@@ -23,7 +23,7 @@ def test_work_is_counted_by_the_formula_of_an_encoder():
     )
 
 
-@pytest.mark.parametrize("model_type", models.SUPPORTED)
+@pytest.mark.parametrize("model_type", model_checks.SUPPORTED)
 def test_work_is_counted_for_every_type(model_type):
     reader, _ = readers.make(model_type)
     work = costs.count_work(SpanModel(reader))

@@ -7,7 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kdfast.distill import dropout, models
+from kdfast.distill import dropout, model_checks, models
 from tests import readers
 from tests.distill.test_step import gradient
 
@@ -143,7 +143,7 @@ def answers(model, ids, mask):
     return [model(ids), model(ids, mask), bare]
 
 
-@pytest.mark.parametrize("model_type", models.SUPPORTED)
+@pytest.mark.parametrize("model_type", model_checks.SUPPORTED)
 def test_every_type_trains_without_torchs_dropout(tmp_path, model_type, monkeypatch):
     rates = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
     name = readers.save(tmp_path / "a", model_type, **rates)

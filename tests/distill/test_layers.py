@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from kdfast.distill import invariance, layer_terms, layers, models
+from kdfast.distill import invariance, layer_terms, layers, model_checks, models
 from kdfast.distill.step import Stepper
 from kdfast.errors import UserError
 from tests import readers, steppers
@@ -253,14 +253,14 @@ def test_what_does_not_map_is_refused(tmp_path):
     assert "has 2 attention heads and --teacher has 4" in said and "relations" in said
 
 
-@pytest.mark.parametrize("model_type", sorted({*models.SUPPORTED} - {*PLAIN}))
+@pytest.mark.parametrize("model_type", sorted({*model_checks.SUPPORTED} - {*PLAIN}))
 @pytest.mark.parametrize("attention", ["probabilities", "relations"])
 def test_attention_of_another_kind_is_refused(tmp_path, model_type, attention):
     said = refused(tmp_path, attention, model_type)
     assert model_type in said and "give none" in said
 
 
-@pytest.mark.parametrize("model_type", models.SUPPORTED)
+@pytest.mark.parametrize("model_type", model_checks.SUPPORTED)
 def test_hidden_states_of_every_type(tmp_path, model_type):
     student, teacher = pair(tmp_path, model_type)
     ids, mask = batch(student)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForQuestionAnswering
 
-from kdfast.distill import models
+from kdfast.distill import model_checks, models
 from kdfast.errors import UserError
 from tests import readers
 
@@ -18,7 +18,7 @@ def ids_of(model, lengths=(23, 17)):
     return ids.masked_fill(~mask, model.config.pad_token_id), mask
 
 
-@pytest.mark.parametrize("model_type", models.SUPPORTED)
+@pytest.mark.parametrize("model_type", model_checks.SUPPORTED)
 def test_logits_are_those_of_the_hugging_face_class(tmp_path, model_type):
     name = readers.save(tmp_path, model_type)
     loaded = models.load_reader(name, "--model")
@@ -37,7 +37,7 @@ def test_logits_are_those_of_the_hugging_face_class(tmp_path, model_type):
     torch.testing.assert_close(bare, bare_theirs)
 
 
-@pytest.mark.parametrize("model_type", models.SUPPORTED)
+@pytest.mark.parametrize("model_type", model_checks.SUPPORTED)
 def test_padding_does_not_change_the_real_tokens(tmp_path, model_type):
     loaded = models.load_reader(readers.save(tmp_path, model_type), "--model")
     loaded.model.double().eval()

@@ -53,7 +53,10 @@ def test_the_package_calls_nothing_that_runs_data():
     assert len(found) > 40
     assert found.pop(CONVERTER) == [r"torch\.load\b"]
     text = code_of(package / CONVERTER)
-    assert [len(re.findall(each, text)) for each in (r"torch\.load\(", "weights_only=True")] == [1, 1]
+    assert [len(re.findall(each, text)) for each in (r"torch\.load\(", "weights_only=True")] == [
+        1,
+        1,
+    ]
     for name, patterns in found.items():
         assert not patterns, name
 
