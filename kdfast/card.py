@@ -101,7 +101,7 @@ def publish(config: CardConfig, say: Say) -> None:
         try:
             given.setdefault(name, read_run(Path(name)))
         except UserError:
-            say(f"{name}, which the card had beside it, is left out: it is no run any more.")
+            say(f"{name}, which the card had, is left out: it is no run any more.")
     beside = list(given.values())
     kept = {
         "beside": list(given),

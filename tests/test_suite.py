@@ -283,10 +283,14 @@ def test_the_windows_that_a_model_was_trained_with(world):
     assert used(model=short) == [90, 20, 40]
 
 
-def test_the_line_on_windows(world):
+def test_the_line_on_windows(world, capfd):
     Path(world.first, "run.json").write_text(json.dumps({"config": {"doc_stride": 40}}))
     status, _, err = world.run("--data", world.plain)
     assert status == 0 and err.count("max_seq_length 200  max_query_length 64  doc_stride 40") == 1
-    assert f"in {world.first}/run.json" in err
+    assert f", as in {world.first}/run.json\n" in err
+    short = readers.save(world.path / "short", max_position_embeddings=90)
+    cache = ["--cache_dir", str(world.path / "cache")]
+    assert evaluate.main(["--model", short, "--data", world.plain, *cache]) == 0
+    assert "doc_stride 11, as it reads 90 tokens\n" in capfd.readouterr().err
     status, _, err = world.run("--data", world.plain, "--doc_stride", 128, model=world.second)
     assert status == 0 and "doc_stride" not in err

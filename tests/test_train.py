@@ -86,7 +86,7 @@ def test_students_of_some_layers_and_the_undistilled_baseline(world, capsys):
     said = capsys.readouterr()
     assert f"The model is in {plain}" in said.out and "The model answers" in said.out
     assert not re.search("student (is|and)|teacher answer", said.out, re.I)
-    # The report's evaluation prints no figures of its own amid the run's output.
+    # The evaluation for the report prints no figures between the lines of the run.
     assert '"exact"' not in said.out + said.err
     for page in ("README.md", "report.html"):
         assert "not distilled" in (plain / page).read_text()

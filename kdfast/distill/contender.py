@@ -165,19 +165,18 @@ class Contender:
 
     def _choose_windows(self, loaded: models.Loaded, folder: Path) -> dict[str, int]:
         """The window settings; says them where neither flags nor the usual values decide."""
-        of_run = folder.name in ("best", "last") or folder.name.startswith("checkpoint-")
-        run = (folder.parent if of_run else folder) / RUN_FILE
+        is_part = folder.name in ("best", "last") or folder.name.startswith("checkpoint-")
+        run = (folder.parent if is_part else folder) / RUN_FILE
         trained = read_json_object(run).get("config")
         trained = trained if isinstance(trained, dict) else {}
         longest = models.longest_input(loaded, self.name)
         special = Template.learn(loaded.tokenizer).size
         found = self.config.window_settings(trained, longest, special)
         if found != self.config.window_settings({}, LARGEST, special):
-            of = f" in {run}" * bool(trained) + f", of {longest} tokens at most" * (
-                found["max_seq_length"] == longest
-            )
             said = "  ".join(f"{name} {value}" for name, value in found.items())
-            self.ranks.warn(f"{self.name}: windows as the model{of} has them: {said}")
+            of_run = f", as in {run}" * bool(trained)
+            least = f", as it reads {longest} tokens" * (found["max_seq_length"] == longest)
+            self.ranks.warn(f"{self.name}: {said}{of_run}{least}")
         return found
 
 
