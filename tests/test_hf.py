@@ -7,40 +7,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForQuestionAnswering, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from kdfast import fused_kd_loss
 from kdfast.distill.config import TrainConfig
 from kdfast.errors import UserError
 from kdfast.hf import KDCollator, KDDataset, KDMixin, KDTrainer, kd_dataset
 from tests import forks
+from tests.hf_runs import settings_and_rows, student
 
 pytest.importorskip("accelerate", reason="the Hugging Face Trainer needs accelerate")
 
 
 @pytest.fixture
 def data(world):
-    """The settings, and the rows of 12 windows."""
-    config = TrainConfig(
-        teacher=world.teacher,
-        student=world.student,
-        train_file=world.train_file,
-        cache_dir=str(world.path / "cache"),
-        max_seq_length=200,
-        temperature=2.0,
-        distillation_loss_weight=0.6,
-    )
-    rows = kd_dataset(config)
-    return config, KDDataset(rows.windows, rows.chosen[:12], rows.teacher_logits)
-
-
-def student(world):
-    model = AutoModelForQuestionAnswering.from_pretrained(world.student)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    model.config.attention_probs_dropout_prob = 0.0
-    return model.eval()
+    return settings_and_rows(world)
 
 
 def weights(model):
@@ -156,8 +137,8 @@ def test_rows_without_a_teacher_are_refused(world, data):
     config, rows = data
     row = rows[0]
     del row["teacher_logits"]
-    with pytest.raises(UserError, match="A row has no teacher_logits"):
-        KDCollator(rows.pad_token_id)([row])
+    with pytest.raises(UserError, match="A row has no teacher_logits, which others have"):
+        KDCollator(rows.pad_token_id)([rows[1], row])
     trainer = KDTrainer(
         model=student(world),
         args=TrainingArguments(str(world.path / "hf"), use_cpu=True, report_to="none"),
@@ -165,6 +146,8 @@ def test_rows_without_a_teacher_are_refused(world, data):
     )
     with pytest.raises(UserError, match="without teacher_logits"):
         trainer.compute_loss(trainer.model, {"input_ids": torch.ones(1, 4, dtype=torch.int64)})
+    with pytest.raises(UserError, match="without start_positions or end_positions"):
+        trainer.compute_loss(trainer.model, {"teacher_logits": torch.ones(1, 4, 2)})
     with pytest.raises(UserError, match="needs a teacher"):
         kd_dataset(TrainConfig(student=world.student, train_file=world.train_file))
 
@@ -185,7 +168,9 @@ def test_averaged_rows_are_refused_at_another_temperature(world, data):
 
 def test_the_example_of_the_readme(world, monkeypatch):
     text = (Path(__file__).parents[1] / "README.md").read_text()
-    (code,) = re.findall(r"```python\n(from kdfast\.hf import.*?)```", text, re.DOTALL)
+    (code,) = re.findall(
+        r"```python\n(import torch\nfrom kdfast\.hf import.*?)```", text, re.DOTALL
+    )
     for theirs, ours in (
         ("deepset/roberta-large-squad2", world.teacher),
         ("roberta-base", world.student),
@@ -195,7 +180,10 @@ def test_the_example_of_the_readme(world, monkeypatch):
         code = code.replace(theirs, ours)
     monkeypatch.chdir(world.path)
     monkeypatch.setenv("HOME", str(world.path))
-    exec(compile(code, "README.md", "exec"), {})
+    student(world).half().save_pretrained(world.student)  # as many are published
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert {each.dtype for each in names["trainer"].model.parameters()} == {torch.float32}
     saved = world.path / "distilled-hf"
     assert (saved / "model.safetensors").is_file()
     read = Path(world.student, "tokenizer.json").read_bytes()

@@ -5,13 +5,54 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from kdfast.errors import UserError
 
 HEADER = "header.json"
+
+
+class MappedFile(NamedTuple):
+    """A file that is mapped whole as an array, the way an array is pickled."""
+
+    path: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, value: Any) -> Any:
+        """The file of an array that is a whole mapped file; any other value itself."""
+        root = value
+        while isinstance(root, np.ndarray) and isinstance(root.base, np.ndarray):
+            root = root.base
+        if not isinstance(root, np.memmap) or root.offset:
+            return value
+        is_whole = value.flags.c_contiguous and value.nbytes == root.nbytes
+        if not is_whole or value.__array_interface__["data"] != root.__array_interface__["data"]:
+            return value
+        return cls(str(root.filename), value.dtype.str, value.shape)
+
+    def open(self) -> np.ndarray:
+        return np.memmap(self.path, self.dtype, "r", shape=self.shape).view(np.ndarray)
+
+
+class PickledByPath:
+    """Pickles as the paths of the files that its arrays are mapped from."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: MappedFile.of(value) for name, value in vars(self).items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value.open() if isinstance(value, MappedFile) else value)
+
+    def __copy__(self):
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
+        return other
+
 
 # name -> types, the first of which that holds every value is used. One file each, raw values in
 # this machine's byte order. What there is for every token is what a cache's size is made of.

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from kdfast.squad.array_files import ARRAYS, damaged, open_arrays
+from kdfast.squad.array_files import ARRAYS, PickledByPath, damaged, open_arrays
 from kdfast.squad.soundness import fault_of, fault_of_header
 
 
-class Texts(Sequence[str]):
+class Texts(PickledByPath, Sequence[str]):
     """Strings stored as one run of UTF-8 bytes: `starts` int64 (n + 1,), `data` uint8."""
 
     def __init__(self, starts: np.ndarray, data: np.ndarray):
@@ -34,7 +34,7 @@ class Texts(Sequence[str]):
         return (self[i] for i in range(len(self)))
 
 
-class Windows:
+class Windows(PickledByPath):
     """W windows over Q questions and C contexts; windows in the order of the questions.
 
     A window is special tokens, question, special tokens, a run of its context, special tokens.
