@@ -209,6 +209,7 @@ def test_a_trainer_of_answers_keeps_its_best_checkpoint(world, data, examples, t
             save_steps=1,
             load_best_model_at_end=True,
             metric_for_best_model="f1",
+            learning_rate=2.0,
         ),
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
@@ -221,6 +222,6 @@ def test_a_trainer_of_answers_keeps_its_best_checkpoint(world, data, examples, t
     )
     trainer.train()
     logged = [line["eval_f1"] for line in trainer.state.log_history if "eval_f1" in line]
-    assert len(logged) == 2
+    assert len(set(logged)) > 1
     assert trainer.state.best_metric == max(logged) > 0
     assert trainer.evaluate()["eval_f1"] == max(logged)

@@ -137,6 +137,11 @@ def test_a_model_with_a_head_of_its_own(world, data, returned):
     predicted = trainer.predict(rows)
     assert [each.shape[0] for each in predicted.predictions] == [12, 12]
     np.testing.assert_array_equal(predicted.label_ids[0], [row["start_positions"] for row in rows])
+    unlabelled = [{k: v for k, v in row.items() if "positions" not in k} for row in rows]
+    again = trainer.predict(unlabelled)
+    assert again.label_ids is None
+    for one, other in zip(again.predictions, predicted.predictions, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("returned", ["tensor", "logits"])
