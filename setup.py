@@ -125,7 +125,8 @@ rows = Pybind11Extension(
     sorted(glob("csrc/*.cpp")),
     depends=[*sorted(glob("csrc/*.h")), CUDA_SOURCE],
     cxx_std=17,
-    extra_compile_args=["-O3", "-Wall", "-Wextra", "-pthread"],
+    # Traps would keep GCC from making vectors of a choice between two numbers.
+    extra_compile_args=["-O3", "-fno-trapping-math", "-Wall", "-Wextra", "-pthread"],
     extra_link_args=["-pthread"],
 )
 

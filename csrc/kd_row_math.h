@@ -1,4 +1,4 @@
-// The arithmetic of one row, for every place that computes rows: the vectors of kd_rows_cpu.cpp
+// The arithmetic of one row, for every place that computes rows: the loops of kd_rows_cpu.cpp
 // and the threads of kd_rows_cuda.cu. A row is the start logits, or the end logits, of one window.
 //
 // s, c: logits of student and teacher, over the positions that take part. With base-2 exponents
@@ -72,20 +72,15 @@ KD_FN A select(bool condition, A yes, A no) {
 
 // u - v, which 2^u weighs in the KL. A position of probability 0 adds 0, chosen and not multiplied:
 // u - v may be infinite there. A NaN is not 0, so it comes through.
-// V is a number here and in mse_gap, or a vector with a `select` of its own.
-template <class V, class Truth>
-KD_FN V kl_gap_where(Truth has_probability, V u, V v) {
-  return select(has_probability, u - v, V(0));
-}
-template <class V>
-KD_FN V kl_gap(V power_u, V u, V v) {
-  return kl_gap_where(!(power_u == V(0)), u, v);
+template <class A>
+KD_FN A kl_gap(A power_u, A u, A v) {
+  return select(!(power_u == A(0)), u - v, A(0));
 }
 
 // s - c, whose square the mse adds; 0 where the teacher excludes the position.
-template <class V>
-KD_FN V mse_gap(V s, V c) {
-  return select(c == V(-INFINITY), V(0), s - c);
+template <class A>
+KD_FN A mse_gap(A s, A c) {
+  return select(c == A(-INFINITY), A(0), s - c);
 }
 
 // The sums of a row after its maxima grew: each exponent shrinks by what its maximum grew by.
@@ -106,37 +101,23 @@ struct RowParts {
   A soft, hard, loss;
 };
 
-// z_sT / z_tT, whose logarithm the KL takes. A teacher of nothing but -inf has none, and adds 0.
-template <class A>
-KD_FN A ratio_of(const RowSums<A>& sums) {
-  return sums.sum_tT == A(0) ? A(1) : sums.sum_sT / sums.sum_tT;
-}
-
 // counted: the target is inside the row and takes part; target_exponent: its h.
-// log_ratio, log_sum: base-2 logarithms of ratio_of(sums) and sums.sum_s.
 // A row without positions has no softmax: all its parts are 0. Without a teacher soft is 0.
 template <class A>
 KD_FN RowParts<A> finish_row(const Scales<A>& scales, const RowSums<A>& sums, int kind,
-                             bool has_teacher, bool counted, A target_exponent, A log_ratio,
-                             A log_sum) {
+                             bool has_teacher, bool counted, A target_exponent) {
   RowParts<A> parts{A(0), A(0), A(0)};
   if (sums.count == A(0)) return parts;
   if (has_teacher && kind == kMse) {
     parts.soft = scales.soft_scale * (sums.soft / sums.count);
   } else if (has_teacher && sums.sum_tT != A(0)) {
-    parts.soft = scales.soft_scale * (sums.soft / sums.sum_tT + log_ratio);
+    parts.soft = scales.soft_scale * (sums.soft / sums.sum_tT + log2_of(sums.sum_sT / sums.sum_tT));
   }
-  if (counted) parts.hard = A(kLn2 / 2) * (log_sum - target_exponent);
+  if (counted) parts.hard = A(kLn2 / 2) * (log2_of(sums.sum_s) - target_exponent);
   // A part of weight 0 is left out, not multiplied: it may be infinite.
   if (scales.soft_weight != A(0)) parts.loss += scales.soft_weight * parts.soft;
   if (scales.hard_weight != A(0)) parts.loss += scales.hard_weight * parts.hard;
   return parts;
-}
-template <class A>
-KD_FN RowParts<A> finish_row(const Scales<A>& scales, const RowSums<A>& sums, int kind,
-                             bool has_teacher, bool counted, A target_exponent) {
-  return finish_row(scales, sums, kind, has_teacher, counted, target_exponent,
-                    log2_of(ratio_of(sums)), log2_of(sums.sum_s));
 }
 
 // d loss / d s[i] = student 2^v - teacher 2^u + hard 2^h - (target if i is the target)   (kl_div)

@@ -20,10 +20,10 @@ _C = importlib.import_module("kdfast._C")
 
 FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 SETTINGS = {"temperature": 1.7, "weight": 0.6, "kind": 0, "soft_scale": 1.0}
-# Temperatures that share exponentials (1, 2, 3/2), one that does not, each part alone, mse.
+# The temperature whose terms share exponentials (2), ones where they do not, each part alone, mse.
 MODES = [
     *(SETTINGS | {"temperature": temperature} for temperature in (1.0, 1.5, 1.7, 2.0)),
-    *(SETTINGS | {"temperature": 1.5, "weight": weight} for weight in (0.0, 1.0)),
+    *(SETTINGS | {"temperature": 2.0, "weight": weight} for weight in (0.0, 1.0)),
     SETTINGS | {"kind": 1, "soft_scale": 0.5},
 ]
 ISAS = [
@@ -292,22 +292,23 @@ def test_gradients_are_rounded_as_torch_rounds(length, dtype, isa):
     assert torch.equal(gradient.flatten(), values.to(dtype))
 
 
-def test_nothing_beside_the_gradient_is_written():
-    """Tails end inside a vector: what lies behind the last row must stay as it was."""
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("begin, end", [(0, 1), (0, 13), (0, 33), (1, 65), (8, 64), (3, 24)])
+def test_nothing_beside_the_gradient_is_written(begin, end, isa):
+    """Rows and stretches of a mask end inside a vector: what is around must stay as it was."""
     for dtype in (FP16, FP32, FP64):
-        for length in (1, 13, 33):
-            student, teacher, targets = batch_of(3, length, dtype)
-            _, stats = native.forward(
-                tensors_of(student, teacher, targets), tuple(SETTINGS.values())
-            )
-            memory = torch.full((64 + student.numel() + 64,), 7.0, dtype=dtype)
-            middle = memory[64:-64]
-            arguments = backward_arguments(student, teacher, targets, stats)
-            arguments[BACKWARD.index("grad")] = middle.data_ptr()
-            _C.backward(*arguments)
-            assert (memory[:64] == 7).all()
-            assert (memory[-64:] == 7).all()
-            assert torch.equal(middle.view(student.shape), rows(student, teacher, targets)[2])
+        student, teacher, targets = batch_of(3, end, dtype)
+        mask = (torch.arange(end) >= begin).expand(3, end) if begin else None
+        _, stats, gradient = rows(student, teacher, targets, mask, isa=isa)
+        memory = torch.full((64 + student.numel() + 64,), 7.0, dtype=dtype)
+        middle = memory[64:-64]
+        arguments = backward_arguments(student, teacher, targets, stats, mask)
+        arguments[BACKWARD.index("grad")] = middle.data_ptr()
+        arguments[BACKWARD.index("isa")] = native.ISAS.index(isa)
+        _C.backward(*arguments)
+        assert (memory[:64] == 7).all()
+        assert (memory[-64:] == 7).all()
+        assert torch.equal(middle.view(student.shape), gradient)
 
 
 words = str.split
@@ -329,8 +330,8 @@ def forward_arguments(student, teacher, targets, row_loss, stats):
     return [*start, row_loss.data_ptr(), stats.data_ptr(), 1, 0, -1, 0, 1.0, 0]
 
 
-def backward_arguments(student, teacher, targets, stats):
-    start = [*native._inputs(*tensors_of(student, teacher, targets)), *SETTINGS.values()]
+def backward_arguments(student, teacher, targets, stats, mask=None):
+    start = [*native._inputs(*tensors_of(student, teacher, targets, mask)), *SETTINGS.values()]
     one = torch.ones(1, dtype=FP64) if student.dtype == FP64 else ONE
     backward_arguments.kept = one, grad = one, torch.empty_like(student)
     return [*start, stats.data_ptr(), one.data_ptr(), (0, 0), grad.data_ptr(), 0, 1, 0, -1, 0, 1.0]
