@@ -134,9 +134,10 @@ def test_setup_builds_with_clang(tmp_path):
     """pip keeps quiet about a build that failed: kdfast._C would be missing."""
     needs("clang++")
     build = ["build_ext", "--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path)]
+    wanted = {"CC": "clang", "CXX": "clang++", "KDFAST_REQUIRE_EXTENSION": "1"}
     done = subprocess.run(
         [sys.executable, "setup.py", *build],
-        env=os.environ | {"CC": "clang", "CXX": "clang++", "CUDA_HOME": str(tmp_path)},
+        env=os.environ | wanted | {"CUDA_HOME": str(tmp_path)},
         cwd=PROJECT,
         capture_output=True,
         text=True,
