@@ -10,7 +10,6 @@ if __name__ == "__main__":  # flags come first: what is imported below takes sec
 
 import json
 import math
-import reprlib
 from pathlib import Path
 
 from kdfast.distill import scoring
@@ -21,8 +20,9 @@ from kdfast.distill.ranks import Ranks
 from kdfast.distill.record import describe_machine
 from kdfast.errors import UserError
 from kdfast.files import make_writable, write_json
-from kdfast.squad import answers, bootstrap, metrics, records, results
+from kdfast.squad import answers, bootstrap, metrics, predictions, records, results
 from kdfast.squad.suites import EvaluationSet
+from kdfast.squad.tally import Tally
 
 FORMAT = 1  # of what is written: raise it when the meaning changes
 
@@ -113,10 +113,11 @@ def report_scores(scores: dict[str, float], each: EvaluationSet, output: Path | 
     return json.dumps(named, indent=2)
 
 
-def read_questions(each: EvaluationSet) -> list[records.Example]:
+def read_questions(each: EvaluationSet, tally: Tally | None = None) -> list[records.Example]:
     """The questions of a set. What cannot be read or scored is refused before a reader answers."""
     try:
-        examples = records.read_examples(each.source, split="validation")
+        examples = records.read_examples(each.source, split="validation", tally=tally)
+        records.check_ids(each.source, examples)
         metrics.gold_answers(examples)
     except UserError as error:
         if each.file is not None:
@@ -129,9 +130,17 @@ def read_questions(each: EvaluationSet) -> list[records.Example]:
 
 def score_files(config: EvaluateConfig, each: EvaluationSet, ranks: Ranks) -> dict[str, float]:
     """The answers of --predictions to the questions of a set, scored by its rule."""
-    gold = metrics.gold_answers(read_questions(each))
-    found = read_object(config.predictions, "--predictions", str)
-    odds = read_object(config.null_odds, "--null_odds", float) if config.null_odds else None
+    tally = Tally()
+    examples = read_questions(each, tally)
+    for note in tally.notes({}, training=False):
+        ranks.warn(note)
+    gold = metrics.gold_answers(examples)
+    found = predictions.read_values(config.predictions, "--predictions", str)
+    found = predictions.for_examples(found, examples)
+    odds = None
+    if config.null_odds:
+        odds = predictions.read_values(config.null_odds, "--null_odds", float)
+        odds = predictions.for_examples(odds, examples)
     missing, unknown = metrics.unmatched_ids(gold, found)
     if missing:
         ranks.warn(f"{len(missing)} questions without a prediction score 0, such as {missing[0]}.")
@@ -141,29 +150,6 @@ def score_files(config: EvaluateConfig, each: EvaluationSet, ranks: Ranks) -> di
     if each.metric != "squad":
         ranks.warn(each.rule.sentence)
     return metrics.score(gold, found, odds, threshold, each.rule.best_scores)
-
-
-def read_object(name: str, role: str, kind: type) -> dict:
-    """A JSON object of question ids to values of `kind`. Raises UserError for anything else."""
-    try:
-        content = json.loads(Path(name).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{role} {name} cannot be read ({error.strerror}): check it.") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{role} {name} is not JSON ({error}): give a JSON object.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{role} {name} is not a JSON object of question ids: give one.")
-    for key, value in content.items():
-        if kind is str:
-            good, what = isinstance(value, str), "a text"
-        else:
-            good = type(value) in (int, float) and -1e308 < value < 1e308
-            what = "a finite number"
-        if not good:
-            raise UserError(
-                f"{role} {name} holds {reprlib.repr(value)} for question {key}: give {what}."
-            )
-    return content
 
 
 def open_folder(name: str | None) -> Path | None:

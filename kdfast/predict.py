@@ -1,6 +1,7 @@
 """`python -m kdfast.predict`: answer one question, or those of a file, with a reader.
 
-A file holds SQuAD JSON, or one {"question", "context"} a line (JSONL), with an "id" if you like.
+A file holds SQuAD JSON, or one {"question", "context"} a line (JSONL), with an "id" if you like, or
+another form of docs/data.md; - is standard input.
 The answers are JSONL: {"id", "question", "score", "start", "end", "answer"} a question, or, with
 --top_k above 1, {"id", "question", "answers"}, a list of the answers.
 """
@@ -13,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from errno import EISDIR
 from functools import partial
-from itertools import tee
 from pathlib import Path
 from typing import Literal, TextIO
 
@@ -23,10 +23,10 @@ from kdfast import program
 from kdfast.distill.config import flag
 from kdfast.errors import UserError
 from kdfast.files import make_writable
-from kdfast.squad.forms import article_examples
-from kdfast.squad.json_items import json_items
 from kdfast.squad.questions import check_text
 from kdfast.squad.reader_settings import ReaderSettings
+from kdfast.squad.records import iter_examples
+from kdfast.squad.tally import Tally
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,9 @@ class PredictConfig:
     question: str | None = flag(None, "One question.")
     context: str | None = flag(None, "The text that --question is about.")
     context_file: str | None = flag(None, "UTF-8 text file, instead of --context.")
-    data: str | None = flag(None, "SQuAD JSON, or JSONL of question and context.")
+    data: str | None = flag(
+        None, "File of questions with contexts, SQuAD JSON or JSONL; - is stdin."
+    )
     output: str | None = flag(None, "JSONL file for the answers. Default: standard output.")
     top_k: int = flag(1, "Answers to a question.")
     handle_impossible_answer: bool = flag(False, 'Let "" (no answer) compete.')
@@ -94,22 +96,21 @@ def predict(config: PredictConfig) -> None:
     from kdfast.reader import Reader  # takes seconds, of which a typo in a flag costs none
 
     config.check()
-    # Read once for its faults alone: the last record's must not cost the answers before it.
-    total = sum(1 for _ in records(config))
+    # Read before the first answer: a fault of the last record must not cost those before it.
+    asked = list(records(config))
     with opened(config.output) as output:
         reader = Reader(config.model, mixed_precision=config.mixed_precision)
         for note in reader.notes:
             print(note, file=sys.stderr, flush=True)
-        asked, named = tee(records(config))
         pairs = ((question, context) for _, question, context in asked)
         with tqdm(
-            total=total,
+            total=len(asked),
             disable=config.data is None,
             bar_format="{l_bar}{bar}| {n:.0f}/{total_fmt} questions [{elapsed}<{remaining}]",
         ) as bar:
             say = partial(bar.write, file=sys.stderr)
             results = reader.stream(pairs, config.settings(), bar.update, say)
-            for result, (name, question, _) in zip(results, named, strict=True):
+            for result, (name, question, _) in zip(results, asked, strict=True):
                 answers = result if isinstance(result, list) else [result]
                 found = answers[0] if config.top_k == 1 else {"answers": answers}
                 line = {"id": name, "question": question, **found}
@@ -117,7 +118,7 @@ def predict(config: PredictConfig) -> None:
 
 
 def records(config: PredictConfig) -> Iterator[tuple[object, str, str]]:
-    """Yields (id, question, context), checked; holds one article in memory.
+    """Yields (id, question, context), checked; says what of --data is left out.
 
     A record without an id has its number, from 0.
     """
@@ -127,42 +128,16 @@ def records(config: PredictConfig) -> Iterator[tuple[object, str, str]]:
             context = check_text(f"--context_file {config.context_file}", read(config.context_file))
         yield 0, check_text("--question", config.question), check_text("--context", context)
         return
-    path = Path(config.data).expanduser()
-    if not path.is_file():  # nor a pipe, which could not be read twice
-        raise UserError(f"--data {path} is no file: name a SQuAD JSON or JSONL file.")
-    number = 0
-    try:
-        for place, item in json_items(path):
-            where = f"{path}: {place}"
-            if isinstance(item, dict) and "paragraphs" in item:
-                for at, example in article_examples(where, item):
-                    check_text(f"{at}: its question", example.question)
-                    yield example.id, example.question, example.context
-                    number += 1
-                continue
-            if not isinstance(item, dict) or not {"question", "context"} <= item.keys():
-                raise UserError(f"{where}: no object with question and context: give one.")
-            question, context = (
-                check_text(f"{where}: its {key}", item[key]) for key in ("question", "context")
-            )
-            yield identity(where, item, number), question, context
-            number += 1
-    except OSError as error:
-        raise UserError(f"--data {path} cannot be read ({error.strerror}): check it.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"--data {path} is not UTF-8 text: save it as UTF-8.") from error
-    if not number:
-        raise UserError(f"--data {path} holds no question: give a file with at least one.")
-
-
-def identity(where: str, record: dict, number: int) -> str | int:
-    """The record's id, or `number` if it has none."""
-    name = record.get("id")
-    if name is None:
-        return number
-    if isinstance(name, bool) or not isinstance(name, (str, int)):
-        raise UserError(f"{where}: its id is {type(name).__name__}: give a text or a number.")
-    return name if isinstance(name, int) else check_text(f"{where}: its id", name)
+    tally = Tally()
+    source = "/dev/stdin" if config.data == "-" else config.data
+    for example in iter_examples(source, tally=tally):
+        if not example.question:
+            tally.add("no_question", example.id)
+            continue
+        name = int(example.id) if example.numbered else example.id
+        yield name, example.question, example.context
+    for note in tally.notes({}, training=False):
+        print(note, file=sys.stderr, flush=True)
 
 
 def read(name: str) -> str:

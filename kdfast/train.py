@@ -242,6 +242,7 @@ def distil(
         **describe_machine(device),
         "student_parameters": sum(each.numel() for each in model.parameters()),
         "train_windows": len(chosen),
+        "questions": inputs.question_counts(windows, chosen),
         "teacher_cache": lesson and lesson.key,
         "layers_stage": stages.earlier(config),
         "local_paths": local_paths(config),

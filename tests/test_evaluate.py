@@ -56,13 +56,14 @@ def test_missing_and_unknown_predictions_are_said(files, capsys):
 @pytest.mark.parametrize(
     ("predictions", "odds", "words"),
     [
-        ("{", None, "is not JSON"),
-        ([], None, "not a JSON object"),
+        ("{", None, "not JSON"),
+        ([], None, "none of the data's question ids"),
+        ([3], None, "no object at [0]"),
         ({"q0": 3}, None, "give a text"),
         (RIGHT, {"q0": "high"}, "give a finite number"),
         (RIGHT, {**dict.fromkeys(RIGHT, 0.0), "q0": float("inf")}, "give a finite number"),
         (RIGHT, {**dict.fromkeys(RIGHT, 0.0), "q0": 10**400}, "give a finite number"),
-        ("[" * 100_000, None, "is not JSON"),
+        ("[" * 100_000, None, "not JSON"),
         (None, {"q0": 1.0}, "either --model or --predictions"),
     ],
 )

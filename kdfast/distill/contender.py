@@ -79,7 +79,7 @@ class Contender:
         """Its answers to the questions of a set, which are `examples`, scored by the set's rule."""
         config = self.config
         windows = self._windows(each.source)
-        for note in windows.notes():
+        for note in windows.notes(training=False):
             self.ranks.warn(f"{self.name}: {note}")
         validation = scoring.Validation(
             windows=windows,

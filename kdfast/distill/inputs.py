@@ -4,6 +4,7 @@ What a user should hear is said by rank 0.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from kdfast.distill.model_checks import check_windows
 from kdfast.distill.precision import teacher_precision
 from kdfast.distill.ranks import Ranks
 from kdfast.errors import UserError
-from kdfast.squad import features, metrics, records, suites
+from kdfast.squad import features, metrics, records, suites, tally
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def prepare(
     )
     if student.model is not None:
         check_windows(student.model.reader, windows, config.max_seq_length, config.cache_path)
-    for note in windows.notes():
+    for note in windows.notes(training=split == "train"):
         ranks.say(note)
     return windows
 
@@ -142,10 +143,10 @@ def trained_windows(config: TrainConfig, windows: features.Windows, ranks: Ranks
         )
         keep &= ~unlabelled
     if not keep.any():
-        raise UserError(
-            f"--train_file {config.train_file} has no question to train on: give labelled "
-            "questions, or a --teacher for unlabelled ones."
-        )
+        remedy = "give labelled questions, or a --teacher for unlabelled ones."
+        if not unlabelled.any():
+            remedy = "all are left out, as said above: mend the file or the flags."
+        raise UserError(f"--train_file {config.train_file} has no question to train on: {remedy}")
     return np.flatnonzero(keep)
 
 
@@ -159,6 +160,19 @@ def validation_set(config: TrainConfig) -> suites.EvaluationSet | None:
     found = suites.own_set(config.validation_file)
     by_language = (config.metric or found.metric) == "mlqa" and found.language is None
     return found.scored_by(config.metric, config.language if by_language else None)
+
+
+def question_counts(windows: features.Windows, chosen: np.ndarray) -> dict[str, Any]:
+    """What run.json holds of the training questions: read, trained, left_out by reason.
+
+    chosen: the windows that are trained on.
+    """
+    trained = len(np.unique(windows.question[chosen]))
+    reasons = (*tally.UNREAD, *tally.UNTRAINED)
+    left_out = {reason: windows.counts[reason] for reason in reasons if windows.counts[reason]}
+    if rest := windows.tally.read() - trained - sum(left_out.values()):
+        left_out["unlabelled"] = rest
+    return {"read": windows.tally.read(), "trained": trained, "left_out": left_out}
 
 
 def load_validation(

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from kdfast.distill import card_text
 from kdfast.distill.run_files import RunFiles
-from kdfast.squad.examples import Example, locate
+from kdfast.squad.examples import Example, Place, locate
 from kdfast.squad.records import read_examples
 
 REPORT_FILE = "report.html"
@@ -109,7 +109,7 @@ def questions_of(
 
 def _shown(example: Example, line: Mapping[str, Any]) -> dict[str, Any]:
     places = [locate(example.context, each) for each in example.answers or ()]
-    gold = [(place.start, place.end) for place in places if place]
+    gold = [(place.start, place.end) for place in places if isinstance(place, Place)]
     spans = [(start, end, "gold") for start, end in gold]
     models = {"own": line} | ({"other": line["compared"]} if "compared" in line else {})
     for role, each in models.items():

@@ -11,7 +11,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from kdfast.errors import UserError
-from kdfast.squad.examples import Example, locate
+from kdfast.squad.examples import Example, Lost, first_place
+from kdfast.squad.tally import COUNTED, Tally
 from kdfast.squad.template import Template, whole_texts
 from kdfast.squad.tokens import Tokens, ragged, starts_of
 
@@ -59,7 +60,11 @@ class Cutter:
     doc_stride: int
     overlap: int | None = None
     spool: BinaryIO = field(default_factory=io.BytesIO)
-    counts: dict[str, int] = field(default_factory=dict)
+    tally: Tally = field(default_factory=Tally)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return self.tally.counts
 
     def arrays(self, examples: Iterable[Example]) -> Iterator[dict[str, np.ndarray]]:
         """Yields dictionaries whose arrays, joined over all of them by name, are those of Windows.
@@ -68,8 +73,7 @@ class Cutter:
         entry for each context.
         """
         names = ("questions", "contexts", "windows", "tokens", "context_tokens", "question_tokens")
-        others = ("moved", "left_out", "unlabelled", "unanswerable", "truncated_questions")
-        self.counts = dict.fromkeys((*names, *others), 0)
+        self.counts.update(dict.fromkeys((*names, *COUNTED, "unanswerable"), 0))
         self._known: dict[bytes, int] = {}
         self._spooled = [0]
         self._id_bytes = 0
@@ -131,7 +135,8 @@ class Cutter:
         numbers = np.array([*range(plan.first_new, plan.first_new + fresh), *plan.old])
         contexts = self._with_recalled(plan, new)
         asked = np.minimum(np.diff(questions.starts), limit)
-        counts["truncated_questions"] += int((np.diff(questions.starts) > limit).sum())
+        for i in np.flatnonzero(np.diff(questions.starts) > limit):
+            self.tally.add("truncated_questions", batch[i].id)
         kept = ragged(questions.starts[:-1], asked)
         questions = Tokens(starts_of(asked), questions.ids[kept], questions.offsets[kept])
         first, last, trainable = self._labels(batch, contexts, local)
@@ -158,6 +163,10 @@ class Cutter:
         ids = source[ragged(np.stack(from_, 1).ravel(), np.stack(long, 1).ravel())]
 
         inside = (first[q] >= begin) & (last[q] < begin + count)
+        held = np.bincount(q[inside], minlength=len(batch)) > 0
+        for i in np.flatnonzero((first >= 0) & ~held):
+            trainable[i] = False
+            self.tally.add("longer_than_window", batch[i].id)
         unlabelled = first[q] == UNLABELLED
         id_bytes = [e.id.encode() for e in batch]
         arrays = {
@@ -210,10 +219,10 @@ class Cutter:
     def _labels(
         self, batch: list[Example], contexts: Tokens, local: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """First and last token of each question's first answer, counted in its context.
+        """First and last token of each question's first answer that has a place in its context.
 
-        Both are -1 where there is no answer, or none that training may use (then trainable is
-        False), and UNLABELLED where nobody said.
+        Counted in the context. Both are -1 where there is no answer, or none that training may use
+        (then trainable is False), and UNLABELLED where nobody said.
 
         The first token is the first one that ends after the answer's first character, the last
         token the last one that begins before its end: the tokens that hold the answer's outer
@@ -228,13 +237,18 @@ class Cutter:
             if example.answers is None:
                 labelled[i] = False
             elif example.answers:
-                place = locate(example.context, example.answers[0])
-                if place is None:
+                found = first_place(example.context, example.answers)
+                if isinstance(found, Lost):
                     trainable[i] = False
-                else:
-                    answered[i] = True
-                    span[i] = place.start, place.end
-                    self.counts["moved"] += place.moved
+                    self.tally.add(found.value, example.id)
+                    continue
+                number, place = found
+                answered[i] = True
+                span[i] = place.start, place.end
+                if number:
+                    self.tally.add("later_answer", example.id)
+                if place.moved:
+                    self.tally.add("moved", example.id)
         # All contexts searched at once: each gets a range of keys of its own. The running maximum
         # keeps the keys sorted where a token begins before an earlier one.
         wide = 1 + max(len(e.context) for e in batch)
@@ -248,7 +262,8 @@ class Cutter:
         lost = answered & ~((first >= 0) & (first <= last))
         trainable[lost] = False
         answered &= ~lost
-        self.counts["left_out"] += int((~trainable).sum())
+        for i in np.flatnonzero(lost):
+            self.tally.add("no_token", batch[i].id)
         self.counts["unlabelled"] += int((~labelled).sum())
         self.counts["unanswerable"] += int((labelled & ~answered & trainable).sum())
         none = np.where(labelled, -1, UNLABELLED)

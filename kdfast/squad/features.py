@@ -24,7 +24,7 @@ from kdfast.squad.records import fingerprint, iter_examples
 from kdfast.squad.template import Template, backend_text
 from kdfast.squad.windows import Windows, open_windows
 
-FORMAT = 3  # part of every key: raise it when files or meaning change
+FORMAT = 4  # part of every key: raise it when files or meaning change
 # Up to this size together, the files of a cache are read once and compared with their sums when it
 # is opened: some seconds. Larger ones are taken as they are.
 VERIFIED_BYTES = 4 * 2**30
@@ -86,7 +86,7 @@ def prepare(
 
     def arrays(folder: Path) -> Parts:
         with tempfile.TemporaryFile(dir=folder) as cutter.spool:
-            yield from cutter.arrays(iter_examples(source, split=split))
+            yield from cutter.arrays(iter_examples(source, split=split, tally=cutter.tally))
 
     return stored(cache_dir, key, arrays, lambda: _header(key, settings, cutter))
 
@@ -162,6 +162,12 @@ def _check(settings: dict[str, int], template: Template) -> None:
         if value < 1:
             raise UserError(f"--{name} {value}: give a positive number")
     room = settings["max_seq_length"] - settings["max_query_length"] - template.size
+    if room < 1:
+        raise UserError(
+            f"--max_seq_length {settings['max_seq_length']}: a question of --max_query_length "
+            f"{settings['max_query_length']} and {template.size} special tokens leave no room for "
+            "a context: change one of them"
+        )
     if settings["doc_stride"] > room:
         raise UserError(
             f"--doc_stride {settings['doc_stride']}: more than the {room} tokens that "
@@ -178,7 +184,8 @@ def _header(key: str, settings: dict[str, int], cutter: Cutter) -> dict[str, Any
         "settings": settings,
         "pad_token_id": cutter.template.pad_token_id,
         "uses_token_types": cutter.template.uses_token_types,
-        "counts": cutter.counts,
+        "counts": cutter.tally.counts,
+        "first": cutter.tally.first,
     }
 
 

@@ -78,6 +78,7 @@ def prepare(
             "pad_token_id": template.pad_token_id,
             "uses_token_types": template.uses_token_types,
             "counts": recutter.counts,
+            "first": {},
         }
 
     windows = features.stored(cache_dir, key, arrays, header)

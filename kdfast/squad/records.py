@@ -4,55 +4,76 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from kdfast.errors import UserError
-from kdfast.squad.examples import Answer, Example, Place, locate
-from kdfast.squad.forms import article_examples, row_example
-from kdfast.squad.json_items import json_items
+from kdfast.squad.data_files import file_items
+from kdfast.squad.examples import Answer, Example
+from kdfast.squad.parsing import Parser
+from kdfast.squad.tally import Tally
 
-__all__ = ["Answer", "Example", "Place", "fingerprint", "iter_examples", "locate", "read_examples"]
+__all__ = ["Answer", "Example", "check_ids", "fingerprint", "iter_examples", "read_examples"]
 
-_FLAT = {"context", "question", "answers"}  # any of these tells a flat record from an article
-_FILE_LIKE = re.compile(r"^[/~.]|\\|/.*/|\.(json|jsonl|ndjson|parquet|csv|txt|gz)$", re.IGNORECASE)
+_FILE_LIKE = re.compile(
+    r"^[/~.]|\\|/.*/|\.(json|jsonl|ndjson|parquet|csv|tsv|txt|gz)$", re.IGNORECASE
+)
+_FORMS = "give a .json, .jsonl, .csv, .tsv or .parquet file, or such a one with .gz"
 # The branch on which the hub keeps CONFIG/SPLIT/*.parquet of every data set, scripts included.
 CONVERTED = "refs/convert/parquet"
 
 
-def read_examples(source: str, *, split: str | None = None) -> list[Example]:
+def read_examples(
+    source: str, *, split: str | None = None, tally: Tally | None = None
+) -> list[Example]:
     """Reads all questions of a path or of a hub name; see `iter_examples`."""
-    return list(iter_examples(source, split=split))
+    return list(iter_examples(source, split=split, tally=tally))
 
 
-def iter_examples(source: str, *, split: str | None = None) -> Iterator[Example]:
-    """Yields the questions of `source` in order, holding about one article in memory.
+def iter_examples(
+    source: str, *, split: str | None = None, tally: Tally | None = None
+) -> Iterator[Example]:
+    """Yields the questions of `source` in order.
 
-    source: a path to official SQuAD 1.1 or 2.0 JSON, or to flat records (json, jsonl, parquet)
-    with id, question, context and, optionally, title and answers; or
-    `id[@revision][:config[:split]]` of a dataset that `datasets.load_dataset` knows, in the flat
-    form. `split` is used where a hub name gives none ("train" if None). At the revision
-    refs/convert/parquet, the hub's own conversion of every data set, a config must be given.
+    source: a file of any form that docs/data.md lists; or `id[@revision][:config[:split]]` of a
+    dataset that `datasets.load_dataset` knows, with a question a row. `split` is used where a hub
+    name gives none ("train" if None). At the revision refs/convert/parquet, the hub's own
+    conversion of every data set, a config must be given.
+
+    Every id is given once: a question without one has its number in the file, from 0, and one whose
+    id an earlier question has gets it with "#2", and so on.
+
+    tally: counts what a user should hear of the questions, and those that cannot be used, by the
+    keys of tally.UNREAD.
 
     Questions that stand together on equal contexts share one context string.
 
-    Raises UserError for whatever is missing, unreadable or malformed, naming file and record.
+    Raises UserError for a source that is missing, unreadable or of a form that is not read, and
+    where none of its questions can be used.
     """
-    seen: set[str] = set()
-    context = ""
-    for where, example in _examples(source, split):
-        if example.id in seen:
-            raise UserError(
-                f'{where}: the id "{example.id}" is used twice: give each question its own id'
-            )
-        seen.add(example.id)
-        if example.context == context and example.context is not context:
-            example = Example(example.id, example.title, example.question, context, example.answers)
-        context = example.context
-        yield example
-    if not seen:
-        raise UserError(f"{source}: no question in it: give a file with at least one")
+    parser = Parser(source, Tally() if tally is None else tally)
+    found = False
+    try:
+        for where, item in _items(source, split):
+            for example in parser.examples(where, item):
+                found = True
+                yield example
+    except RecursionError:
+        raise UserError(f"{source}: nested too deeply: give {_FORMS}") from None
+    if not found:
+        why = parser.fault or "give a file with at least one"
+        raise UserError(f"{source}: no question in it that can be used: {why}")
+
+
+def check_ids(source: str, examples: Iterable[Example]) -> None:
+    """Raises UserError for a question without an id of its own, by which answers are kept."""
+    lacking = [example.id for example in examples if example.numbered]
+    if lacking:
+        raise UserError(
+            f"{source}: {len(lacking)} questions have no id, such as number {lacking[0]}, and an "
+            "evaluation keeps answers by it: give each question an id"
+        )
 
 
 def fingerprint(source: str, *, split: str | None = None) -> str:
@@ -76,16 +97,26 @@ def _path(source: str) -> Path | None:
     """The file that `source` names; None where it can only be a name on a hub."""
     try:
         path = Path(source).expanduser()
-        if path.is_dir() or Path(source.split(":")[0]).is_dir():
-            return None
+        folder = next((each for each in (path, Path(source.split(":")[0])) if each.is_dir()), None)
+        if folder is not None:
+            raise _is_folder(folder)
         if path.exists():
             return path
-    except (OSError, ValueError, RuntimeError) as error:  # no rights, no such user, too long
+    except (OSError, RuntimeError) as error:  # no rights, no such user, too long
         raise UserError(f"{source!r}: not a path that can be read ({error}): check it") from None
     named = source.replace(f"@{CONVERTED}", "")
     if not named or _FILE_LIKE.search(named) or named.count(":") > 2:
-        raise UserError(f"{source!r}: no such file: give a .json, .jsonl or .parquet file")
+        raise UserError(f"{source!r}: no such file: {_FORMS}")
     return None
+
+
+def _is_folder(folder: Path) -> UserError:
+    if any((folder / name).exists() for name in ("dataset_dict.json", "state.json")):
+        return UserError(
+            f"{folder}: a folder of datasets.save_to_disk: write it with Dataset.to_parquet, and "
+            "name that file"
+        )
+    return UserError(f"{folder}: a folder: name a file in it")
 
 
 def _unreadable(path: Path, error: OSError) -> UserError:
@@ -94,7 +125,7 @@ def _unreadable(path: Path, error: OSError) -> UserError:
 
 def _load_dataset(source: str, split: str | None) -> Any:
     place, config, part = (*source.split(":"), "", "")[:3]
-    name, _, revision = (place, "", "") if Path(place).is_dir() else place.partition("@")
+    name, _, revision = place.partition("@")
     part = part or split or "train"
     try:
         import datasets
@@ -108,45 +139,14 @@ def _load_dataset(source: str, split: str | None) -> Any:
         raise UserError(
             f"{source!r}: no such file here, and no dataset of that name could be loaded "
             f"({type(error).__name__}: {reason}): check name, configuration, split and network, "
-            "or give a local .json, .jsonl or .parquet file"
+            f"or {_FORMS.replace('a .json', 'a local .json')}"
         ) from None
 
 
-def _examples(source: str, split: str | None) -> Iterator[tuple[str, Example]]:
-    """Yields (where, example), where being what an error message calls the record."""
+def _items(source: str, split: str | None) -> Iterator[tuple[str, Any]]:
     path = _path(source)
-    if path is None:
-        rows = enumerate(_load_dataset(source, split))
-        yield from (
-            (f"{source}: row {n}", row_example(f"{source}: row {n}", row)) for n, row in rows
-        )
+    if path is not None:
+        yield from file_items(path)
         return
-    try:
-        if path.suffix.lower() == ".parquet":
-            for number, row in enumerate(_parquet_rows(path)):
-                where = f"{path}: row {number}"
-                yield where, row_example(where, row)
-            return
-        for place, item in json_items(path):
-            where = f"{path}: {place}"
-            if isinstance(item, dict) and "paragraphs" not in item and not _FLAT.isdisjoint(item):
-                yield where, row_example(where, item)
-            else:
-                yield from article_examples(where, item)
-    except OSError as error:
-        raise _unreadable(path, error) from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text: save it as UTF-8") from None
-
-
-def _parquet_rows(path: Path) -> Iterator[dict]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                yield from batch.to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: not a Parquet file ({reason}): write it again") from None
+    for number, row in enumerate(_load_dataset(source, split)):
+        yield f"row {number}", row

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from kdfast.squad.tally import COUNTED
+
 UNLABELLED = -100
-COUNTS = ("moved", "left_out", "unlabelled", "truncated_questions", "questions")
 PER_WINDOW = (
     "question",
     "context",
@@ -100,8 +101,15 @@ def _fault_of_windows(arrays: dict[str, np.ndarray], at: slice) -> str | None:
 def fault_of_header(header: dict[str, Any]) -> str | None:
     """What is wrong with the entries of a header that Windows reads; None where nothing is."""
     counts = header.get("counts")
-    if not isinstance(counts, dict) or not all(type(counts.get(name)) is int for name in COUNTS):
+    names = ("questions", *COUNTED)
+    if not isinstance(counts, dict) or not counts.keys() >= set(names):
         return "no counts"
+    if not all(type(count) is int for count in counts.values()):
+        return "counts that are no numbers"
+    first = header.get("first")
+    lists = first.values() if isinstance(first, dict) else [None]
+    if not all(isinstance(ids, list) and all(isinstance(i, str) for i in ids) for ids in lists):
+        return "no ids of the first questions"
     if not isinstance(header.get("settings"), dict):
         return "no settings"
     pad = header.get("pad_token_id")

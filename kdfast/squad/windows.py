@@ -11,6 +11,7 @@ import numpy as np
 
 from kdfast.squad.array_files import ARRAYS, PickledByPath, damaged, open_arrays
 from kdfast.squad.soundness import fault_of, fault_of_header
+from kdfast.squad.tally import Tally
 
 
 class Texts(PickledByPath, Sequence[str]):
@@ -47,7 +48,8 @@ class Windows(PickledByPath):
     prefix int32 (W,): position in the window at which the context begins
     start_positions, end_positions int32 (W,): the answer's first and last token, as positions in
         the window; 0: no answer in this window; -100: unlabelled question
-    trainable bool (W,): False where the question's answer was not found in its context
+    trainable bool (W,): False where the question's answer has no place in its context, or no
+        window holds it whole
     question_token_start int64 (Q + 1,), context_token_start int64 (C + 1,): where the tokens of
         each question and context begin in the arrays of the two lines below
     question_char_start, context_char_start uint16, or int32 where needed: each token's first
@@ -55,7 +57,8 @@ class Windows(PickledByPath):
     question_char_count, context_char_count uint8, uint16 or int32: how many its characters are
     question_ids: Q strings
     pad_token_id; uses_token_types: token type 1 from `prefix` to the window's end
-    key: hex, names the content; settings: what the windows were cut by; counts: see `notes`
+    key: hex, names the content; settings: what the windows were cut by; tally: what is so of
+        how many questions, see `notes`; counts: the tally's
     """
 
     input_ids: np.ndarray
@@ -82,7 +85,8 @@ class Windows(PickledByPath):
         self.question_ids = Texts(arrays["question_id_start"], arrays["question_id_bytes"])
         self.key: str = header["key"]
         self.settings: dict[str, Any] = header["settings"]
-        self.counts: dict[str, int] = header["counts"]
+        self.tally = Tally(header["counts"], header["first"])
+        self.counts = self.tally.counts
         self.pad_token_id: int = header["pad_token_id"]
         self.uses_token_types: bool = header["uses_token_types"]
 
@@ -142,16 +146,12 @@ class Windows(PickledByPath):
             yield begin, end
             begin = end
 
-    def notes(self) -> list[str]:
-        """What a user should hear about these windows: one sentence for each thing that is so."""
-        of = f"of {self.counts['questions']} questions"
-        sentences = {
-            "moved": "have their answer at another place than stated: found nearby",
-            "left_out": "have an answer that is not in their context: left out of training",
-            "unlabelled": "have no answers key: no gold label, soft term only",
-            "truncated_questions": "were cut at max_query_length",
-        }
-        return [f"{self.counts[k]} {of} {s}" for k, s in sentences.items() if self.counts[k]]
+    def notes(self, training: bool = True) -> list[str]:
+        """What a user should hear about these windows: one sentence for each thing that is so.
+
+        training: also what concerns the labels that training uses.
+        """
+        return self.tally.notes(self.settings, training)
 
 
 def open_windows(folder: Path, key: str) -> Windows:

@@ -7,10 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdfast import evaluate
 from kdfast.distill.log import read_log
 from kdfast.errors import UserError
-from kdfast.squad import answers, features, metrics
+from kdfast.squad import answers, features, metrics, predictions
 from kdfast.squad.records import read_examples
 from tests import tokenizers
 from tests.hostile.mutations import check_sentence, damaged_bytes, examples, json_files
@@ -67,14 +66,15 @@ def test_a_parquet_file(folder, data):
 
 def test_a_sentence_is_one_line_whatever_it_quotes(folder):
     path = folder / "lines.json"
-    path.write_text(json.dumps([{"id": "a\nb\x1b[2J" + 9999 * "x", "context": "c", "question": 1}]))
+    row = {"id": "a\nb\x1b[2J" + 9999 * "x", "context": "c", "question": None}
+    path.write_text(json.dumps([row]))
     with pytest.raises(UserError, match=r"a\\nb\\x1b\[2J") as caught:
         read_examples(str(path))
     check_sentence(caught.value)
     deep = folder / "deep.json"
     deep.write_text('{"a": ' + "[" * 900 + "]" * 900 + "}")
     with pytest.raises(UserError) as caught:
-        evaluate.read_object(str(deep), "--predictions", str)
+        predictions.read_values(str(deep), "--predictions", str)
     check_sentence(caught.value)
 
 
@@ -84,7 +84,7 @@ def test_predictions_and_odds(folder, content, kind):
     path = folder / "predictions.json"
     path.write_bytes(content)
     try:
-        evaluate.read_object(str(path), "--predictions", kind)
+        predictions.read_values(str(path), "--predictions", kind)
     except UserError as error:
         check_sentence(error)
 

@@ -32,7 +32,7 @@ def random_examples(seed, contexts=25, per_context=3):
         for q in range(per_context):
             question, answers = f"who {words(draw, 1)} {c}", ()
             if draw.random() < 0.7:
-                start = draw.randrange(len(context))
+                start = draw.choice([i for i, c in enumerate(context) if not c.isspace()])
                 text = context[start : start + draw.choice([1, 4, 9, 25])]
                 answers = (Answer(text, start), Answer(context[0], 0))
             found.append(Example(f"{c}-{q}", "", question, context, answers))
@@ -69,4 +69,6 @@ def assert_same_windows(a, b):
         np.testing.assert_array_equal(array, getattr(b, name), err_msg=name)
         assert array.dtype == getattr(b, name).dtype
     assert list(a.question_ids) == list(b.question_ids)
-    assert a.counts == b.counts
+    known = a.counts.keys() & b.counts.keys()  # a source also counts what was read of it
+    assert {key: a.counts[key] for key in known} == {key: b.counts[key] for key in known}
+    assert a.tally.first == b.tally.first

@@ -155,11 +155,9 @@ def test_two_at_once_write_once(tmp_path, source, monkeypatch):
 
 
 def test_a_fault_in_the_data_leaves_nothing(tmp_path, source):
-    rows = json.loads(Path(source).read_text())
-    rows[-1]["id"] = rows[0]["id"]
-    Path(source).write_text(json.dumps(rows))
+    Path(source).write_text("\n".join(map(json.dumps, json.loads(Path(source).read_text()))) + "{")
     cache = tmp_path / "cache"
-    with pytest.raises(UserError, match="used twice"):
+    with pytest.raises(UserError, match="not JSON"):
         prepare(source, of_family("bert"), cache_dir=cache, **SMALL)
     assert [n for n in names(cache) if not n.endswith(".lock")] == []
 
@@ -248,7 +246,8 @@ def test_arrays_widen_where_values_ask_for_it(tmp_path, monkeypatch):
     ("settings", "part"),
     [
         ({"doc_stride": 22}, "--doc_stride 22: more than the 21 tokens"),
-        ({"max_query_length": 45}, "more than the 0 tokens"),
+        ({"max_query_length": 45}, "--max_query_length 45 and 3 special tokens leave no room"),
+        ({"max_query_length": 200}, "leave no room for a context"),
         ({"doc_stride": 0}, "--doc_stride 0: give a positive number"),
         ({"max_query_length": -1}, "--max_query_length -1"),
         ({"max_seq_length": 0}, "--max_seq_length 0"),

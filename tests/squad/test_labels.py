@@ -48,18 +48,26 @@ def test_labels_by_definition(family):
     for i in range(len(w)):
         for t, span in enumerate(characters(w, i).tolist()):
             tokens.setdefault(w.question[i], {})[w.first_token[i] + t] = span
+    labels = {}
+    for q, example in enumerate(examples):
+        if example.answers:
+            labels[q] = expected_labels(example, [tokens[q][t] for t in range(len(tokens[q]))])
+    held = {
+        q
+        for i, q in enumerate(w.question.tolist())
+        if (label := labels.get(q))
+        and w.first_token[i] <= label[0] <= label[1] < w.first_token[i] + w.count[i]
+    }
     edges = 0
     for i in range(len(w)):
         q = w.question[i]
         example, first, count = examples[q], w.first_token[i], w.count[i]
         label = (w.start_positions[i], w.end_positions[i])
-        if not example.answers or not example.answers[0].text.strip():
-            assert label == (0, 0)
-            assert w.trainable[i] == (not example.answers)
+        if not example.answers:
+            assert label == (0, 0) and w.trainable[i]
             continue
-        spans = [tokens[q][t] for t in range(len(tokens[q]))]
-        found = expected_labels(example, spans)
-        assert w.trainable[i] == (found is not None)
+        found = labels[q]
+        assert w.trainable[i] == (q in held)
         if found and first <= found[0] and found[1] < first + count:
             shift = w.prefix[i] - first
             assert label == (found[0] + shift, found[1] + shift)
@@ -150,9 +158,10 @@ def test_kinds_of_gold():
     gold = {
         "answered": (Answer("Normans", 14), Answer("Rollo", 0)),
         "moved": (Answer("Denmark", 30),),
-        "not unique": (Answer("Rollo", 3),),
-        "not there": (Answer("Robert", 0), Answer("Rollo", 0)),
-        "blank": (Answer(" ", 5),),
+        "nearest": (Answer("Rollo", 3),),
+        "not unique": (Answer("Rollo", 12),),
+        "not there": (Answer("Robert", 0),),
+        "second": (Answer("Robert", 0), Answer("Rollo", 0)),
         "impossible": (),
         "unlabelled": None,
     }
@@ -167,16 +176,43 @@ def test_kinds_of_gold():
     assert labels == {
         "answered": ("Normans", True),
         "moved": ("Denmark", True),
+        "nearest": ("Rollo", True),
         "not unique": (0, False),
         "not there": (0, False),
-        "blank": (0, False),
+        "second": ("Rollo", True),
         "impossible": (0, True),
         "unlabelled": (-100, True),
     }
     assert w.end_positions[-1] == -100
-    expected = {"questions": 7, "moved": 1, "left_out": 3, "unanswerable": 1, "unlabelled": 1}
+    expected = {"questions": 8, "moved": 2, "later_answer": 1, "unanswerable": 1, "unlabelled": 1}
+    expected |= {"absent": 1, "ambiguous": 1, "no_token": 0, "longer_than_window": 0}
     assert {k: w.counts[k] for k in expected} == expected
-    assert [note.split()[0] for note in w.notes()] == ["1", "3", "1"]
+    assert w.tally.first["moved"] == ["moved", "nearest"]
+    assert [note.split()[0] for note in w.notes()] == ["1", "1", "2", "1", "1"]
+    assert w.notes(training=False) == []
+
+
+def test_an_answer_that_no_window_holds_is_left_out_and_its_flags_are_named():
+    words = [f"{letter}{n}" for letter in "abcd" for n in range(10)]
+    context = " ".join(words)
+    settings = {"max_seq_length": 23, "max_query_length": 4, "doc_stride": 7}
+    tokenizer = of_family("bert")
+    room = windows_of([Example("a", "", "who", context, ())], tokenizer, **settings).count[0]
+    heads = [Example(f"{n}", "", "who", " ".join(words[:n]), ()) for n in range(1, 20)]
+    longest = int((windows_of(heads, tokenizer).count <= room).sum())
+    assert 1 < longest < 19
+    examples = []
+    for n in (1, longest, longest + 1, len(words)):
+        examples.append(Example(f"{n}", "", "who", context, (Answer(" ".join(words[:n]), 0),)))
+    w = windows_of(examples, tokenizer, **settings)
+    kept = {name: bool(w.trainable[w.question == q].all()) for q, name in enumerate(w.question_ids)}
+    assert list(kept.values()) == [True, True, False, False]
+    assert not w.trainable[w.question >= 2].any() and not w.start_positions[w.question >= 2].any()
+    assert w.counts["longer_than_window"] == 2 and w.counts["unanswerable"] == 0
+    (note,) = w.notes()
+    assert "--max_seq_length is 23 and --doc_stride 7" in note
+    assert f"({longest + 1}, {len(words)})" in note
+    assert w.notes(training=False) == []
 
 
 def test_an_answer_of_characters_that_no_token_holds_is_left_out():
