@@ -98,6 +98,8 @@ def predict(config: PredictConfig) -> None:
     config.check()
     # Read before the first answer: a fault of the last record must not cost those before it.
     asked = list(records(config))
+    if not asked:
+        raise UserError(f"--data {config.data} holds only questions without a text: write them.")
     with opened(config.output) as output:
         reader = Reader(config.model, mixed_precision=config.mixed_precision)
         for note in reader.notes:
@@ -130,7 +132,7 @@ def records(config: PredictConfig) -> Iterator[tuple[object, str, str]]:
         return
     tally = Tally()
     source = "/dev/stdin" if config.data == "-" else config.data
-    for example in iter_examples(source, tally=tally):
+    for example in iter_examples(source, split="validation", tally=tally):
         if not example.question:
             tally.add("no_question", example.id)
             continue

@@ -1,4 +1,6 @@
 import json
+import os
+import threading
 
 import pytest
 
@@ -97,7 +99,7 @@ def test_squad_file(run, ask, tmp_path):
         (["--question", "q", "--context", ""], "--context is empty"),
         (["--question", "q", "--context", "c", "--top_k", "0"], "top_k is 0"),
         (["--question", "q", "--context_file", "/no/such"], "/no/such cannot be read"),
-        (["--data", "/no/such"], "/no/such is no file"),
+        (["--data", "/no/such"], "'/no/such': no such file"),
         (["--question", "q", "--context", "c", "--output", "/proc/kdfast/o"], "--output"),
         (["--question", "q", "--context", "c", "--output", "/"], "--output / cannot be written"),
     ],
@@ -112,33 +114,58 @@ GOOD = {"question": QUESTION, "context": CONTEXT}
 
 
 @pytest.mark.parametrize(
-    ("last", "words"),
+    ("bad", "words"),
     [
-        ({"question": "q"}, "record 2: no object with question and context"),
-        (["q", "c"], "record 2: no object with question and context"),
-        ({"question": "", "context": "c"}, "record 2: its question is empty"),
-        ({"question": "q", "context": ""}, "record 2: its context is empty"),
-        ({"question": "q", "context": 3}, "record 2: its context is int"),
-        ({"question": "q", "context": "c", "id": []}, "record 2: its id is list"),
-        ({"question": "q", "context": "half \ud83d"}, "half a surrogate pair"),
-        ({"paragraphs": [{"context": "c", "qas": [{"id": "a", "question": ""}]}]}, "is empty"),
+        ({"question": "q"}, "have no context: left out (line 1)"),
+        (["q", "c"], "cannot be read: left out (line 1[0], line 1[1])"),
+        ({"question": "", "context": "c"}, "have no question: left out (0)"),
+        ({"question": None, "context": "c", "id": "a"}, "have no question: left out (a)"),
+        ({"question": "q", "context": ""}, "have no context: left out (line 1)"),
+        ({"question": "q", "context": "half \ud83d"}, "have no context: left out (line 1)"),
+        (
+            {"paragraphs": [{"context": "c", "qas": [{"id": "a"}]}]},
+            "have no question: left out (a)",
+        ),
     ],
 )
-def test_a_bad_record_is_found_before_the_first_answer(run, tmp_path, last, words):
-    data = write(tmp_path / "in.jsonl", GOOD, last)
-    status, lines, err = run("--data", data, "--output", str(tmp_path / "out"))
-    assert status == 2 and lines == [] and words in err and len(err.splitlines()) == 1
+def test_a_record_that_cannot_be_asked_is_left_out_and_said(run, tmp_path, bad, words):
+    status, lines, err = run("--data", write(tmp_path / "in.jsonl", bad, GOOD | {"id": 5}))
+    assert status == 0 and [line["id"] for line in lines] == ["5"]
+    assert words in err and f"{'2 of 3' if isinstance(bad, list) else '1 of 2'} questions" in err
+
+
+def test_a_fault_in_the_file_is_found_before_the_first_answer(run, tmp_path):
+    data = tmp_path / "in.jsonl"
+    data.write_text(json.dumps(GOOD) + "\n{")
+    status, lines, err = run("--data", str(data), "--output", str(tmp_path / "out"))
+    assert status == 2 and lines == [] and "in line 2" in err and len(err.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_a_pipe_is_read_once(run, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    content = json.dumps(GOOD).encode()
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(content,))
+    writer.start()
+    status, lines, _ = run("--data", str(tmp_path / "pipe"))
+    writer.join()
+    assert status == 0 and [line["id"] for line in lines] == [0]
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"", "not JSON"), (b"{", "not JSON"), (b"[]", "holds no question"), (b"\xff", "not UTF-8")],
+    [
+        (b"", "an empty file"),
+        (b"{", "not JSON"),
+        (b"[]", "no question in it"),
+        (b"\xff", "not UTF-8"),
+        (b'{"question": "", "context": "c"}', "questions without a text"),
+    ],
 )
 def test_files_that_are_none(run, tmp_path, content, words):
     (tmp_path / "in.json").write_bytes(content)
     status, _, err = run("--data", str(tmp_path / "in.json"))
-    assert status == 2 and words in err and len(err.splitlines()) == 1
+    assert status == 2 and words in err.splitlines()[-1]
 
 
 def test_a_failed_run_leaves_the_earlier_output(run, tmp_path):

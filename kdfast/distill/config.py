@@ -73,7 +73,9 @@ class TrainConfig:
         None, "Layers that the student keeps, counted from 0, such as 1,3,5."
     )
     train_file: str | None = flag(
-        None, "SQuAD JSON, JSONL or parquet file, or a hub dataset id[@revision][:config[:split]]."
+        None,
+        "File of SQuAD's or another form (docs/data.md), or a hub dataset "
+        "id[@revision][:config[:split]].",
     )
     validation_file: str | None = flag(None, "The same for evaluation. Default: no evaluation.")
     output_dir: str | None = flag(None, "Folder for the student, its checkpoints and run.json.")

@@ -27,7 +27,7 @@ class EvaluateConfig:
         metadata={
             "action": "extend",
             "metavar": "DATA",
-            "help": "SQuAD JSON, JSONL or parquet file, or a hub dataset "
+            "help": "File of SQuAD's or another form (docs/data.md), or a hub dataset "
             "id[@revision][:config[:split]]; with --suite NAME=FILE, to read set NAME from there.",
         },
     )
@@ -49,7 +49,9 @@ class EvaluateConfig:
     language: str | None = flag(None, "For --metric mlqa: the language of the answers, such as zh.")
     model: str | None = flag(None, "Folder or hub id of the reader.")
     compare: str | None = flag(None, "Another reader, for a paired comparison with --model.")
-    predictions: str | None = flag(None, "JSON file, question id to answer, instead of --model.")
+    predictions: str | None = flag(
+        None, "JSON file, question id to answer, or JSONL of kdfast.predict, instead of --model."
+    )
     null_odds: str | None = flag(None, "JSON file, question id to null odds, for --predictions.")
     null_threshold: float | None = flag(
         None,

@@ -10,7 +10,8 @@ from typing import Any
 from kdfast.errors import UserError
 from kdfast.squad.data_files import file_items
 from kdfast.squad.examples import Example
-from kdfast.squad.parsing import IDS, first_of, text_of
+from kdfast.squad.parsing import IDS, first_of
+from kdfast.squad.values import text_of
 
 # Where a record of one question holds its answer, or its odds.
 ANSWERS = ("prediction_text", "answer", "prediction", "text")

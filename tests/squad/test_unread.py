@@ -236,13 +236,13 @@ def test_a_fault_in_json_names_the_line(tmp_path, text, part, name):
     refused(path, "not JSON", part)
 
 
-def test_a_fault_in_a_table_names_the_line(tmp_path):
+def test_a_row_without_its_cells_is_named_by_its_line(tmp_path):
     path = tmp_path / "rows.csv"
-    path.write_text('question,context\n"a\nb",c\n,d\n"e","f\n')
+    path.write_text('question,context\n"a\nb",c\nd\n"e","f\n')
     tally = Tally()
     found = read_examples(str(path), tally=tally)
     assert [(e.question, e.context) for e in found] == [("a\nb", "c"), ("e", "f\n")]
-    assert tally.first["no_question"] == ["line 4"]
+    assert tally.first["no_context"] == ["line 4"]
 
 
 def test_data_within_data(tmp_path):
