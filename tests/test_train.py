@@ -128,7 +128,7 @@ def test_the_best_model_can_change_places_with_the_last(world):
 def test_unlabelled_questions_are_distilled(world, capsys):
     source = corpora.write(world.path / "bare.json", 20, labelled=False)
     assert world.run(train_file=source) == 0
-    assert "20 of 40 questions have no answers key" in capsys.readouterr().out
+    assert "20 of 40 questions have no answers: no gold label" in capsys.readouterr().out
     assert (
         world.run(
             train_file=source,

@@ -138,7 +138,7 @@ class Parser:
             else:
                 answer = Answer(written, integer_of(start))
                 # MRQA names each text, and again where it was found.
-                if not any(answer.start is None and answer.text == each.text for each in found):
+                if answer.start is not None or written not in {each.text for each in found}:
                     found.append(answer)
         if strange is not None and not found:
             raise ValueError(f"its answers hold {kind_of(strange)} where a text belongs")
@@ -246,8 +246,13 @@ def unread_form(node: dict) -> str | None:
 
 def first_of(node: dict, keys: tuple[str, ...]) -> str | None:
     """The first of `keys` that the object has, those that hold something before others."""
-    held = [key for key in keys if key in node]
-    return next((key for key in held if node[key] is not None), held[0] if held else None)
+    empty = None
+    for key in keys:
+        if node.get(key) is not None:
+            return key
+        if empty is None and key in node:
+            empty = key
+    return empty
 
 
 def _of(node: dict, keys: tuple[str, ...]) -> Any:

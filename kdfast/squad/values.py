@@ -6,6 +6,8 @@ import math
 import re
 from typing import Any
 
+_LARGEST = 10**18
+
 
 def usable(key: str, value: Any) -> tuple[str, str]:
     """A text that a tokenizer takes, and ""; or "" and what is wrong with it."""
@@ -39,6 +41,8 @@ def text_of(value: Any) -> str | None:
 
 def integer_of(value: Any) -> int | None:
     """A whole number, also where it is written as a float or as text; None for anything else."""
+    if type(value) is int:
+        return value if -_LARGEST < value < _LARGEST else None
     text = text_of(value)
     found = re.fullmatch(r"\s*(-?\d{1,18})(?:\.0*)?\s*", text or "")
     return int(found[1]) if found else None
