@@ -84,6 +84,7 @@ def start(config: CardConfig) -> None:
 def publish(config: CardConfig, say: Say) -> None:
     """Write pictures, card and, if wanted, report; then, if wanted, upload the model."""
     from kdfast.distill import card, figures, report
+    from kdfast.distill.model_folders import writing
     from kdfast.distill.record import CARD_SETTINGS
     from kdfast.distill.run_files import read_run
 
@@ -123,7 +124,8 @@ def publish(config: CardConfig, say: Say) -> None:
         kept["language"],
         kept["license"],
     )
-    write_json(folder / CARD_SETTINGS, kept)
+    with writing(folder / CARD_SETTINGS):
+        write_json(folder / CARD_SETTINGS, kept)
     say(f"The card is {path}.")
     if config.report:
         say(f"The report is {report.write(files, plots)}: open it in a browser.")

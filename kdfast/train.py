@@ -256,7 +256,8 @@ def distil(
     what = "student" if lesson or config.stage == "layers" else "model"
     ranks.say(f"The {what} is in {output}; run.json there holds settings, versions and figures.")
     if ranks.is_first and config.stage == "predictions":
-        publish(CardConfig.of_run(config), ranks.say)
+        with results.telling_where():
+            publish(CardConfig.of_run(config), ranks.say)
     return record
 
 
