@@ -96,12 +96,12 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> str:
         return ""
     if output:
         write_json(output / "summary.json", header | {"sets": found})
+        if config.suite is None:
+            answers.write_predictions(answered[0].evaluation.answers, output)
     if config.suite is not None:
         return results.table(found)
     if config.compare is not None:
         ranks.warn(results.table(found))
-    if output:
-        answers.write_predictions(answered[0].evaluation.answers, output)
     return report_scores(found[0]["metrics"], sets[0], output)
 
 

@@ -107,7 +107,7 @@ def predict(config: PredictConfig) -> None:
         pairs = ((question, context) for _, question, context in asked)
         with tqdm(
             total=len(asked),
-            disable=config.data is None,
+            disable=None if config.data else True,
             bar_format="{l_bar}{bar}| {n:.0f}/{total_fmt} questions [{elapsed}<{remaining}]",
         ) as bar:
             say = partial(bar.write, file=sys.stderr)

@@ -17,7 +17,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from kdfast import recipes
 from kdfast.card import CardConfig, publish
@@ -25,11 +24,12 @@ from kdfast.distill import checkpoint, costs, inputs, invariance, layers, models
 from kdfast.distill.config import TrainConfig
 from kdfast.distill.dropout import speed_up_dropout
 from kdfast.distill.feed import make_feed
-from kdfast.distill.log import Clock, progress_line
+from kdfast.distill.log import Clock
 from kdfast.distill.model_folders import rehearse_saving
 from kdfast.distill.nonfinite import NonfiniteSteps
 from kdfast.distill.optim import Updater, make_optimizer
 from kdfast.distill.precision import AUTOCAST, be_deterministic, pick_device, resolve
+from kdfast.distill.progress import progress_line, training_bar
 from kdfast.distill.ranks import Ranks
 from kdfast.distill.record import (
     check_shared,
@@ -71,7 +71,7 @@ def train(config: TrainConfig, ranks: Ranks | None = None, stop: StopSignals | N
             for each in runs:
                 record = train(each, ranks, stop)
         return record
-    stop.grace_seconds = config.grace_seconds
+    stop.grace_seconds, stop.is_first = config.grace_seconds, ranks.is_first
     if not config.check_invariance:
         CardConfig.of_run(config).check()
     device = pick_device(ranks.local_rank)
@@ -180,6 +180,7 @@ def distil(
     if config.overwrite and ranks.is_first:  # not before all that the run needs has proved good
         remove_run(output)
     matmul_rate = costs.matmul_rate(device, AUTOCAST[precision] or torch.float32)
+    stop.can_resume = stop.can_resume or bool(checkpoint.list_checkpoints(output))
     results = Results(
         config,
         output,
@@ -197,20 +198,21 @@ def distil(
     )
     nonfinite = NonfiniteSteps(stepper, windows)
     ranks.say(f"{total} steps of {config.train_batch_size} windows.")
-    bar = tqdm(
-        total=total, initial=progress.steps, desc="train", unit="step", disable=not ranks.is_first
-    )
+    bar = training_bar(progress.steps, total, ranks.is_first)
     with bar, stop.deferred(), results.telling_where():
         while not stop.agreed:
             is_last = progress.steps >= total
             if is_last:
                 results.place_student()
-            if results.must_evaluate() and (figures := results.evaluate()):
-                bar.write(figures)
+            if results.must_evaluate():
+                bar.refresh()  # or it would show an earlier step as long as this takes
+                if figures := results.evaluate():
+                    ranks.say(figures)
             if stop.agreed:
                 break
             if results.must_save():
                 results.save()
+                stop.can_resume = True
             if is_last:
                 break
             indices = order.step(progress.steps)
@@ -223,13 +225,17 @@ def distil(
                 speed = results.step(report, windows.lengths[indices])
                 if skipped := nonfinite.check(report):
                     ranks.say(skipped)
-                bar.set_postfix_str(progress_line(report, speed), refresh=False)
+                line = progress_line(report, speed)
+                bar.set_postfix_str(line, refresh=False)
                 bar.update()
+                if bar.disable and progress.steps % max(1, total // 10) == 0:
+                    ranks.say(f"step {progress.steps} of {total}: {line}")
         if stop.agreed:
             results.save()
             ranks.barrier()
-            ranks.say(f"Stopped after step {progress.steps}, in a checkpoint.")
-            raise Stopped(stop.number or signal.SIGTERM)
+            where = f"after step {progress.steps}, in a checkpoint"
+            ranks.say(f"Stopped {where if progress.steps else 'before the first step'}.")
+            raise Stopped(stop.number or signal.SIGTERM, can_resume=progress.steps > 0)
     if updater.updates < progress.steps:
         ranks.say(f"{progress.steps - updater.updates} of {progress.steps} steps were skipped.")
     with results.telling_where():

@@ -69,7 +69,7 @@ def test_jsonl_to_a_file(run, ask, tmp_path):
     )
     output = tmp_path / "new" / "out.jsonl"
     status, lines, err = run("--data", data, "--output", str(output))
-    assert status == 0 and lines == [] and "3/3 questions" in err
+    assert status == 0 and lines == [] and err == ""
     found = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     assert [line["id"] for line in found] == [0, "b", 2]
     assert found[0] == {"id": 0, "question": QUESTION, **ask(QUESTION, CONTEXT)}
@@ -79,7 +79,7 @@ def test_jsonl_to_a_file(run, ask, tmp_path):
 def test_squad_file(run, ask, tmp_path):
     data = corpora.write(tmp_path / "dev.json", 4)
     status, lines, err = run("--data", data, "--max_seq_len", "40", "--doc_stride", "5")
-    assert status == 0 and "8/8 questions" in err
+    assert status == 0 and err == ""
     assert [line["id"] for line in lines] == [f"{kind}{n}" for n in range(4) for kind in "qn"]
     paragraph = corpora.article(3)["paragraphs"][0]
     question, context = paragraph["qas"][0]["question"], paragraph["context"]

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kdfast.distill.checkpoint_state import FORMAT, fault_of_state
-from kdfast.distill.model_folders import save_model, writing
+from kdfast.distill.model_folders import list_checkpoints, save_model, writing
 from kdfast.distill.models import SpanModel
 from kdfast.distill.optim import Updater
 from kdfast.errors import UserError
@@ -134,18 +134,8 @@ def load_checkpoint(folder: Path, model: SpanModel, updater: Updater) -> Progres
         return Progress(**{**saved, "rule": rule})
     except Exception as error:  # safetensors has its own error type for a torn file
         raise UserError(
-            f"--resume_from_checkpoint {folder} cannot be read ({error}): name an earlier one."
+            f"--resume_from_checkpoint {folder} cannot be read ({error}): {_other_than(folder)}."
         ) from error
-
-
-def list_checkpoints(output_dir: Path) -> list[Path]:
-    """The finished checkpoints of a run, oldest first."""
-    found = (
-        (int(match[1]), path)
-        for path in output_dir.glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
-    )
-    return [path for _, path in sorted(found)]
 
 
 def find_checkpoint(name: str, output_dir: Path) -> tuple[Path, list[str]]:
@@ -158,8 +148,7 @@ def find_checkpoint(name: str, output_dir: Path) -> tuple[Path, list[str]]:
         folder = Path(name).expanduser()
         if (folder / STATE_FILE).is_file() and (fault := torn(folder)):
             raise UserError(
-                f"--resume_from_checkpoint {folder} is damaged ({fault}): name an earlier one, or "
-                "give `last` for the last whole one in --output_dir."
+                f"--resume_from_checkpoint {folder} is damaged ({fault}): {_other_than(folder)}."
             )
         read_state(folder)
         return folder, []
@@ -171,13 +160,20 @@ def find_checkpoint(name: str, output_dir: Path) -> tuple[Path, list[str]]:
         notes.append(f"{folder} is damaged ({fault}): the checkpoint before it is used.")
     if notes:
         raise UserError(
-            f"--resume_from_checkpoint last: every checkpoint in {output_dir} is damaged; "
-            "start anew with --overwrite or in another --output_dir."
+            f"--resume_from_checkpoint last: every checkpoint in {output_dir} is damaged: give "
+            "--overwrite instead to start again, or another --output_dir."
         )
+    is_empty = all(path.name.startswith(".") for path in output_dir.iterdir())
+    remedy = "leave the flag out" if is_empty else "give --overwrite instead"
     raise UserError(
-        f"--resume_from_checkpoint last: {output_dir} holds no checkpoint; leave the flag out "
-        "to start anew."
+        f"--resume_from_checkpoint last: {output_dir} holds no checkpoint: {remedy} to start again."
     )
+
+
+def _other_than(folder: Path) -> str:
+    """The remedy for a checkpoint that is no good."""
+    others = [path for path in list_checkpoints(folder.parent) if path != folder]
+    return f"name another, such as {others[-1]}" if others else "start again without the flag"
 
 
 def torn(folder: Path) -> str | None:

@@ -195,6 +195,12 @@ class TrainConfig:
     def allowed_changes(self) -> set[str]:
         """The flags of --allow_changes. Raises UserError for one that may not change."""
         names = {name.strip().lstrip("-") for name in (self.allow_changes or "").split(",")} - {""}
+        free = {each.name for each in fields(TrainConfig)} - set(OBJECTIVE)
+        if given := sorted(names & free):
+            raise UserError(
+                f"--allow_changes names {', '.join(given)}, which may change without it: leave "
+                "that out."
+            )
         if wrong := sorted(names - CHANGEABLE):
             raise UserError(
                 f"--allow_changes names {', '.join(wrong)}, which may not change within a run: "

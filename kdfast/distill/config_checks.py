@@ -42,9 +42,11 @@ def check_presence(config: "TrainConfig") -> None:
     if config.report_to == "tensorboard" and find_spec("tensorboard") is None:
         raise UserError("--report_to tensorboard needs a package: pip install tensorboard.")
     if config.student is None and (not config.teacher or config.student_layers is None):
+        needed = {"--teacher": config.teacher, "--student_layers": config.student_layers}
+        lacking = " and ".join(name for name, given in needed.items() if not given)
         raise UserError(
-            "--student is missing: name one, or give --teacher and --student_layers "
-            "to keep some of the teacher's layers."
+            f"--student is missing: name one, or give {lacking} to keep some of the teacher's "
+            "layers."
         )
 
 

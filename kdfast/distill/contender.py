@@ -12,6 +12,7 @@ from kdfast.distill import latency, models, scoring, teacher
 from kdfast.distill.evaluate_config import EvaluateConfig
 from kdfast.distill.flag_values import LARGEST
 from kdfast.distill.model_checks import check_windows
+from kdfast.distill.progress import reading_bar
 from kdfast.distill.ranks import Ranks
 from kdfast.distill.record import RUN_FILE
 from kdfast.errors import UserError
@@ -157,6 +158,7 @@ class Contender:
             self.tokenizer,
             split="validation",
             cache_dir=config.cache_path,
+            progress=reading_bar(source),
             **self.windows,
         )
         longest = self.windows["max_seq_length"]

@@ -13,6 +13,7 @@ from kdfast.distill import derived, models, scoring, teacher, teachers
 from kdfast.distill.config import TrainConfig
 from kdfast.distill.model_checks import check_windows
 from kdfast.distill.precision import teacher_precision
+from kdfast.distill.progress import reading_bar
 from kdfast.distill.ranks import Ranks
 from kdfast.errors import UserError
 from kdfast.squad import features, metrics, records, suites, tally
@@ -69,6 +70,7 @@ def prepare(
         max_query_length=config.max_query_length,
         doc_stride=config.doc_stride,
         cache_dir=config.cache_path,
+        progress=reading_bar(source),
     )
     if student.model is not None:
         check_windows(student.model.reader, windows, config.max_seq_length, config.cache_path)
@@ -143,10 +145,12 @@ def trained_windows(config: TrainConfig, windows: features.Windows, ranks: Ranks
         )
         keep &= ~unlabelled
     if not keep.any():
-        remedy = "give labelled questions, or a --teacher for unlabelled ones."
-        if not unlabelled.any():
-            remedy = "all are left out, as said above: mend the file or the flags."
-        raise UserError(f"--train_file {config.train_file} has no question to train on: {remedy}")
+        remedy = "all are left out, as said above: mend the file or the flags"
+        if unlabelled.any():
+            unused = config.teacher and not config.learns_answers
+            weight = "--distillation_loss_weight above 0" if unused else "--teacher"
+            remedy = f"give labelled questions, or a {weight} for unlabelled ones"
+        raise UserError(f"--train_file {config.train_file} has no question to train on: {remedy}.")
     return np.flatnonzero(keep)
 
 

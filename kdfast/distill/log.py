@@ -156,13 +156,3 @@ class Clock:
         """Time inside does not count."""
         yield
         self._since = time.perf_counter()
-
-
-def progress_line(report: StepReport, speed: Speed) -> str:
-    """What the progress bar shows."""
-    parts = " ".join(f"{name} {value:.3f}" for name, value in report.parts.items())
-    return (
-        f"loss {report.loss:.3f} {parts} "
-        f"lr {report.lr:.1e} {speed.windows_per_second:.1f} windows/s"
-        + (" skipped" if report.skipped else "")
-    )

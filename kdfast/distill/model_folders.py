@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,25 @@ def writing(path: Path) -> Iterator[None]:
             raise
         number = errno.ENOSPC if os.strerror(errno.ENOSPC) in str(error) else None
         raise _write_error(path, number, str(error)) from error
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """The finished checkpoints of a run, oldest first."""
+    found = (
+        (int(match[1]), path)
+        for path in output_dir.glob("checkpoint-*")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    )
+    return [path for _, path in sorted(found)]
+
+
+def kept_models(output_dir: Path) -> str:
+    """The end of a sentence about a run that fails: what it leaves that is good, or nothing."""
+    names = [path.name for path in list_checkpoints(output_dir)[-1:]]
+    names += ["best/"] if (output_dir / "best").is_dir() else []
+    if not names:
+        return ""
+    return f"; {' and '.join(names)} {'is' if len(names) == 1 else 'are'} whole"
 
 
 def save_model(folder: Path, model: SpanModel, tokenizer) -> None:
@@ -139,8 +159,10 @@ def _beside(folder: Path) -> tuple[Path, Path]:
 
 def _write_error(path: Path, number: int | None, reason: str) -> UserError:
     if number in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(
-            f"The disk is full while {path} is written: free some space and go on with "
-            "--resume_from_checkpoint last; earlier checkpoints are whole."
-        )
+        # path is the run's folder, or something in it.
+        checkpoints = [*list_checkpoints(path), *list_checkpoints(path.parent)]
+        remedy = "start again with --overwrite, as no checkpoint had been written"
+        if checkpoints:
+            remedy = f"go on with --resume_from_checkpoint last, which is {checkpoints[-1].name}"
+        return UserError(f"The disk is full while {path} is written: free some space and {remedy}.")
     return UserError(f"{path} cannot be written ({reason}): choose another --output_dir.")

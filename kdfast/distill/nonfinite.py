@@ -10,12 +10,14 @@ import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
 from kdfast.distill.feed import MicroBatch
+from kdfast.distill.model_folders import kept_models
 from kdfast.distill.optim import SCALE_FLOOR
 from kdfast.distill.step import Stepper, StepReport
 from kdfast.errors import UserError
@@ -40,7 +42,7 @@ OVERFLOW = "the scaled gradient (the loss is finite)"
 TOGETHER = "the gradient (the loss is finite; a window's alone is, too)"
 
 REMEDIES = {
-    WEIGHTS: "go on from a sound checkpoint, or give a sound --student and a lower --learning_rate",
+    WEIGHTS: "give a sound --student, or a lower --learning_rate",
     TEACHER: "delete the teacher's logits in --cache_dir, and they are computed again",
     EMPTY: "delete the features in --cache_dir, and they are prepared again",
     OVERFLOW: "give --mixed_precision no, or bf16 where the card has it",
@@ -107,8 +109,8 @@ class NonfiniteSteps:
         remedy = next((REMEDIES[term] for term in REMEDIES if term in terms), REMEDY)
         return (
             f"Step {report.step} did not reach the weights, as {why}: "
-            f"{self._blame(findings)}{self._history()}; {remedy}; "
-            "earlier checkpoints and best/ are whole."
+            f"{self._blame(findings)}{self._history()}; {remedy}"
+            f"{kept_models(Path(stepper.config.output_dir).expanduser())}."
         )
 
     def _blame(self, findings: list[Finding]) -> str:
@@ -165,12 +167,12 @@ def nonfinite_weight(parameters: Iterable[tuple[str, torch.Tensor]]) -> str | No
     return next((name for (name, _), good in zip(named, sound, strict=True) if not good), None)
 
 
-def check_weights(model: nn.Module) -> None:
+def check_weights(model: nn.Module, output_dir: Path) -> None:
     """Raise UserError before weights that are not finite replace good ones on the disk."""
     if name := nonfinite_weight(model.named_parameters()):
         raise UserError(
             f"The student's weights are not finite any more ({name}) and are not saved: lower "
-            "--learning_rate; earlier checkpoints and best/ are whole."
+            f"--learning_rate{kept_models(output_dir)}."
         )
 
 

@@ -14,6 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import nn
+from tqdm.auto import tqdm
 
 from kdfast.errors import UserError
 
@@ -69,12 +70,13 @@ class Ranks:
     def say(self, text: str) -> None:
         """Print a line, once for all ranks."""
         if self.is_first:
-            print(text, flush=True)
+            tqdm.write(text)  # above a progress bar
+            sys.stdout.flush()
 
     def warn(self, text: str) -> None:
         """As `say`, to stderr: for programs whose stdout is a result."""
         if self.is_first:
-            print(text, file=sys.stderr, flush=True)
+            tqdm.write(text, file=sys.stderr)
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -183,7 +185,8 @@ class Ranks:
             return f"Rank {self.rank} stops, because rank {rank} failed: {why}"
         return (
             f"Rank {self.rank} stops, because another rank died without a word: torchrun's report "
-            "names it; start again with --resume_from_checkpoint last."
+            "names it; a run of training that has a checkpoint goes on from it with "
+            "--resume_from_checkpoint last."
         )
 
 

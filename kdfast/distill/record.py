@@ -53,10 +53,10 @@ def open_output(config: TrainConfig) -> Path:
             )
     elif output.is_dir() and any(not path.name.startswith(".") for path in output.iterdir()):
         if not config.overwrite:
-            raise UserError(
-                f"--output_dir {output} is not empty: name another, or add --overwrite, or "
-                "--resume_from_checkpoint last."
-            )
+            remedy = "name another"
+            remedy += ", or add --overwrite" if is_run(output) else ""
+            remedy += ", or --resume_from_checkpoint last" if list_checkpoints(output) else ""
+            raise UserError(f"--output_dir {output} is not empty: {remedy}.")
         check_is_run(output)
     check_no_links(output)
     try:
@@ -92,9 +92,14 @@ def check_no_links(output: Path) -> None:
             )
 
 
+def is_run(output: Path) -> bool:
+    """Whether `output` is the folder of an earlier run."""
+    return (output / RUN_FILE).is_file() or (output / LOG_FILE).is_file()
+
+
 def check_is_run(output: Path) -> None:
     """Raise UserError unless `output` is the folder of an earlier run."""
-    if not (output / RUN_FILE).is_file() and not (output / LOG_FILE).is_file():
+    if not is_run(output):
         raise UserError(
             f"--output_dir {output} holds something else than a run of this program, which "
             "--overwrite does not delete: name another folder."

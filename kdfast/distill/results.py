@@ -105,7 +105,7 @@ class Results:
 
         Raises UserError for weights that are not finite, before good ones are replaced.
         """
-        check_weights(self.student.model)
+        check_weights(self.student.model, self.output)
         if self.log and self._saved < self.progress.steps:
             with self.clock.stopped():
                 self.log.flush()
@@ -131,7 +131,7 @@ class Results:
                 "No step reached the weights, as every gradient was not finite: check the "
                 "student's weights, or lower --learning_rate."
             )
-        check_weights(self.student.model)
+        check_weights(self.student.model, self.output)
         if self.log:
             with self.clock.stopped():
                 self._place()

@@ -64,7 +64,8 @@ class Resumed:
         told = ", ".join(self._told(name, identity[name]) for name in refused)
         remedy = "Start with the same settings and data, or start anew in another --output_dir."
         if free := [name for name in refused if name in CHANGEABLE]:
-            remedy = f"Add --allow_changes {','.join(free)} if that is meant. {remedy}"
+            names = ",".join([*sorted(self.allowed), *free])
+            remedy = f"Give --allow_changes {names} if that is meant. {remedy}"
         raise UserError(
             f"--resume_from_checkpoint {self.folder} belongs to another run; these differ: {told}. "
             f"{remedy}"

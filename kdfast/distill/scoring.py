@@ -10,6 +10,7 @@ from kdfast.distill.costs import forward_tokens
 from kdfast.distill.feed import flat_positions, forward_windows
 from kdfast.distill.models import SpanModel
 from kdfast.distill.precision import AUTOCAST
+from kdfast.distill.progress import passing_bar
 from kdfast.distill.ranks import Ranks
 from kdfast.distill.stopping import StopSignals
 from kdfast.errors import UserError
@@ -80,11 +81,14 @@ class Validation:
         batches = cut_by_tokens(everything, windows.lengths, forward_tokens(device))
         batches = batches[ranks.rank :: ranks.count]
         started = time.perf_counter()
-        for indices, rows in forward_windows(model, windows, batches, device, AUTOCAST[precision]):
-            logits[flat_positions(windows, indices)] = rows
-            if stop.is_asked:
-                logits[-1] = 1
-                break
+        passes = forward_windows(model, windows, batches, device, AUTOCAST[precision])
+        with passing_bar("evaluate", "window", sum(map(len, batches)), ranks.is_first) as bar:
+            for indices, rows in passes:
+                logits[flat_positions(windows, indices)] = rows
+                bar.update(len(indices))
+                if stop.is_asked:
+                    logits[-1] = 1
+                    break
         logits = ranks.sum_array(torch.from_numpy(logits)).numpy()
         stop.agreed = stop.agreed or bool(logits[-1, 0])
         if stop.agreed:

@@ -182,12 +182,13 @@ class Stepper:
     def smaller(self, batches: list[np.ndarray]) -> CutRule:
         """The rule with half the room of what did not fit."""
         if max(map(len, batches)) == 1:
-            remedy = "--max_seq_length, --gradient_checkpointing,"
-            if self.config.stage == "layers":  # which excludes the second
-                remedy = "--max_seq_length"
+            remedy = "a smaller --max_seq_length"
+            # Stage layers excludes it.
+            if not self.config.gradient_checkpointing and self.config.stage != "layers":
+                remedy += ", --gradient_checkpointing,"
             raise UserError(
-                f"There is not enough memory for a single window: give a smaller {remedy} or a "
-                "smaller student."
+                f"There is not enough memory for a single window: give {remedy} or a smaller "
+                "student."
             )
         if self.rule.parts is not None:
             return replace(self.rule, parts=2 * len(batches))

@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # A launcher passes on to its ranks what all processes of the group have got already.
@@ -13,10 +13,14 @@ SECONDS_OF_ONE_REQUEST = 1.0
 
 
 class Stopped(KeyboardInterrupt):
-    """The run was asked to stop by signal `number`; programs exit with 128 + number."""
+    """The run was asked to stop by signal `number`; programs exit with 128 + number.
 
-    def __init__(self, number: int):
-        super().__init__(f"stopped by {signal.Signals(number).name}")
+    can_resume: there is a checkpoint of the run.
+    """
+
+    def __init__(self, number: int, can_resume: bool = False):
+        advice = "; --resume_from_checkpoint last goes on" if can_resume else ""
+        super().__init__(f"stopped by {signal.Signals(number).name}{advice}")
         self.number = number
 
 
@@ -27,6 +31,9 @@ class StopSignals:
     Outside it raises Stopped. agreed: all ranks know that the run stops here. A StopSignals that
     is not entered leaves the signals alone and never stops anything.
 
+    can_resume: the run that is stopped has a checkpoint. is_first: of the ranks, this one says that
+    the signal was heard.
+
     grace_seconds: from the signal until the process may be killed. A step may take the first half
     of it; the rest is for the checkpoint.
     """
@@ -35,6 +42,8 @@ class StopSignals:
         self.grace_seconds = 30.0
         self.number: int | None = None
         self.agreed = False
+        self.can_resume = False
+        self.is_first = True
         self._asked_at = 0.0
         self._is_deferred = False
         self._before: dict[int, object] = {}
@@ -79,4 +88,11 @@ class StopSignals:
             return
         self.number, self._asked_at = number, now
         if not self._is_deferred:
-            raise Stopped(number)
+            raise Stopped(number, self.can_resume)
+        if self.is_first:
+            text = (
+                f"\n{signal.Signals(number).name}: the run stops as soon as nothing is lost, in a "
+                "checkpoint; a second one ends it at once, without.\n"
+            )
+            with suppress(OSError):  # print is not safe here: it may be what was interrupted
+                os.write(2, text.encode())

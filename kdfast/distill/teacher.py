@@ -282,7 +282,7 @@ def _disk_error(partial: Path, error: OSError) -> UserError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(
             f"The disk is full while the teacher's logits are written to {partial}: free some "
-            "space, or give --cache_dir on another disk; a pass that had begun goes on from there."
+            "space, and the pass goes on from there, or give a --cache_dir on another disk."
         )
     return UserError(
         f"The teacher's logits cannot be written to {partial} ({error.strerror}): "

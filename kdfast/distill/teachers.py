@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from kdfast.distill import costs, models, teacher
 from kdfast.distill.config import TrainConfig
 from kdfast.distill.derived import Probabilities
+from kdfast.distill.progress import passing_bar, reading_bar
 from kdfast.distill.ranks import Ranks
 from kdfast.errors import UserError
 from kdfast.squad import features, pieces
@@ -79,6 +79,7 @@ def find(
         doc_stride=config.doc_stride,
         cache_dir=config.cache_path,
         split="train",
+        progress=reading_bar(config.train_file),
     )
     ranks.say(
         f"{name} has another tokenizer than the student: it reads the student's {len(windows)} "
@@ -114,7 +115,7 @@ def own_logits(config: TrainConfig, one: Teacher, device: torch.device, ranks: R
     for note in loaded.notes:
         ranks.say(note)
     total = len(one.windows)
-    with tqdm(total=total, desc="teacher", unit="window", disable=not ranks.is_first) as bar:
+    with passing_bar("teacher", "window", total, ranks.is_first) as bar:
         return teacher.fill_cache(
             config.cache_path,
             one.source,

@@ -60,11 +60,15 @@ def prepare(
     doc_stride: int = 128,
     cache_dir: Path | str,
     split: str | None = None,
+    progress: Callable[[Iterable[Example]], Iterable[Example]] = iter,
 ) -> Windows:
     """Windows of all questions of `source` (see records.iter_examples), from the cache if there.
 
     A question is cut at max_query_length tokens. Windows of a context of n tokens begin at its
     tokens 0, doc_stride, 2 doc_stride, … and end with the first one that reaches token n.
+
+    progress: what shows how far the questions of a source without a cache have been read, such as
+    tqdm.
 
     The cache is cache_dir/features/KEY, KEY being a sha256 over the content of the source, the
     tokenizer and the settings; a hit maps files and parses nothing. It is written beside, made
@@ -86,7 +90,8 @@ def prepare(
 
     def arrays(folder: Path) -> Parts:
         with tempfile.TemporaryFile(dir=folder) as cutter.spool:
-            yield from cutter.arrays(iter_examples(source, split=split, tally=cutter.tally))
+            examples = iter_examples(source, split=split, tally=cutter.tally)
+            yield from cutter.arrays(progress(examples))
 
     return stored(cache_dir, key, arrays, lambda: _header(key, settings, cutter))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 
 from kdfast.errors import UserError
 from kdfast.squad import features
+from kdfast.squad.examples import Example
 from kdfast.squad.recutting import Recutter
 from kdfast.squad.template import Template
 from kdfast.squad.windows import Windows
@@ -44,6 +46,7 @@ def prepare(
     doc_stride: int,
     cache_dir: Path | str,
     split: str | None = None,
+    progress: Callable[[Iterable[Example]], Iterable[Example]] = iter,
 ) -> Pieces:
     """The pieces of `student`, windows that were prepared from `source`; from the cache if there.
 
@@ -62,7 +65,9 @@ def prepare(
     recutter = Recutter(student, template, **settings)
 
     def arrays(folder: Path) -> features.Parts:
-        whole = features.prepare(source, tokenizer, **WHOLE, cache_dir=cache_dir, split=split)
+        whole = features.prepare(
+            source, tokenizer, **WHOLE, cache_dir=cache_dir, split=split, progress=progress
+        )
         with (folder / FIRST_FILE).open("wb") as first:
             for part in recutter.arrays(whole):
                 first.write(part.pop("first_piece", np.empty(0, np.int64)).tobytes())
