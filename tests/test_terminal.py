@@ -106,8 +106,9 @@ def test_an_interrupt_during_imports_shows_no_traceback(name, tmp_path):
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
         assert "Traceback" not in said
-        if process.returncode != 2:  # else it had ended
-            assert process.returncode == 130, said
+        if "error:" not in said and process.returncode != 0:  # else it had come to its own end
+            # A shell shows either as 130: the program's own, and death by the signal itself.
+            assert process.returncode in (130, -signal.SIGINT), said
 
 
 def test_the_first_interrupt_of_training_is_answered(world):
@@ -127,7 +128,7 @@ def test_no_advice_to_resume_where_there_is_no_checkpoint(world):
     os.killpg(terminal.process.pid, signal.SIGINT)
     assert terminal.read_until(None) == 130
     assert "stopped by SIGINT" in terminal.text
-    assert "resume" not in terminal.text and "Traceback" not in terminal.text
+    assert "resume_from" not in terminal.text and "Traceback" not in terminal.text
 
 
 def closed_pipe():
