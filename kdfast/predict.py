@@ -36,7 +36,7 @@ class PredictConfig:
     model: str | None = flag(None, "Folder or hub id of the reader.")
     question: str | None = flag(None, "One question.")
     context: str | None = flag(None, "The text that --question is about.")
-    context_file: str | None = flag(None, "UTF-8 text file, instead of --context.")
+    context_file: str | None = flag(None, "UTF-8 text file, instead of --context; - is stdin.")
     data: str | None = flag(
         None, "File of questions with contexts, SQuAD JSON or JSONL; - is stdin."
     )
@@ -88,7 +88,9 @@ def start(config: PredictConfig) -> None:
     try:
         predict(config)
     except OSError as error:
-        raise UserError(f"The answers cannot be written ({error.strerror}).") from error
+        raise UserError(
+            f"The answers cannot be written ({error.strerror}): make room or name another --output."
+        ) from error
 
 
 def predict(config: PredictConfig) -> None:
@@ -145,7 +147,8 @@ def records(config: PredictConfig) -> Iterator[tuple[object, str, str]]:
 def read(name: str) -> str:
     """The text of a file, to the character: offsets count from its first one."""
     try:
-        return Path(name).expanduser().read_bytes().decode("utf-8-sig")
+        path = Path("/dev/stdin" if name == "-" else name).expanduser()
+        return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise UserError(
             f"--context_file {name} cannot be read ({error.strerror}): check it."
@@ -156,8 +159,11 @@ def read(name: str) -> str:
 
 @contextmanager
 def opened(name: str | None) -> Iterator[TextIO]:
-    """Standard output, or file `name`; what a run that fails has written is left in NAME.part."""
-    if name is None:
+    """Standard output, or file `name`; what a run that fails has written is left in NAME.part.
+
+    A device or a pipe is written as it is.
+    """
+    if name in (None, "-"):
         yield sys.stdout
         return
     path = Path(name).expanduser()
@@ -165,7 +171,10 @@ def opened(name: str | None) -> Iterator[TextIO]:
     try:
         if path.is_dir():
             raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
-        make_writable(path.parent)
+        if path.exists() and not path.is_file():
+            part = path
+        else:
+            make_writable(path.parent)
         file = part.open("w", encoding="utf-8")
     except OSError as error:
         raise UserError(
@@ -175,10 +184,11 @@ def opened(name: str | None) -> Iterator[TextIO]:
         with file:
             yield file
     except BaseException:
-        if part.stat().st_size == 0:
+        if part != path and part.stat().st_size == 0:
             part.unlink()
         raise
-    part.replace(path)
+    if part != path:
+        part.replace(path)
 
 
 if __name__ == "__main__":
