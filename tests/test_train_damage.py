@@ -106,6 +106,8 @@ def test_what_may_change_changes_when_allowed(world, whole, capsys):
     allowed = {"allow_changes": "learning_rate,max_steps"}
     assert world.run(**FLAGS, **changes, **allowed, temperature=3.0) == 2
     assert "these differ: temperature (1.5 -> 3.0). Start" in said(capsys)
+    assert world.run(**FLAGS, **changes, allow_changes="max_steps") == 2
+    assert "Give --allow_changes max_steps,learning_rate if" in said(capsys)
     assert world.run(**FLAGS, **changes, allow_changes="temperature") == 2
     assert "temperature, which may not change" in said(capsys)
     assert world.run(**FLAGS, **changes, **allowed) == 0

@@ -28,6 +28,19 @@ FAULTS = {
     "weight": ({"distillation_loss_weight": 1.5}, "from 0 to 1"),
     "layers": ({"student_layers": "3,1"}, "rising layer numbers"),
     "layer words": ({"student_layers": "first"}, "rising layer numbers"),
+    "layers without teacher": (
+        {"teacher": None, "student": None, "student_layers": "0", "distillation_loss_weight": 0},
+        "name one, or give --teacher to keep",
+    ),
+    "teacher without layers": ({"student": None}, "name one, or give --student_layers to keep"),
+    "may change anyway": (
+        {"resume_from_checkpoint": "last", "allow_changes": "eval_steps,learning_rate"},
+        "--allow_changes names eval_steps, which may change without it: leave that out",
+    ),
+    "may not change": (
+        {"resume_from_checkpoint": "last", "allow_changes": "temperature"},
+        "names temperature, which may not change within a run",
+    ),
     "layers not there": ({"student_layers": "0,7"}, "has layers 0 to 1"),
     "too long": ({"max_seq_length": 600}, "reads 512 tokens"),
     "stride": ({"doc_stride": 300}, "--doc_stride 300"),
@@ -105,3 +118,39 @@ def test_nothing_to_resume_is_said_before_the_teacher_runs(world, capsys):
     assert world.run(max_steps=1, resume_from_checkpoint="last") == 2
     assert "holds no checkpoint" in capsys.readouterr().err
     assert not (world.path / "cache/teacher").exists()
+
+
+def test_an_output_folder_of_something_else_is_not_offered_to_be_overwritten(world, capsys):
+    world.output.mkdir()
+    (world.output / "diary.txt").write_text("mine")
+    assert world.run() == 2
+    assert capsys.readouterr().err.endswith("is not empty: name another.\n")
+    assert world.run(resume_from_checkpoint="last") == 2
+    assert "give --overwrite instead to start again" not in capsys.readouterr().err
+    assert (world.output / "diary.txt").read_text() == "mine"
+
+
+def test_what_is_offered_for_a_folder_that_is_not_empty_can_be_done(world, capsys):
+    assert world.run(max_steps=1) == 0
+    capsys.readouterr()
+    assert world.run(max_steps=1) == 2
+    assert capsys.readouterr().err.endswith("name another, or add --overwrite.\n")
+    assert world.run(max_steps=2, save_steps=1, overwrite=True) == 0
+    capsys.readouterr()
+    assert world.run(max_steps=2) == 2
+    assert "or --resume_from_checkpoint last" in capsys.readouterr().err
+
+
+def test_unlabelled_questions_name_what_is_missing(world, capsys):
+    bare = world.path / "bare.jsonl"
+    bare.write_text('{"id": "a", "question": "Who?", "context": "Anna."}\n')
+    changes = {"train_file": bare, "distillation_loss_weight": 0}
+    assert world.run(**changes) == 2
+    assert "or a --distillation_loss_weight above 0 for unlabelled" in capsys.readouterr().err
+    assert world.run(**changes, teacher=None) == 2
+    assert "or a --teacher for unlabelled ones" in capsys.readouterr().err
+
+
+def test_a_run_without_a_teacher_makes_a_model_and_no_student(world, capsys):
+    assert world.run(max_steps=1, teacher=None, distillation_loss_weight=0) == 0
+    assert f"The model is in {world.output}" in capsys.readouterr().out

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kdfast.distill.checkpoint_state import FORMAT, fault_of_state
+from kdfast.distill.log import LOG_FILE
 from kdfast.distill.model_folders import list_checkpoints, save_model, writing
 from kdfast.distill.models import SpanModel
 from kdfast.distill.optim import Updater
@@ -163,11 +164,12 @@ def find_checkpoint(name: str, output_dir: Path) -> tuple[Path, list[str]]:
             f"--resume_from_checkpoint last: every checkpoint in {output_dir} is damaged: give "
             "--overwrite instead to start again, or another --output_dir."
         )
-    is_empty = all(path.name.startswith(".") for path in output_dir.iterdir())
-    remedy = "leave the flag out" if is_empty else "give --overwrite instead"
-    raise UserError(
-        f"--resume_from_checkpoint last: {output_dir} holds no checkpoint: {remedy} to start again."
-    )
+    remedy = "name the folder of the earlier run"
+    if (output_dir / LOG_FILE).is_file():
+        remedy = "give --overwrite instead to start again"
+    elif all(path.name.startswith(".") for path in output_dir.iterdir()):
+        remedy = "leave the flag out to start"
+    raise UserError(f"--resume_from_checkpoint last: {output_dir} holds no checkpoint: {remedy}.")
 
 
 def _other_than(folder: Path) -> str:

@@ -138,18 +138,17 @@ def teacher_logits(
 def trained_windows(config: TrainConfig, windows: features.Windows, ranks: Ranks) -> np.ndarray:
     """The windows that teach something: unlabelled ones only where there is a teacher."""
     keep = np.array(windows.trainable)
-    unlabelled = windows.start_positions == -100
-    if config.stage == "predictions" and not config.learns_answers and unlabelled.any():
-        ranks.say(
-            f"{(keep & unlabelled).sum()} unlabelled windows are left out: there is no teacher."
-        )
+    unlabelled = keep & (windows.start_positions == -100)
+    is_useless = config.stage == "predictions" and not config.learns_answers and unlabelled.any()
+    if is_useless:
+        count = unlabelled.sum()
+        ranks.say(f"{count} unlabelled windows are left out, as no teacher is learnt from.")
         keep &= ~unlabelled
     if not keep.any():
         remedy = "all are left out, as said above: mend the file or the flags"
-        if unlabelled.any():
-            unused = config.teacher and not config.learns_answers
-            weight = "--distillation_loss_weight above 0" if unused else "--teacher"
-            remedy = f"give labelled questions, or a {weight} for unlabelled ones"
+        if is_useless:
+            needed = "--distillation_loss_weight above 0" if config.teacher else "--teacher"
+            remedy = f"give labelled questions, or a {needed} for unlabelled ones"
         raise UserError(f"--train_file {config.train_file} has no question to train on: {remedy}.")
     return np.flatnonzero(keep)
 

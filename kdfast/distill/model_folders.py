@@ -161,8 +161,9 @@ def _write_error(path: Path, number: int | None, reason: str) -> UserError:
     if number in (errno.ENOSPC, errno.EDQUOT):
         # path is the run's folder, or something in it.
         checkpoints = [*list_checkpoints(path), *list_checkpoints(path.parent)]
-        remedy = "start again with --overwrite, as no checkpoint had been written"
+        advice = ""
         if checkpoints:
-            remedy = f"go on with --resume_from_checkpoint last, which is {checkpoints[-1].name}"
-        return UserError(f"The disk is full while {path} is written: free some space and {remedy}.")
+            name = checkpoints[-1].name
+            advice = f" and go on with --resume_from_checkpoint last, which is {name}"
+        return UserError(f"The disk is full while {path} is written: free some space{advice}.")
     return UserError(f"{path} cannot be written ({reason}): choose another --output_dir.")

@@ -108,13 +108,17 @@ def test_torn_or_absent_checkpoints_are_named(setup, tmp_path):
 
 def test_a_full_disk_leaves_the_earlier_checkpoint(setup, tmp_path, monkeypatch):
     run = setup()
-    first = save(run, tmp_path, 1)
 
     def full(*arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_json", full)
+        with pytest.raises(UserError, match=r"disk is full.*: free some space\.$"):
+            save(run, tmp_path, 1)
+    first = save(run, tmp_path, 1)
     monkeypatch.setattr(checkpoint, "write_json", full)
-    with pytest.raises(UserError, match=r"disk is full.*resume_from_checkpoint last"):
+    with pytest.raises(UserError, match=r"disk is full.* last, which is checkpoint-1"):
         save(run, tmp_path, 2)
     monkeypatch.undo()
     assert checkpoint.find_checkpoint("last", tmp_path) == (first, [])
