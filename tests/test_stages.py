@@ -27,7 +27,7 @@ def test_layers_alone(world, wide, capsys):
     assert all(line["hidden"] > 0 and line["attention"] > 0 for line in lines)
     assert config_of(world.output)["stage"] == "layers"
     assert not (world.output / "README.md").exists()  # it is no reader yet
-    assert "hidden" in capsys.readouterr().err  # the progress bar
+    assert "step 6 of 6: loss" in capsys.readouterr().out
 
 
 def test_a_resumed_run_ends_in_the_same_bits(world, wide):
