@@ -135,10 +135,10 @@ def records(config: PredictConfig) -> Iterator[tuple[object, str, str]]:
     tally = Tally()
     source = "/dev/stdin" if config.data == "-" else config.data
     for example in iter_examples(source, split="validation", tally=tally):
-        if not example.question:
+        if not example.question.strip():
             tally.add("no_question", example.id)
             continue
-        name = int(example.id) if example.numbered else example.id
+        name = int(example.id) if example.numbered and example.id.isdecimal() else example.id
         yield name, example.question, example.context
     for note in tally.notes({}, training=False):
         print(note, file=sys.stderr, flush=True)

@@ -57,13 +57,15 @@ class Parser:
     def _walk(self, where: str, node: Any, title: str, context: _Context) -> Iterator[Example]:
         if not isinstance(node, dict):
             self.tally.add("read")
+            self._number += 1
             self._leave_out(where, "unreadable", f"{kind_of(node)} where an object belongs")
             return
         if form := unread_form(node):
             raise UserError(f"{self.source}: {form}")
         title = text_of(node.get("title")) or title
         key = first_of(node, CONTEXTS)
-        if key is not None:
+        # A question's null does not hide the context of its paragraph.
+        if key is not None and (node[key] is not None or context.fault):
             context = self._shared(node[key])
         parts = [part for part in PARTS if isinstance(node.get(part), (list, dict))]
         if parts == ["data"] and first_of(node, QUESTIONS):
@@ -108,11 +110,12 @@ class Parser:
             return None
         name = str(number) if given is None else given
         renamed_from = None
-        if given is not None and name in self._ids:
-            renamed_from, copy = name, 2
+        if name in self._ids:
+            # A question without an id has no claim to what was predicted under this one.
+            base, renamed_from, copy = name, given, 2
             self.tally.add("same_id", name)
             while name in self._ids:
-                name, copy = f"{given}#{copy}", copy + 1
+                name, copy = f"{base}#{copy}", copy + 1
         self._ids.add(name)
         return Example(name, title, question, context.text, answers, given is None, renamed_from)
 
@@ -123,13 +126,22 @@ class Parser:
     def _answers(self, name: str, node: dict, context: str) -> tuple[Answer, ...] | None:
         """None: unlabelled. Raises ValueError where there are answers and none can be read."""
         held = [node[key] for key in ANSWERS if node.get(key) is not None]
-        raw = next(filter(None, held), held[0] if held else None)
+        # An empty form of one key does not hide what another holds.
+        filled = (
+            each
+            for each in held
+            if any(text not in (None, "") for text, _ in _pairs(each, context))
+        )
+        raw = next(filled, held[0] if held else None)
         detected = node.get("detected_answers")
         impossible = is_true(node.get("is_impossible"))
         if raw is None and detected is None:
             return () if impossible else None
         found, empty, strange = [], 0, None
-        for text, start in [*_detected(detected, context), *_pairs(raw, _of(node, STARTS))]:
+        for text, start in [
+            *_detected(detected, context),
+            *_pairs(raw, context, _of(node, STARTS)),
+        ]:
             written = text_of(text)
             if written is None and text is not None:
                 strange = text
@@ -149,15 +161,17 @@ class Parser:
         return tuple(found)
 
 
-def _pairs(raw: Any, start: Any = None) -> Iterator[tuple[Any, Any]]:
+def _pairs(raw: Any, context: str, start: Any = None) -> Iterator[tuple[Any, Any]]:
     """(text, place) of each answer in a value of ANSWERS.
 
     Lists of {text, answer_start}, {text: [...], answer_start: [...]}, one {text, answer_start},
-    texts, one text, and each of these as JSON or as Python prints it. start: a place, or places,
-    that stand beside the value.
+    texts, one text, and each of these as JSON or as Python prints it, unless the text itself, such
+    as "[1]", stands in the context. start: a place, or places, that stand beside the value.
     """
     if isinstance(raw, str):
-        raw = _decoded(raw)
+        decoded = _decoded(raw)
+        if not decoded or raw.strip() not in context:
+            raw = decoded
     items = raw if isinstance(raw, list) else [] if raw is None else [raw]
     starts = start if isinstance(start, list) else [start]
     for item, beside in zip_longest(items, starts[: len(items)]):

@@ -352,3 +352,44 @@ def test_real_files(name, questions):
         assert [(a.text, a.start) for a in example.answers] == [
             (a["text"], a["answer_start"]) for a in answers
         ]
+
+
+def read_lines(tmp_path, *rows):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    tally = Tally()
+    return read_examples(str(path), tally=tally), tally
+
+
+def test_a_number_that_is_anothers_id_is_not_given_again(tmp_path):
+    row = {"question": "Who?", "context": CONTEXT, "answers": []}
+    (first, second), tally = read_lines(tmp_path, {**row, "id": "1"}, row)
+    assert (first.id, second.id, second.renamed_from) == ("1", "1#2", None)
+    assert tally.counts["same_id"] == 1
+
+
+def test_a_record_that_is_no_object_has_its_number_too(tmp_path):
+    row = {"question": "Who?", "context": CONTEXT}
+    found, _ = read_lines(tmp_path, row, 5, row)
+    assert [each.id for each in found] == ["0", "2"]
+
+
+def test_a_null_does_not_hide_the_context_of_the_paragraph(tmp_path):
+    asked = {"id": "a", "question": "Who?", "context": None}
+    (found,), _ = read_lines(tmp_path, {"context": CONTEXT, "qas": [asked]})
+    assert found.context == CONTEXT
+
+
+@pytest.mark.parametrize("empty", [{"text": [], "answer_start": []}, [], "", "[]", {"text": [""]}])
+def test_an_empty_form_of_answers_does_not_hide_another(tmp_path, empty):
+    row = {"id": "a", "question": "Who?", "context": CONTEXT, "answers": empty, "answer": "Rollo"}
+    (found,), _ = read_lines(tmp_path, row)
+    assert [each.text for each in found.answers] == ["Rollo"]
+
+
+def test_a_text_that_stands_in_the_context_is_no_json(tmp_path):
+    row = {"id": "a", "question": "Which note?", "context": "As Smith [1] says.", "answer": "[1]"}
+    (found,), _ = read_lines(tmp_path, row)
+    assert [each.text for each in found.answers] == ["[1]"]
+    (found,), _ = read_lines(tmp_path, {**row, "context": "The empty list is [].", "answer": "[]"})
+    assert found.answers == ()
