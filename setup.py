@@ -140,7 +140,7 @@ setup(
     package_data={
         "kdfast.demo": ["*.yaml", "domains/*.yaml", "teacher/*"],
         "kdfast.recipes": ["*.yaml"],
-        "kdfast.distill": ["templates/*"],
+        "kdfast.cards": ["templates/*"],
     },
     ext_modules=[rows],
     cmdclass={"build_ext": BuildRows},

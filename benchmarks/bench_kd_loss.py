@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdfast import backends, fused_kd_loss
+from kdfast import fused_kd_loss
+from kdfast.kernels import backends
 
 from . import kd_loss_report
 from .rounds import clock, machine, run_rounds

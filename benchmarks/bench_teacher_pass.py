@@ -16,11 +16,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForQuestionAnswering
 
-from kdfast.distill.costs import forward_tokens, matmul_rate
-from kdfast.distill.models import SpanModel
-from kdfast.distill.precision import AUTOCAST
-from kdfast.distill.teacher import Source, fill_cache
-from kdfast.squad.windows import Windows
+from kdfast.data.windows import Windows
+from kdfast.models.inference import forward_tokens
+from kdfast.models.load import SpanModel
+from kdfast.models.precision import AUTOCAST
+from kdfast.teachers.cache import Source, fill_cache
+from kdfast.training.micro_batches import matmul_rate
 
 from .bert_reader import FORMULA, bert_reader, forward_operations
 from .reading_corpus import corpus, made_up_corpus

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from kdfast.distill.costs import count_work, matmul_rate
-from kdfast.distill.models import SpanModel
-from kdfast.distill.precision import AUTOCAST
+from kdfast.models.load import SpanModel
+from kdfast.models.precision import AUTOCAST
+from kdfast.training.micro_batches import count_work, matmul_rate
 
 from . import train_step_report
 from .bert_reader import bert_reader, forward_operations

@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
-from kdfast.squad.records import read_examples
+from kdfast.data.read import read_examples
 
 SIZE = 8000
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]

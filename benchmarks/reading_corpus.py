@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoTokenizer
 
-from kdfast.squad.examples import Answer, Example
-from kdfast.squad.features import windows_of
-from kdfast.squad.records import read_examples
-from kdfast.squad.windows import Windows
+from kdfast.data.examples import Answer, Example
+from kdfast.data.prepare import windows_of
+from kdfast.data.read import read_examples
+from kdfast.data.windows import Windows
 from tests import tokenizers
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdfast.distill import costs
-from kdfast.distill.config import TrainConfig
-from kdfast.distill.dropout import speed_up_dropout
-from kdfast.distill.feed import flat_positions, make_feed
-from kdfast.distill.log import Clock, TrainLog
-from kdfast.distill.models import SpanModel
-from kdfast.distill.optim import Updater, make_optimizer
-from kdfast.distill.precision import AUTOCAST
-from kdfast.distill.step import Stepper
-from kdfast.squad.windows import Windows
+from kdfast.config import TrainConfig
+from kdfast.data.windows import Windows
+from kdfast.models.dropout import speed_up_dropout
+from kdfast.models.load import SpanModel
+from kdfast.models.loader import flat_positions, make_feed
+from kdfast.models.precision import AUTOCAST
+from kdfast.training import micro_batches
+from kdfast.training.log import Clock, TrainLog
+from kdfast.training.optimizer import Updater, make_optimizer
+from kdfast.training.step import Stepper
 
 CPU = torch.device("cpu")
 TEMPERATURE, WEIGHT = 2.0, 0.75
@@ -180,7 +180,7 @@ class Kdfast:
         speed_up_dropout(span_model)
         updater = TimedUpdater(span_model, self.optimizer, None, problem.max_grad_norm)
         updater.timeline = self.timeline
-        work = costs.count_work(span_model)
+        work = micro_batches.count_work(span_model)
         self.stepper = make_stepper(problem, span_model, updater, work)
         span_model.register_forward_pre_hook(lambda *_: self.timeline.begin("forward"))
         span_model.register_forward_hook(lambda *_: self.timeline.begin("loss"))
@@ -202,7 +202,9 @@ class Kdfast:
         return Turn(ended - started, indices, report.padded_tokens, parts)
 
 
-def make_stepper(problem: Problem, model: SpanModel, updater: Updater, work: costs.Work) -> Stepper:
+def make_stepper(
+    problem: Problem, model: SpanModel, updater: Updater, work: micro_batches.Work
+) -> Stepper:
     """As kdfast.train makes it with the default settings."""
     config = TrainConfig(
         temperature=TEMPERATURE,
@@ -213,7 +215,7 @@ def make_stepper(problem: Problem, model: SpanModel, updater: Updater, work: cos
         embeds_dropout_prob=0.0,
         mixed_precision=problem.precision,
     )
-    probe = costs.MemoryProbe(model, model, CPU, AUTOCAST[problem.precision])
+    probe = micro_batches.MemoryProbe(model, model, CPU, AUTOCAST[problem.precision])
     return Stepper(
         config,
         model,
@@ -221,7 +223,7 @@ def make_stepper(problem: Problem, model: SpanModel, updater: Updater, work: cos
         updater,
         make_feed(problem.windows, problem.teacher_logits, CPU),
         problem.windows.lengths,
-        costs.choose_rule(config, work, probe),
+        micro_batches.choose_rule(config, work, probe),
         CPU,
         problem.precision,
         total_steps=1000,

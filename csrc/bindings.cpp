@@ -121,7 +121,7 @@ void set_target(kd::Rows& rows, int head, int64_t target, const py::tuple& strid
 }
 
 // A door to the rows: the arguments that both functions begin with, as _inputs of
-// kdfast/backends/native.py and the settings give them, checked and made into kd::Rows for `body`.
+// kdfast/kernels/native.py and the settings give them, checked and made into kd::Rows for `body`.
 // shape begins with B and L; a teacher or mask at address 0 is none.
 template <class... Rest>
 auto door(void (*body)(const kd::Rows&, Rest...)) {

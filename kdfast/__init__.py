@@ -8,7 +8,7 @@ it needs transformers.
 import sys
 
 if sys.argv[:1] == ["-m"]:  # a program starts: torch takes seconds to load, and Ctrl-C may come
-    from kdfast import program
+    from kdfast.common import program
 
     program.end_at_interrupt()
 

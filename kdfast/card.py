@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdfast import program
-from kdfast.distill.config import TrainConfig, flag
-from kdfast.distill.evaluate_config import EvaluateConfig
-from kdfast.errors import UserError
-from kdfast.files import read_json_object, write_json
+from kdfast.common import program
+from kdfast.common.errors import UserError
+from kdfast.common.files import read_json_object, write_json
+from kdfast.config import TrainConfig, flag
+from kdfast.evaluation.settings import EvaluateConfig
 
 if TYPE_CHECKING:
-    from kdfast.distill.run_files import RunFiles
+    from kdfast.cards.run_files import RunFiles
 
 Say = Callable[[str], None]
 
@@ -60,9 +60,10 @@ class CardConfig:
         """Raise UserError for a flag that is missing or out of range."""
         if self.model_dir is None:
             raise UserError("--model_dir is missing: name the folder of a finished run.")
-        from kdfast.distill import card
 
-        card.check(self.language, self.push_to_hub)
+        from kdfast.cards import model_card
+
+        model_card.check(self.language, self.push_to_hub)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -83,10 +84,10 @@ def start(config: CardConfig) -> None:
 
 def publish(config: CardConfig, say: Say) -> None:
     """Write pictures, card and, if wanted, report; then, if wanted, upload the model."""
-    from kdfast.distill import card, figures, report
-    from kdfast.distill.model_folders import writing
-    from kdfast.distill.record import CARD_SETTINGS
-    from kdfast.distill.run_files import read_run
+    from kdfast.cards import figures, html, model_card
+    from kdfast.cards.run_files import read_run
+    from kdfast.models.save import writing
+    from kdfast.training.run_folder import CARD_SETTINGS
 
     folder = Path(config.model_dir).expanduser()
     files = read_run(folder)
@@ -117,7 +118,7 @@ def publish(config: CardConfig, say: Say) -> None:
         plots = figures.save(files, beside)
     else:
         say("Pictures are left out, as matplotlib is absent: pip install matplotlib.")
-    path = card.write_card(
+    path = model_card.write_card(
         files,
         plots,
         kept["repository"],
@@ -128,14 +129,14 @@ def publish(config: CardConfig, say: Say) -> None:
         write_json(folder / CARD_SETTINGS, kept)
     say(f"The card is {path}.")
     if config.report:
-        say(f"The report is {report.write(files, plots)}: open it in a browser.")
+        say(f"The report is {html.write(files, plots)}: open it in a browser.")
     if config.push_to_hub:
-        say(f"The model is at {card.push(folder, config.push_to_hub)}.")
+        say(f"The model is at {model_card.push(folder, config.push_to_hub)}.")
 
 
 def kept_settings(folder: Path) -> dict[str, Any]:
     """What earlier cards of the run were given: `beside`, a list, and texts or None."""
-    from kdfast.distill.record import CARD_SETTINGS
+    from kdfast.training.run_folder import CARD_SETTINGS
 
     found = read_json_object(folder / CARD_SETTINGS)
     texts = {name: found.get(name) for name in ("language", "license", "repository")}
@@ -153,8 +154,8 @@ def needs_answers(files: "RunFiles") -> bool:
 
 def answer_validation(files: "RunFiles") -> None:
     """Evaluate model and teacher on the run's validation data, into its eval/."""
-    from kdfast.distill.ranks import Ranks
-    from kdfast.distill.run_files import EVAL_FOLDER
+    from kdfast.cards.run_files import EVAL_FOLDER
+    from kdfast.common.ranks import Ranks
     from kdfast.evaluate import evaluate
 
     config = files.config

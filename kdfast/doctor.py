@@ -18,8 +18,10 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 import kdfast
-from kdfast import backends, fused_kd_loss, program
-from kdfast.errors import UserError
+from kdfast import fused_kd_loss
+from kdfast.common import program
+from kdfast.common.errors import UserError
+from kdfast.kernels import backends
 
 VOLTA = (
     "A V100 (sm_70) needs torch 2.14 or older from PyTorch's cu126 index: CUDA 13 has no sm_70, "
@@ -54,7 +56,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def start(given: argparse.Namespace) -> None:
     """The work of the program."""
     if given.convert:
-        from kdfast.distill.conversion import convert
+        from kdfast.models.conversion import convert
 
         print(f"{convert(given.convert, given.output_dir)} is written.")
     else:

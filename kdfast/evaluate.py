@@ -2,8 +2,8 @@
 
 import sys
 
-from kdfast import program
-from kdfast.distill.evaluate_config import parse
+from kdfast.common import program
+from kdfast.evaluation.settings import parse
 
 if __name__ == "__main__":  # flags come first: what is imported below takes seconds
     sys.exit(program.run(parse, "kdfast.evaluate:start", stdout_is_result=True))
@@ -12,17 +12,17 @@ import json
 import math
 from pathlib import Path
 
-from kdfast.distill import scoring
-from kdfast.distill.contender import Contender, questions_of, result_of
-from kdfast.distill.evaluate_config import EvaluateConfig
-from kdfast.distill.precision import pick_device, resolve
-from kdfast.distill.ranks import Ranks
-from kdfast.distill.record import describe_machine
-from kdfast.errors import UserError
-from kdfast.files import make_writable, write_json
-from kdfast.squad import answers, bootstrap, metrics, predictions, records, results
-from kdfast.squad.suites import EvaluationSet
-from kdfast.squad.tally import Tally
+from kdfast.common.errors import UserError
+from kdfast.common.files import make_writable, write_json
+from kdfast.common.machine import describe_machine
+from kdfast.common.ranks import Ranks
+from kdfast.data import read
+from kdfast.data.tally import Tally
+from kdfast.evaluation import answers, bootstrap, metrics, predictions, scoring, tables
+from kdfast.evaluation.evaluated_model import Contender, questions_of, result_of
+from kdfast.evaluation.settings import EvaluateConfig
+from kdfast.evaluation.suites import EvaluationSet
+from kdfast.models.precision import pick_device, resolve
 
 FORMAT = 1  # of what is written: raise it when the meaning changes
 
@@ -99,9 +99,9 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> str:
         if config.suite is None:
             answers.write_predictions(answered[0].evaluation.answers, output)
     if config.suite is not None:
-        return results.table(found)
+        return tables.table(found)
     if config.compare is not None:
-        ranks.warn(results.table(found))
+        ranks.warn(tables.table(found))
     return report_scores(found[0]["metrics"], sets[0], output)
 
 
@@ -113,11 +113,11 @@ def report_scores(scores: dict[str, float], each: EvaluationSet, output: Path | 
     return json.dumps(named, indent=2)
 
 
-def read_questions(each: EvaluationSet, tally: Tally | None = None) -> list[records.Example]:
+def read_questions(each: EvaluationSet, tally: Tally | None = None) -> list[read.Example]:
     """The questions of a set. What cannot be read or scored is refused before a reader answers."""
     try:
-        examples = records.read_examples(each.source, split="validation", tally=tally)
-        records.check_ids(each.source, examples)
+        examples = read.read_examples(each.source, split="validation", tally=tally)
+        read.check_ids(each.source, examples)
         metrics.gold_answers(examples)
     except UserError as error:
         if each.file is not None:

@@ -3,10 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from kdfast import reference
-from kdfast.arguments import Logits, check_name, check_settings, check_tensors
-from kdfast.backends import choose, choose_while_tracing
-from kdfast.kd_rows import (
+from kdfast.kernels import reference
+from kdfast.kernels.autograd import (
     HARD,
     NO_TRANSFORMS,
     SOFT,
@@ -14,6 +12,8 @@ from kdfast.kd_rows import (
     is_seen,
     rows_of_graph,
 )
+from kdfast.kernels.backends import choose, choose_while_tracing
+from kdfast.kernels.checks import Logits, check_name, check_settings, check_tensors
 
 REDUCTIONS = ("mean", "sum", "none")
 

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from transformers import Trainer
 
-from kdfast.distill.config import TrainConfig
-from kdfast.distill.hf_rows import (
+from kdfast.common.errors import UserError
+from kdfast.config import TrainConfig
+from kdfast.fused_kd_loss import fused_kd_loss
+from kdfast.training.hf_rows import (
     TEACHER_COLUMNS,
     KDCollator,
     KDDataset,
@@ -20,8 +22,6 @@ from kdfast.distill.hf_rows import (
     kd_parts,
     kd_tokenizer,
 )
-from kdfast.errors import UserError
-from kdfast.fused_kd_loss import fused_kd_loss
 
 __all__ = ["KDCollator", "KDDataset", "KDMixin", "KDTrainer", "kd_dataset", "kd_tokenizer"]
 

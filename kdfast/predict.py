@@ -19,14 +19,14 @@ from typing import Literal, TextIO
 
 from tqdm.auto import tqdm
 
-from kdfast import program
-from kdfast.distill.config import flag
-from kdfast.errors import UserError
-from kdfast.files import make_writable
-from kdfast.squad.questions import check_text
-from kdfast.squad.reader_settings import ReaderSettings
-from kdfast.squad.records import iter_examples
-from kdfast.squad.tally import Tally
+from kdfast.common import program
+from kdfast.common.errors import UserError
+from kdfast.common.files import make_writable
+from kdfast.config import flag
+from kdfast.data.questions import check_text
+from kdfast.data.read import iter_examples
+from kdfast.data.tally import Tally
+from kdfast.evaluation.reader_settings import ReaderSettings
 
 
 @dataclass(frozen=True)

@@ -14,21 +14,21 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from kdfast.distill import models
-from kdfast.distill.costs import forward_tokens
-from kdfast.distill.feed import flat_positions, forward_windows
-from kdfast.distill.precision import AUTOCAST, device_of, resolve
-from kdfast.errors import UserError
-from kdfast.squad.batches import cut_by_tokens
-from kdfast.squad.examples import Example
-from kdfast.squad.features import windows_of
-from kdfast.squad.pipeline import pipeline_answers
-from kdfast.squad.questions import Pair, pair_of, pairs_of
-from kdfast.squad.reader_settings import ReaderSettings
-from kdfast.squad.template import Template
-from kdfast.squad.tokenizer import load_tokenizer
-from kdfast.squad.windows import Windows
-from kdfast.squad.words import Words
+from kdfast.common.errors import UserError
+from kdfast.data.batches import cut_by_tokens
+from kdfast.data.examples import Example
+from kdfast.data.prepare import windows_of
+from kdfast.data.questions import Pair, pair_of, pairs_of
+from kdfast.data.windows import Windows
+from kdfast.evaluation.pipeline_answers import pipeline_answers
+from kdfast.evaluation.reader_settings import ReaderSettings
+from kdfast.models import load
+from kdfast.models.inference import forward_tokens, forward_windows
+from kdfast.models.loader import flat_positions
+from kdfast.models.precision import AUTOCAST, device_of, resolve
+from kdfast.tokenizers.load import load_tokenizer
+from kdfast.tokenizers.template import Template
+from kdfast.tokenizers.word_offsets import Words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -78,7 +78,7 @@ class Reader:
         loaded, self.name = _load(model, tokenizer)
         self.tokenizer = loaded.tokenizer
         self.notes = loaded.notes
-        self._longest = models.longest_input(loaded, self.name)
+        self._longest = load.longest_input(loaded, self.name)
         if mixed_precision not in AUTOCAST:
             raise UserError(
                 f"mixed_precision is {mixed_precision!r}: give one of {', '.join(AUTOCAST)}."
@@ -253,23 +253,23 @@ def _too_much_shared(shared: int, left: int, size: int, question: str) -> UserEr
     )
 
 
-def _load(model: Any, tokenizer: Any) -> tuple[models.Loaded, str]:
+def _load(model: Any, tokenizer: Any) -> tuple[load.Loaded, str]:
     """The model with its tokenizer, and what errors call it."""
     if isinstance(tokenizer, (str, Path)):
         role, name = "tokenizer", str(tokenizer)
-        tokenizer = load_tokenizer(models.local_folder(name, role), role)
+        tokenizer = load_tokenizer(load.local_folder(name, role), role)
     if isinstance(model, (str, Path)):
-        return models.load_reader(str(model), "model", tokenizer=tokenizer), str(model)
+        return load.load_reader(str(model), "model", tokenizer=tokenizer), str(model)
     name = getattr(model, "name_or_path", "") or type(model).__name__
     if not isinstance(getattr(model, "qa_outputs", None), nn.Module):
         raise UserError(
             f"model is {type(model).__name__}: give a folder, a hub id or a model for question "
             "answering."
         )
-    models.check_type(model.config, name, "model")
+    load.check_type(model.config, name, "model")
     if tokenizer is None:
         raise UserError("tokenizer is missing: a model that is loaded already comes without one.")
-    return models.Loaded(models.SpanModel(model), tokenizer, []), name
+    return load.Loaded(load.SpanModel(model), tokenizer, []), name
 
 
 def _chunks(pairs: Iterable[Pair], most: int | None) -> Iterator[list[Pair]]:

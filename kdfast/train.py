@@ -5,8 +5,8 @@ Without any argument it runs the embedded demo.
 
 import sys
 
-from kdfast import program
-from kdfast.distill.train_flags import parse
+from kdfast.common import program
+from kdfast.train_flags import parse
 
 if __name__ == "__main__":  # flags come first: what is imported below takes seconds
     sys.exit(program.run(parse, "kdfast.train:start"))
@@ -20,30 +20,31 @@ import torch
 
 from kdfast import recipes
 from kdfast.card import CardConfig, publish
-from kdfast.distill import checkpoint, costs, inputs, invariance, layers, models, resume, stages
-from kdfast.distill.config import TrainConfig
-from kdfast.distill.dropout import speed_up_dropout
-from kdfast.distill.feed import make_feed
-from kdfast.distill.log import Clock
-from kdfast.distill.model_folders import rehearse_saving
-from kdfast.distill.nonfinite import NonfiniteSteps
-from kdfast.distill.optim import Updater, make_optimizer
-from kdfast.distill.precision import AUTOCAST, be_deterministic, pick_device, resolve
-from kdfast.distill.progress import progress_line, training_bar
-from kdfast.distill.ranks import Ranks
-from kdfast.distill.record import (
+from kdfast.common.machine import code_key, describe_machine
+from kdfast.common.progress import training_bar
+from kdfast.common.ranks import Ranks
+from kdfast.common.signals import Stopped, StopSignals
+from kdfast.config import TrainConfig
+from kdfast.data.batches import CutRule, TrainingOrder
+from kdfast.models import load
+from kdfast.models.dropout import speed_up_dropout
+from kdfast.models.loader import make_feed
+from kdfast.models.precision import AUTOCAST, be_deterministic, pick_device, resolve
+from kdfast.models.save import rehearse_saving
+from kdfast.teachers import layers
+from kdfast.training import checkpoint, inputs, invariance, micro_batches, resume, stages
+from kdfast.training.log import Clock, progress_line
+from kdfast.training.nonfinite import NonfiniteSteps
+from kdfast.training.optimizer import Updater, make_optimizer
+from kdfast.training.results import Results
+from kdfast.training.run_folder import (
     check_shared,
-    code_key,
-    describe_machine,
     local_paths,
     open_output,
     remove_run,
     sole_run,
     write_run,
 )
-from kdfast.distill.results import Results
-from kdfast.distill.stopping import Stopped, StopSignals
-from kdfast.squad.batches import CutRule, TrainingOrder
 
 
 def start(config: TrainConfig | None) -> None:
@@ -66,14 +67,14 @@ def train(config: TrainConfig, ranks: Ranks | None = None, stop: StopSignals | N
     ranks, stop = ranks or Ranks(), stop or StopSignals()
     config.check()
     inputs.validation_set(config)  # a rule without its language is refused at once
+    if not config.check_invariance:
+        CardConfig.of_run(config).check()
     if config.stage == "both":
         with stages.held(config, ranks) as runs:
             for each in runs:
                 record = train(each, ranks, stop)
         return record
     stop.grace_seconds, stop.is_first = config.grace_seconds, ranks.is_first
-    if not config.check_invariance:
-        CardConfig.of_run(config).check()
     device = pick_device(ranks.local_rank)
     precision = resolve(config.mixed_precision, device)
     if config.deterministic:
@@ -147,17 +148,17 @@ def distil(
     progress.starts.append(progress.steps)
 
     forward = model.compiled() if config.torch_compile else learner
-    multiple = models.COMPILED_WIDTH if config.torch_compile else 1
+    multiple = load.COMPILED_WIDTH if config.torch_compile else 1
     if config.gradient_checkpointing:
         model.keep_no_activations()
-    work = costs.count_work(model)
+    work = micro_batches.count_work(model)
     if config.stage == "layers":
-        work = work.with_teacher(costs.count_work(learner.teacher))
+        work = work.with_teacher(micro_batches.count_work(learner.teacher))
     if progress.rule is None:
         rule = ""
         if ranks.is_first:  # what memory it finds holds for all
-            probe = costs.MemoryProbe(learner, forward, device, AUTOCAST[precision])
-            rule = json.dumps(asdict(costs.choose_rule(config, work, probe)))
+            probe = micro_batches.MemoryProbe(learner, forward, device, AUTOCAST[precision])
+            rule = json.dumps(asdict(micro_batches.choose_rule(config, work, probe)))
         progress.rule = CutRule(**json.loads(ranks.share(rule)))
     feed = make_feed(windows, teacher_logits, device, multiple)
     stepper = kind_of_step(
@@ -179,7 +180,7 @@ def distil(
         return invariance.report(stepper, order.step(0), ranks)
     if config.overwrite and ranks.is_first:  # not before all that the run needs has proved good
         remove_run(output)
-    matmul_rate = costs.matmul_rate(device, AUTOCAST[precision] or torch.float32)
+    matmul_rate = micro_batches.matmul_rate(device, AUTOCAST[precision] or torch.float32)
     stop.can_resume = stop.can_resume or bool(checkpoint.list_checkpoints(output))
     results = Results(
         config,

@@ -3,7 +3,7 @@
 import torch
 from transformers import AutoModelForQuestionAnswering, TrainingArguments
 
-from kdfast.distill.config import TrainConfig
+from kdfast.config import TrainConfig
 from kdfast.hf import KDDataset, kd_dataset
 
 

@@ -5,7 +5,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from kdfast.distill.optim import Updater
+from kdfast.training.optimizer import Updater
 
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
 

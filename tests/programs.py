@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from kdfast import train
-from kdfast.distill.log import Speed
+from kdfast.training.log import Speed
 from tests import corpora, readers
 
 

@@ -48,7 +48,7 @@ DEBERTA_V3 = {
 
 @dataclass(frozen=True)
 class Published:
-    """tokenizer: a family of tests.tokenizers that is like the model's own."""
+    """tokenizer: a family of tests.small_tokenizers that is like the model's own."""
 
     model_type: str
     tokenizer: str

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from tests import published, tokenizers
+from tests import published, small_tokenizers
 
 SHRUNK = {
     "hidden_size": 16,
@@ -24,7 +24,7 @@ SHRUNK = {
 def make(name: str = "bert", *, seed: int = 0, layers: int = 2, head: bool = True, **own):
     """A tiny model, and a tokenizer of its family. name: of `published`, or a model type."""
     model = published.MODELS[published.COMMON.get(name, name)]
-    tokenizer = tokenizers.of_family(model.tokenizer)
+    tokenizer = small_tokenizers.of_family(model.tokenizer)
     sizes = {
         key: value
         for key, value in SHRUNK.items()

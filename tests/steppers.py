@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kdfast.distill import costs, feed, layers, models
-from kdfast.distill.config import TrainConfig
-from kdfast.distill.dropout import speed_up_dropout
-from kdfast.distill.optim import Updater, make_optimizer
-from kdfast.distill.precision import AUTOCAST
-from kdfast.squad import features
+from kdfast.config import TrainConfig
+from kdfast.data import prepare
+from kdfast.models import load, loader
+from kdfast.models.dropout import speed_up_dropout
+from kdfast.models.precision import AUTOCAST
+from kdfast.teachers import layers
+from kdfast.training import micro_batches
+from kdfast.training.optimizer import Updater, make_optimizer
 from tests import corpora, readers
 
 
@@ -47,8 +49,8 @@ def make(
         **changes,
     }
     config = TrainConfig(**settings)
-    loaded = models.load_reader(name, "--student", embeds_dropout_prob=config.embeds_dropout_prob)
-    windows = features.prepare(
+    loaded = load.load_reader(name, "--student", embeds_dropout_prob=config.embeds_dropout_prob)
+    windows = prepare.prepare(
         source, loaded.tokenizer, max_seq_length=200, cache_dir=path / "cache"
     )
     model = loaded.model.to(dtype)
@@ -64,15 +66,15 @@ def make(
     logits = draw.normal(0, 3, (len(windows.input_ids), 2)).astype(np.float16)
     if config.gradient_checkpointing:
         model.keep_no_activations()
-    probe = costs.MemoryProbe(learner, learner, device, AUTOCAST[precision])
+    probe = micro_batches.MemoryProbe(learner, learner, device, AUTOCAST[precision])
     stepper = kind(
         config,
         model,
         learner,
         updater,
-        feed.HostFeed(windows, logits if teacher else None),
+        loader.HostFeed(windows, logits if teacher else None),
         windows.lengths,
-        costs.choose_rule(config, costs.count_work(model), probe),
+        micro_batches.choose_rule(config, micro_batches.count_work(model), probe),
         device,
         precision,
         total_steps=10,

@@ -9,8 +9,9 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from kdfast import FusedKDLoss, backends, fused_kd_loss, kd_loss_rows
-from kdfast.kd_rows import kinds_of
+from kdfast import FusedKDLoss, fused_kd_loss, kd_loss_rows
+from kdfast.kernels import backends
+from kdfast.kernels.autograd import kinds_of
 
 REFUSED = backends.why_not("native", torch.empty(0))
 needs_native = pytest.mark.skipif(REFUSED is not None, reason=f"native: {REFUSED}")

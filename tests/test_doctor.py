@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kdfast import backends, doctor
-from kdfast.backends.native import REMEDY
+from kdfast import doctor
+from kdfast.kernels import backends
+from kdfast.kernels.native import REMEDY
 
 ROOT = Path(__file__).parents[1]
 

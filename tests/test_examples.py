@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from kdfast import train
+from kdfast.cards.card_text import usage
 from kdfast.demo import TEACHER
-from kdfast.distill.card_text import usage
 from tests import examples
 
 DOCUMENTS = [examples.ROOT / "README.md", *sorted((examples.ROOT / "docs").glob("*.md"))]

@@ -16,11 +16,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from kdfast import Reader
-from kdfast.distill.model_folders import save_model
-from kdfast.distill.models import load_reader
-from kdfast.squad.examples import Example
-from kdfast.squad.features import windows_of
-from kdfast.squad.tokenizer import load_tokenizer
+from kdfast.data.examples import Example
+from kdfast.data.prepare import windows_of
+from kdfast.models.load import load_reader
+from kdfast.models.save import save_model
+from kdfast.tokenizers.load import load_tokenizer
 from tests import families
 
 ROOT = Path(__file__).parents[1]

@@ -10,8 +10,8 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from kdfast import fused_kd_loss
-from kdfast.distill.config import TrainConfig
-from kdfast.errors import UserError
+from kdfast.common.errors import UserError
+from kdfast.config import TrainConfig
 from kdfast.hf import KDCollator, KDDataset, KDMixin, KDTrainer, kd_dataset
 from tests import forks
 from tests.hf_runs import settings_and_rows, student

@@ -14,9 +14,9 @@ from transformers import (
 )
 
 from kdfast import fused_kd_loss
+from kdfast.data.read import read_examples
+from kdfast.evaluation import metrics
 from kdfast.hf import KDCollator, KDMixin, KDTrainer
-from kdfast.squad import metrics
-from kdfast.squad.records import read_examples
 from tests.corpora import shared
 from tests.hf_runs import arguments, settings_and_rows, student
 

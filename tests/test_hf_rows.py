@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch.utils.data import ConcatDataset, Subset
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
-from kdfast.errors import UserError
+from kdfast.common.errors import UserError
 from kdfast.hf import KDCollator, KDDataset, KDTrainer
 from tests.hf_runs import arguments, settings_and_rows, student
 

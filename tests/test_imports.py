@@ -13,22 +13,24 @@ import kdfast
 PACKAGE = Path(kdfast.__file__).parent
 # Who may import whom: a module imports those of a lower rank, and its own folder.
 RANKS = {
-    "errors": 0,
-    "files": 0,
     "_C": 0,
-    "usual_flags": 0,
-    "program": 1,
-    "arguments": 1,
+    "common": 0,
     "recipes": 1,
-    "reference": 1,
-    "backends": 2,
-    "kd_rows": 3,
-    "fused_kd_loss": 4,
-    "squad": 4,
-    "distill": 5,
-    "reader": 6,
+    "config_checks": 1,
+    "config": 2,
+    "train_flags": 3,
+    "tokenizers": 1,
+    "data": 2,
+    "models": 3,
+    "teachers": 4,
+    "kernels": 4,
+    "fused_kd_loss": 5,
+    "evaluation": 5,
+    "training": 6,
+    "cards": 7,
+    "reader": 7,
 }
-PROGRAM = 7
+PROGRAM = 8
 SPELLINGS = [
     "from kdfast import fused_kd_loss; call = fused_kd_loss",
     "import kdfast; call = kdfast.fused_kd_loss",
@@ -57,7 +59,8 @@ def modules():
         yield ".".join(parts[:-1] if is_package else parts), is_package, path
 
 
-TRITON = {"triton_rows", "triton_kernels", "triton_memory"}
+TRITON = {"triton_launch", "triton_kernels", "triton_memory"}
+BACKENDS = {"native", *TRITON}
 
 
 def fault(module, name):
@@ -66,17 +69,23 @@ def fault(module, name):
     if target[0] in ("tests", "benchmarks"):
         return "nobody imports tests or benchmarks"
     own = importer[1] if len(importer) > 1 else ""
-    if own == "squad" and target[0] == "torch":
-        return "squad knows no model and no device"
-    if own in ("", "fused_kd_loss", "reference") and target[0] in ("numpy", "triton"):
+    if own in ("data", "tokenizers") and target[0] == "torch":
+        return f"{own} knows no model and no device"
+    is_loss = own in ("", "fused_kd_loss", "kernels") and importer[-1] not in TRITON
+    if is_loss and target[0] in ("numpy", "triton"):
         return "the loss needs torch alone"
     if target[0] != "kdfast" or not own:
         return None
     rank = RANKS.get(own, PROGRAM)
     if len(target) == 1 or not is_part(target[1]):
-        return None if rank >= RANKS["distill"] else "kdfast itself is above the loss and squad"
-    if own == target[1] == "backends" and not {importer[-1], target[2]} <= TRITON:
-        return "backends never import each other"
+        return None if rank >= RANKS["training"] else "kdfast itself is above the parts"
+    is_of_loss = own in ("fused_kd_loss", "kernels")
+    if importer[-1] == "reference" or (is_of_loss and target[1] != "kernels"):
+        return "the loss needs torch alone"
+    if own == target[1] == "kernels":
+        both = {importer[-1], target[2]}
+        is_apart = both <= BACKENDS and not both <= TRITON
+        return "backends never import each other" if is_apart else None
     if own == target[1] or RANKS.get(target[1], PROGRAM) < rank or rank == PROGRAM:
         return None
     return f"{own} is not above {target[1]}"
@@ -97,21 +106,39 @@ def test_arrows_point_down():
     assert not up, "\n".join(up)
 
 
+def test_no_circle():
+    """Among modules, whether imported at the top or in a function."""
+    known = {module: (is_package, path) for module, is_package, path in modules()}
+    arrows = {
+        module: {
+            part
+            for name in imported(path.read_text(encoding="utf-8"), module, is_package)
+            for part in (name, name.rpartition(".")[0])
+            if part in known and part not in (module, "kdfast")
+        }
+        for module, (is_package, path) in known.items()
+    }
+    while free := [module for module, below in arrows.items() if not below & arrows.keys()]:
+        for module in free:
+            del arrows[module]
+    assert not arrows, f"in a circle, or above one: {sorted(arrows)}"
+
+
 @pytest.mark.parametrize(
     "module, line",
     [
-        ("kdfast.squad.records", "from kdfast.distill import models"),
-        ("kdfast.squad.records", "from ..fused_kd_loss import kd_loss_rows"),
-        ("kdfast.squad.records", "import torch.nn"),
-        ("kdfast.reference", "from . import backends"),
-        ("kdfast.reference", "import kdfast"),
-        ("kdfast.fused_kd_loss", "def late():\n    from kdfast.squad.records import Example"),
+        ("kdfast.data.read", "from kdfast.models import load"),
+        ("kdfast.data.read", "from ..fused_kd_loss import kd_loss_rows"),
+        ("kdfast.data.read", "import torch.nn"),
+        ("kdfast.kernels.reference", "from . import backends"),
+        ("kdfast.kernels.reference", "import kdfast"),
+        ("kdfast.fused_kd_loss", "def late():\n    from kdfast.data.read import Example"),
         ("kdfast.fused_kd_loss", "import triton.language"),
-        ("kdfast.backends.native", "from kdfast.backends import triton_rows"),
-        ("kdfast.distill.step", "from kdfast.train import main"),
+        ("kdfast.kernels.native", "from kdfast.kernels import triton_launch"),
+        ("kdfast.training.step", "from kdfast.train import main"),
         ("kdfast.reader", "from kdfast import predict"),
-        ("kdfast.distill.scoring", "from kdfast.reader import Reader"),
-        ("kdfast.recipes", "from kdfast.distill.config import TrainConfig"),
+        ("kdfast.evaluation.scoring", "from kdfast.reader import Reader"),
+        ("kdfast.recipes", "from kdfast.config import TrainConfig"),
         ("kdfast.train", "from tests.demo import corpus"),
     ],
 )

@@ -12,13 +12,13 @@ from transformers import AutoModelForQuestionAnswering
 
 import kdfast
 from kdfast import evaluate
-from kdfast.distill import model_checks, models
+from kdfast.models import checks, load
 from tests import published, readers
-from tests.distill.test_models import ids_of
+from tests.models.test_load import ids_of
 
 
 def test_every_supported_type_is_here():
-    assert {each.model_type for each in published.MODELS.values()} == set(model_checks.SUPPORTED)
+    assert {each.model_type for each in published.MODELS.values()} == set(checks.SUPPORTED)
     for model_type, name in published.COMMON.items():
         assert published.MODELS[name].model_type == model_type
 
@@ -41,7 +41,7 @@ def test_it_learns_alone_then_teaches_and_answers(world, name):
     assert one.keys() == other.keys() and any(not torch.equal(one[k], other[k]) for k in one)
 
     saved, kept = (
-        models.load_reader(str(folder), "--model").model.eval()
+        load.load_reader(str(folder), "--model").model.eval()
         for folder in (world.output, world.output / "checkpoint-2")
     )
     plain = AutoModelForQuestionAnswering.from_pretrained(world.output, dtype=torch.float32).eval()
@@ -59,7 +59,7 @@ def test_it_learns_alone_then_teaches_and_answers(world, name):
 
 @pytest.mark.parametrize("name", published.MODELS)
 def test_types_reach_only_a_model_that_has_embeddings_for_them(tmp_path, monkeypatch, name):
-    model = models.load_reader(readers.save(tmp_path, name), "--model").model.eval()
+    model = load.load_reader(readers.save(tmp_path, name), "--model").model.eval()
     ids, mask = ids_of(model.reader)
     types = (torch.arange(ids.shape[1]) > 9).long().expand_as(ids)
     has_types = published.MODELS[name].config.get("type_vocab_size", 0) > 1

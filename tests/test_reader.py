@@ -9,10 +9,10 @@ import torch
 
 import kdfast
 from kdfast import reader as reader_module
+from kdfast.common.errors import UserError
 from kdfast.demo import TEACHER
-from kdfast.errors import UserError
+from kdfast.evaluation.reader_settings import ReaderSettings
 from kdfast.reader import Reader
-from kdfast.squad.reader_settings import ReaderSettings
 from tests import readers
 
 HERE = Path(__file__).parent / "golden"

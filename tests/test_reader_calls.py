@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from kdfast.common.errors import UserError
 from kdfast.demo import TEACHER
-from kdfast.errors import UserError
+from kdfast.evaluation.reader_settings import ReaderSettings
 from kdfast.reader import Reader
-from kdfast.squad.reader_settings import ReaderSettings
 from tests import readers
 from tests.golden import pipeline_calls
 from tests.golden.pipeline_calls import ASKED, ASKED_TOO, CONTEXT, QUESTION, READER

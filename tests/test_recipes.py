@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from kdfast import recipes, train
-from kdfast.distill.config import OBJECTIVE, TrainConfig
-from kdfast.distill.config_checks import LAYERS_FLAGS
-from kdfast.errors import UserError
-from kdfast.squad import suites
+from kdfast.common.errors import UserError
+from kdfast.config import OBJECTIVE, TrainConfig
+from kdfast.config_checks import LAYERS_FLAGS
+from kdfast.evaluation import suites
 from tests import corpora, readers
 
 ROOT = Path(__file__).parents[1]

@@ -10,9 +10,9 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from kdfast import card
-from kdfast.distill import layers
-from kdfast.distill.checkpoint import OPTIMIZER_FILE
-from kdfast.files import SUMS_FILE, write_sums
+from kdfast.common.files import SUMS_FILE, write_sums
+from kdfast.teachers import layers
+from kdfast.training.checkpoint import OPTIMIZER_FILE
 from tests import readers
 from tests.programs import config_of, log_of
 from tests.test_train_ranks import ranks_of

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kdfast import evaluate
-from kdfast.distill import scoring
+from kdfast.evaluation import scoring
 from tests import corpora, forks, readers
 
 

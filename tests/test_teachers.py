@@ -8,17 +8,18 @@ import pytest
 import torch
 from transformers import AutoModelForQuestionAnswering
 
-from kdfast.distill import teacher
-from kdfast.distill.config import TrainConfig
-from kdfast.errors import UserError
+from kdfast.common.errors import UserError
+from kdfast.config import TrainConfig
+from kdfast.data import prepare
 from kdfast.hf import kd_dataset
-from kdfast.squad import features, pieces
-from kdfast.squad.carry import Carrier
-from kdfast.squad.template import Template
-from kdfast.squad.tokenizer import load_tokenizer
+from kdfast.teachers import cache as teacher
+from kdfast.teachers import pieces
+from kdfast.teachers.alignment import Carrier
+from kdfast.tokenizers.load import load_tokenizer
+from kdfast.tokenizers.template import Template
 from tests import readers
 from tests.programs import log_of
-from tests.squad.two_tokenizers import by_the_book
+from tests.teachers.two_tokenizers import by_the_book
 
 TEMPERATURE = 1.5
 LENGTHS = {"max_seq_length": 60, "max_query_length": 20, "doc_stride": 24}
@@ -40,7 +41,7 @@ def cached(world, key):
 def student_windows(world, student=None):
     tokenizer = load_tokenizer(Path(student or world.student), "it")
     cache = world.path / "cache"
-    return features.prepare(world.train_file, tokenizer, **LENGTHS, cache_dir=cache, split="train")
+    return prepare.prepare(world.train_file, tokenizer, **LENGTHS, cache_dir=cache, split="train")
 
 
 def softmax(logits, temperature=TEMPERATURE):

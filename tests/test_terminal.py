@@ -109,7 +109,7 @@ MOMENTS = {
     "torch.torch_version": ["train", "evaluate", "predict", "card", "doctor"],
     "torch.nn.functional": ["train", "doctor"],
     "transformers.utils.hub": ["train", "evaluate", "predict", "card"],
-    "kdfast.distill.models": ["train", "evaluate", "predict"],
+    "kdfast.models.load": ["train", "evaluate", "predict"],
 }
 
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from kdfast import evaluate, train
-from kdfast.distill import step
+from kdfast.training import step
 from tests import corpora, readers
 from tests.programs import log_of
 

@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdfast import files
-from kdfast.distill import checkpoint, model_folders, scoring, teacher
-from kdfast.distill.step import Stepper
+from kdfast.common import files
+from kdfast.evaluation import scoring
+from kdfast.models import save
+from kdfast.teachers import cache
+from kdfast.training import checkpoint
+from kdfast.training.step import Stepper
 from tests import forks
 from tests.corpora import write
 from tests.programs import log_of
@@ -163,7 +166,7 @@ def test_a_damaged_cache_is_named(world, whole, capsys):
 
 
 def test_a_large_cache_is_taken_as_it_is(world, whole, monkeypatch):
-    monkeypatch.setattr(teacher, "VERIFIED_BYTES", 10)
+    monkeypatch.setattr(cache, "VERIFIED_BYTES", 10)
     flip(next((world.path / "cache").rglob("logits.bin")), 0)
     assert world.run(overwrite=True) == 0
 
@@ -318,7 +321,7 @@ def test_a_kill_amid_replacing_a_model_leaves_one(tmp_path):
     for name in ("best.old", "best.new"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)
-    model_folders.mend_model(folder)
+    save.mend_model(folder)
     assert (folder / "file").read_text() == "best.old"
     checkpoint.remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["best"]

@@ -9,9 +9,10 @@ import time
 import pytest
 import torch
 
-from kdfast.distill import costs, teacher
-from kdfast.distill.checkpoint import list_checkpoints
-from kdfast.distill.step import Stepper
+from kdfast.teachers import cache
+from kdfast.training import micro_batches
+from kdfast.training.checkpoint import list_checkpoints
+from kdfast.training.step import Stepper
 from tests import forks, instants
 from tests.conftest import KILLS
 from tests.programs import log_of
@@ -98,8 +99,10 @@ def test_a_killed_run_ends_with_the_bits_of_a_whole_one(world, monkeypatch, long
     monkeypatch.setattr(Stepper, "INITIAL_SCALE", 2.0**14)
     scaler = functools.partial(torch.amp.GradScaler, growth_interval=2)
     monkeypatch.setattr(torch.amp, "GradScaler", scaler)
-    monkeypatch.setattr(teacher, "SECONDS_BETWEEN_SAVES", 0.0)
-    monkeypatch.setattr(costs, "matmul_rate", lambda device, dtype: 1e11)  # slow in fp16 on a CPU
+    monkeypatch.setattr(cache, "SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr(
+        micro_batches, "matmul_rate", lambda device, dtype: 1e11
+    )  # slow in fp16 on a CPU
     run = Run(world, count, precision)
     started = time.monotonic()
     assert run.end(run.start(instants.Killer())) == [0] * count

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForQuestionAnswering
 
-from kdfast.distill.optim import Updater
-from kdfast.files import write_sums
+from kdfast.common.files import write_sums
+from kdfast.training.optimizer import Updater
 from tests.programs import log_of
 from tests.test_train_ranks import ranks_of
 

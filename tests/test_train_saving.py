@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForQuestionAnswering
 
-from kdfast.distill import scoring
-from kdfast.distill.model_folders import WEIGHTS_FILE
-from kdfast.distill.models import SpanModel
+from kdfast.evaluation import scoring
+from kdfast.models.load import SpanModel
+from kdfast.models.save import WEIGHTS_FILE
 from tests import readers
 from tests.programs import edit
 
@@ -90,7 +90,7 @@ def test_a_student_that_comes_back_otherwise_is_found(world, monkeypatch, capsys
     if loss == "weights":
         monkeypatch.setattr(type(readers.make()[0]), "save_pretrained", careless)
     else:
-        monkeypatch.setattr("kdfast.distill.model_folders.same_tokens", lambda *two: False)
+        monkeypatch.setattr("kdfast.models.save.same_tokens", lambda *two: False)
     assert world.run() == 2
     assert f"comes back with {'other logits' if loss == 'weights' else 'another tok'}" in (
         capsys.readouterr().err

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from kdfast.distill.results import Results
+from kdfast.training.results import Results
 
 STEPS = (300, 4000)
 SAVES = 5

@@ -7,9 +7,12 @@ import time
 
 import pytest
 
-from kdfast.distill import checkpoint, costs, scoring, stopping, teacher
-from kdfast.distill.optim import Updater
-from kdfast.distill.step import Stepper
+from kdfast.common import signals
+from kdfast.evaluation import scoring
+from kdfast.teachers import cache
+from kdfast.training import checkpoint, micro_batches
+from kdfast.training.optimizer import Updater
+from kdfast.training.step import Stepper
 from tests import forks
 from tests.programs import log_of
 
@@ -38,7 +41,9 @@ def steps_of(output):
 
 @pytest.fixture(autouse=True)
 def no_clock(monkeypatch):
-    monkeypatch.setattr(costs, "matmul_rate", lambda device, dtype: 1e11)  # slow in fp16 on a CPU
+    monkeypatch.setattr(
+        micro_batches, "matmul_rate", lambda device, dtype: 1e11
+    )  # slow in fp16 on a CPU
 
 
 @pytest.fixture
@@ -92,7 +97,7 @@ def test_an_evaluation_is_cut_short_and_made_up_for(world, whole, monkeypatch):
 def test_a_signal_before_the_first_step_ends_the_teachers_pass(world, whole, monkeypatch):
     shutil.rmtree(world.path / "cache")
     with monkeypatch.context() as patch:
-        signal_at(patch, teacher, "_check_finite", 2)
+        signal_at(patch, cache, "_check_finite", 2)
         assert world.run(**FLAGS) == 143
     assert world.run(**FLAGS) == 0
     assert log_of(world.output) == whole
@@ -102,7 +107,7 @@ def test_a_second_signal_stops_at_once(world, monkeypatch):
     def rank(number):
         signal_at(monkeypatch, Stepper, "losses", 1)
         signal_at(monkeypatch, Stepper, "losses", 2)
-        monkeypatch.setattr(stopping, "SECONDS_OF_ONE_REQUEST", 0.0)
+        monkeypatch.setattr(signals, "SECONDS_OF_ONE_REQUEST", 0.0)
         forks.leave(world.run(**FLAGS))
 
     assert forks.exit_codes(1, rank) == [-signal.SIGTERM]
@@ -118,7 +123,7 @@ def test_ranks_stop_at_the_same_step_where_one_is_asked(world, monkeypatch, is_d
             signal_at(monkeypatch, Updater, "backward", 3)
             if is_dropped:
                 monkeypatch.setattr(
-                    stopping.StopSignals, "must_drop", lambda self, *step: self.is_asked
+                    signals.StopSignals, "must_drop", lambda self, *step: self.is_asked
                 )
         forks.leave(world.run(**flags))
 

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
+from kdfast.common.ranks import Ranks
+from kdfast.config import TrainConfig
 from kdfast.demo import SETTINGS, TEACHER, corpus
-from kdfast.distill import models
-from kdfast.distill.config import TrainConfig
-from kdfast.distill.inputs import load_validation
-from kdfast.distill.precision import pick_device, resolve
-from kdfast.distill.ranks import Ranks
+from kdfast.models import load
+from kdfast.models.precision import pick_device, resolve
 from kdfast.train import train
+from kdfast.training.inputs import load_validation
 
 HOME = Path("kdfast-demo")
 FIGURES = ("exact", "f1", "HasAns_exact", "HasAns_f1", "NoAns_f1")
@@ -49,7 +49,7 @@ def tour(home: Path = HOME, seed: int = 42) -> list[dict]:
 def score_teacher(config: TrainConfig) -> dict:
     """The teacher's row: it answers the same validation questions in the same way."""
     device = pick_device()
-    loaded = models.load_reader(config.teacher[0], "--teacher")
+    loaded = load.load_reader(config.teacher[0], "--teacher")
     precision = resolve(config.mixed_precision, device)
     validation = load_validation(config, loaded, Ranks())
     result = validation.score(loaded.model.to(device), device, precision)

@@ -18,7 +18,7 @@ from tokenizers.processors import TemplateProcessing
 
 from kdfast.demo.names import NAME_WORDS, UNITS, word_lists
 from kdfast.demo.templates import domains
-from kdfast.squad.tokenizer import FolderTokenizer
+from kdfast.tokenizers.load import FolderTokenizer
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from kdfast.errors import unknown_name
+from kdfast.common.errors import unknown_name
 
 FOLDER = Path(__file__).parent
 

@@ -20,7 +20,7 @@ import nvrtc
 import pytest
 import torch
 
-from kdfast.backends import native
+from kdfast.kernels import native
 
 CEILINGS = {("f32", "f32"): 80, ("f64", "f64"): 128}
 OTHERS = 104

@@ -1,4 +1,4 @@
-"""The CUDA rows, run thread by thread on the CPU, against kdfast.reference in fp64.
+"""The CUDA rows, run thread by thread on the CPU, against kdfast.kernels.reference in fp64.
 
 The tolerance is the error of the reference itself on the same inputs, plus ULPS units in the last
 place of the accumulating type at the size of the terms that are added up.
@@ -10,7 +10,7 @@ import emulator
 import pytest
 import torch
 
-from kdfast import reference
+from kdfast.kernels import reference
 
 INF, NAN = math.inf, math.nan
 FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64

@@ -1,6 +1,6 @@
 """On a card: launches, synchronisation, graphs, streams, faults. Skipped where there is none.
 
-That the numbers are right there is tests/backends/test_accuracy.py's to say, for every backend.
+That the numbers are right there is tests/kernels/test_accuracy.py's to say, for every backend.
 """
 
 import shutil
@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from kdfast import backends, fused_kd_loss
+from kdfast import fused_kd_loss
+from kdfast.kernels import backends
 
 pytestmark = pytest.mark.gpu
 

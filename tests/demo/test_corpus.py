@@ -8,11 +8,11 @@ from itertools import pairwise
 
 import pytest
 
+from kdfast.data.read import read_examples
 from kdfast.demo.corpus import write_corpus
 from kdfast.demo.names import SIDES, side_of
 from kdfast.demo.passages import passages
 from kdfast.demo.templates import domains
-from kdfast.squad.records import read_examples
 
 # Words that say nothing about what is asked or told.
 FUNCTION_WORDS = """

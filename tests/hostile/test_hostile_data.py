@@ -7,13 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdfast.distill.log import read_log
-from kdfast.errors import UserError
-from kdfast.squad import answers, features, metrics, predictions
-from kdfast.squad.records import read_examples
-from tests import tokenizers
+from kdfast.common.errors import UserError
+from kdfast.data import prepare
+from kdfast.data.read import read_examples
+from kdfast.evaluation import answers, metrics, predictions
+from kdfast.training.log import read_log
+from tests import small_tokenizers
+from tests.data.source_files import flat, official, write_parquet
 from tests.hostile.mutations import check_sentence, damaged_bytes, examples, json_files
-from tests.squad.source_files import flat, official, write_parquet
 
 KINDS = {"official": official(), "flat": flat()}
 
@@ -27,9 +28,9 @@ def read_to_the_end(path):
     """From the file to scored answers; returns whether it was taken."""
     try:
         found = read_examples(str(path))
-        windows = features.windows_of(
+        windows = prepare.windows_of(
             found,
-            tokenizers.of_family("bert"),
+            small_tokenizers.of_family("bert"),
             max_seq_length=60,
             max_query_length=10,
             doc_stride=20,

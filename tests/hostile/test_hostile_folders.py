@@ -15,13 +15,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdfast.distill import checkpoint, feed, models, scoring, teacher
-from kdfast.distill.model_checks import check_windows
-from kdfast.distill.nonfinite import NonfiniteSteps
-from kdfast.errors import UserError
-from kdfast.squad import soundness
-from kdfast.squad.records import read_examples
-from kdfast.squad.windows import open_windows
+from kdfast.common.errors import UserError
+from kdfast.data import validate
+from kdfast.data.read import read_examples
+from kdfast.data.windows import open_windows
+from kdfast.evaluation import scoring
+from kdfast.models import load as models
+from kdfast.models import loader
+from kdfast.models.checks import check_windows
+from kdfast.teachers import cache
+from kdfast.training import checkpoint
+from kdfast.training.nonfinite import NonfiniteSteps
 from tests import steppers
 from tests.hostile.mutations import (
     check_sentence,
@@ -44,9 +48,9 @@ def ground(tmp_path_factory):
     saved = checkpoint.save_checkpoint(
         home, run.model, run.loaded.tokenizer, run.updater, progress, identity, 1
     )
-    source = teacher.Source("weights", "tokenizer", run.windows.key, "no")
+    source = cache.Source("weights", "tokenizer", run.windows.key, "no")
     device = torch.device("cpu")
-    teacher.fill_cache(home / "cache", source, run.model, run.windows, device, 400)
+    cache.fill_cache(home / "cache", source, run.model, run.windows, device, 400)
     return types.SimpleNamespace(
         home=home,
         run=run,
@@ -92,7 +96,7 @@ def used(ground, windows, logits, work):
     parts = stepper.feed, stepper.lengths
     try:
         work()
-        stepper.feed = feed.HostFeed(windows, logits)
+        stepper.feed = loader.HostFeed(windows, logits)
         stepper.lengths = windows.lengths
         ground.nonfinite.check(stepper.run(3, np.arange(min(8, len(windows)))))
     except UserError as error:
@@ -150,7 +154,7 @@ def test_a_teacher_cache(ground, data):
     with spoiled(data, ground.teacher / data.draw(st.sampled_from(["header.json", "logits.bin"]))):
         try:
             tokens = len(run.windows.input_ids)
-            logits = teacher.open_cache(ground.home / "cache", ground.source, tokens, verify=False)
+            logits = cache.open_cache(ground.home / "cache", ground.source, tokens, verify=False)
         except UserError as error:
             check_sentence(error)
             return
@@ -219,7 +223,7 @@ def test_headers_that_claim_more_than_there_is(ground):
     header = json.loads(path.read_text()) | {"tokens": 10**15}
     unlike = pytest.raises(UserError, match="does not match this run in tokens")
     with Damaged(path, json.dumps(header).encode()), unlike:
-        teacher.open_cache(ground.home / "cache", ground.source, tokens, verify=False)
+        cache.open_cache(ground.home / "cache", ground.source, tokens, verify=False)
 
     path = ground.features / "header.json"
     header = json.loads(path.read_text())
@@ -274,15 +278,15 @@ def test_nan_in_a_teacher_cache_is_caught_at_the_step(ground):
     logits[2 * start[5] + 4] = np.nan
     with Damaged(ground.teacher / "logits.bin", logits.tobytes()):
         tokens = len(run.windows.input_ids)
-        cached = teacher.open_cache(ground.home / "cache", ground.source, tokens, verify=False)
-        run.stepper.feed, kept = feed.HostFeed(run.windows, cached), run.stepper.feed
+        cached = cache.open_cache(ground.home / "cache", ground.source, tokens, verify=False)
+        run.stepper.feed, kept = loader.HostFeed(run.windows, cached), run.stepper.feed
         with pytest.raises(UserError, match=r"the teacher's logits of question n2 \(window 5\)"):
             ground.nonfinite.check(run.stepper.run(4, np.arange(8)))
         run.stepper.feed = kept
 
 
 def test_arrays_of_many_blocks_are_looked_through_to_the_end(ground, monkeypatch):
-    monkeypatch.setattr(soundness, "BLOCK", 3)
+    monkeypatch.setattr(validate, "BLOCK", 3)
     open_windows(ground.features, ground.run.windows.key)
     for name, entry in (("end_positions", 10**6), ("context", -1), ("question", 10**6)):
         for place in range(len(ground.run.windows)):

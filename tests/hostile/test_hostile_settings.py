@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdfast import evaluate, train
-from kdfast.distill.config import TrainConfig
-from kdfast.distill.evaluate_config import EvaluateConfig
-from kdfast.distill.flag_values import LARGEST, MOST
-from kdfast.errors import UserError
+from kdfast.common.errors import UserError
+from kdfast.common.flag_values import LARGEST, MOST
+from kdfast.config import TrainConfig
+from kdfast.evaluation.settings import EvaluateConfig
 from tests.hostile.mutations import AWKWARD, VALUES, check_sentence, examples
 
 NAMES = {config: [each.name for each in fields(config)] for config in (TrainConfig, EvaluateConfig)}

@@ -13,8 +13,8 @@ from transformers.modeling_utils import PreTrainedModel
 
 import kdfast
 from kdfast import evaluate
-from kdfast.distill import hub, models
-from kdfast.errors import UserError
+from kdfast.common.errors import UserError
+from kdfast.models import hub, load
 
 FORBIDDEN = (
     r"torch\.load\b",
@@ -41,7 +41,7 @@ def found_in(text):
 
 
 # The program that makes safetensors of a pickle, with weights_only.
-CONVERTER = "distill/conversion.py"
+CONVERTER = "models/conversion.py"
 
 
 def test_the_package_calls_nothing_that_runs_data():
@@ -154,7 +154,7 @@ def test_attention_code_named_in_a_config_is_not_fetched(world, monkeypatch):
         return adjust(self, name, *others, **more)
 
     monkeypatch.setattr(PreTrainedModel, "_check_and_adjust_attn_implementation", recorded)
-    models.load_reader(world.student, "--student")
+    load.load_reader(world.student, "--student")
     assert asked and set(asked) <= {None, "sdpa"}
 
 
@@ -167,7 +167,7 @@ def test_hub_models_are_asked_for_safetensors_alone(monkeypatch):
 
     monkeypatch.setattr(hub, "snapshot_download", download)
     with pytest.raises(UserError, match="neither a folder nor a model"):
-        models.local_folder("some/model", "--teacher")
+        load.local_folder("some/model", "--teacher")
     patterns = wanted["allow_patterns"]
     assert "*.safetensors" in patterns
     assert not any(

@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdfast.backends import triton_rows
+from kdfast.kernels import triton_launch
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
@@ -54,8 +54,8 @@ def launches(form, length, dtype, kind=0, teacher_dtype=None):
     row_loss, row_stats = torch.empty(batch, 2, dtype=acc), torch.empty(batch, 2, 8, dtype=acc)
     settings = (1.7, 0.6, kind, 1.0)
     return {
-        "forward": triton_rows.forward_launch(tensors, row_loss, row_stats, settings),
-        "backward": triton_rows.backward_launch(
+        "forward": triton_launch.forward_launch(tensors, row_loss, row_stats, settings),
+        "backward": triton_launch.backward_launch(
             row_loss, tensors, row_stats, logits(dtype), settings
         ),
     }
@@ -103,7 +103,7 @@ def resources(binary, folder):
 def ceiling(card, dtype, length):
     if dtype == torch.float64:
         return 128
-    return 96 if card == 70 and length > triton_rows.LARGEST_BLOCK // 2 else 64
+    return 96 if card == 70 and length > triton_launch.LARGEST_BLOCK // 2 else 64
 
 
 def check_resources(binary, folder, most):
@@ -173,7 +173,7 @@ def test_options_do_not_hang_on_the_version():
 
 def test_the_checks_can_fail(tmp_path):
     launch = launches("interleaved", 384, torch.float32)["forward"]
-    launch.constants["STUDENT"] = triton_rows.DENSE
+    launch.constants["STUDENT"] = triton_launch.DENSE
     assert wide(compiled(launch, 70), "ld") == expected(launch, 4)
     launch = launches("interleaved", 384, torch.float32)["backward"]
     assert resources(compiled(launch, 70, maxnreg=16), tmp_path)[1] > 0
@@ -184,19 +184,19 @@ class TestWhyNot:
 
     @pytest.fixture(autouse=True)
     def forgets(self):
-        triton_rows._why_no_triton.cache_clear()
+        triton_launch._why_no_triton.cache_clear()
         yield
-        triton_rows._why_no_triton.cache_clear()
+        triton_launch._why_no_triton.cache_clear()
 
     def test_no_cuda_tensor(self):
-        assert triton_rows.why_not(torch.zeros(1)) == (
+        assert triton_launch.why_not(torch.zeros(1)) == (
             "Triton's rows are for CUDA tensors, this one is on cpu"
         )
 
     def test_no_triton(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "triton", None)
-        assert "cannot be imported" in triton_rows.why_not(torch.zeros(1))
+        assert "cannot be imported" in triton_launch.why_not(torch.zeros(1))
 
     def test_old_triton(self, monkeypatch):
         monkeypatch.setattr(triton, "__version__", "3.0.0")
-        assert "Triton 3.0.0 is too old, expected 3.1" in triton_rows.why_not(torch.zeros(1))
+        assert "Triton 3.0.0 is too old, expected 3.1" in triton_launch.why_not(torch.zeros(1))

@@ -31,7 +31,7 @@ if IS_ON:
             data = data[: len(data) // 2] + data[len(data) // 2 :]
         return self.to_tensor(data[0], operand.dtype)
 
-    patched = {"kdfast.backends.triton_kernels"}  # its launches patch it
+    patched = {"kdfast.kernels.triton_kernels"}  # its launches patch it
 
     def call(self, *arguments, **named):
         """A helper inside a kernel. Triton patches its language anew at each such call, for good:

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdfast import reference
-from kdfast.backends import triton_rows
+from kdfast.kernels import reference, triton_launch
 
 EPSILON = {torch.float32: 8 * 2.0**-24, torch.float64: 64 * 2.0**-53}
 KINDS = [("kl_div", "haystack"), ("kl_div", "hf"), ("mse", "haystack")]
@@ -108,7 +107,7 @@ def by_triton(memory, student, teacher, targets, mask, g, kind, convention, temp
     memory.allow(student, teacher, targets, mask, g)
     tensors = (*heads(student), *heads(teacher), *targets, mask)
     if isinstance(student, tuple):  # what an uneven pair is copied to
-        copy, operand_of = [], triton_rows.Operand.of
+        copy, operand_of = [], triton_launch.Operand.of
 
         def seen(*logits):
             operand = operand_of(*logits)
@@ -116,13 +115,13 @@ def by_triton(memory, student, teacher, targets, mask, g, kind, convention, temp
             memory.allow(operand.tensor, operand.end)
             return operand
 
-        triton_rows.Operand.of = seen
+        triton_launch.Operand.of = seen
     try:
-        row_loss, row_stats = triton_rows.forward(tensors, settings)
-        grads = triton_rows.backward(g, tensors, row_stats, settings)
+        row_loss, row_stats = triton_launch.forward(tensors, settings)
+        grads = triton_launch.backward(g, tensors, row_stats, settings)
     finally:
         if isinstance(student, tuple):
-            triton_rows.Operand.of = operand_of
+            triton_launch.Operand.of = operand_of
     is_one = grads[1] is None
     for grad in grads[:1] if is_one else grads:
         assert grad.is_contiguous()
@@ -418,10 +417,10 @@ def test_memory_is_looked_at(memory):
     start, end = (torch.zeros(2, dtype=torch.int64),) * 2
     tensors = (student, None, student, None, start, end, None)
     with pytest.raises(Exception, match="outside every tensor"):
-        triton_rows.forward(tensors, settings_of("mse", "hf", 1.0, 0.5))
+        triton_launch.forward(tensors, settings_of("mse", "hf", 1.0, 0.5))
     assert memory.empty((3,), dtype=torch.float32, device="cpu").isnan().all()
 
 
 def test_why_not():
-    assert triton_rows.why_not(torch.zeros(1)) is None
-    assert "interpreter" in triton_rows.why_not(torch.zeros(1, device="meta"))
+    assert triton_launch.why_not(torch.zeros(1)) is None
+    assert "interpreter" in triton_launch.why_not(torch.zeros(1, device="meta"))

@@ -1,0 +1,211 @@
+"""The model card: README.md with front matter, .eval_results/, and their way to the hub."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import (
+    EvalResult,
+    EvalResultEntry,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    eval_result_entries_to_yaml,
+)
+from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+from kdfast.cards import card_text
+from kdfast.cards.run_files import RunFiles, Source
+from kdfast.common.errors import UserError
+from kdfast.evaluation import tables
+from kdfast.evaluation.suites import SETS
+from kdfast.models.load import first_line
+
+CARD_FILE = "README.md"
+RESULTS_FOLDER = ".eval_results"
+# What goes to the hub: not run.json and eval/, which name folders of the machine.
+PUSHED = ["config.json", "*.safetensors", "tokenizer*", "special_tokens_map.json", "vocab*"]
+PUSHED += ["merges.txt", "spm.model", "sentencepiece*", "spiece.model", CARD_FILE]
+PUSHED += [f"{RESULTS_FOLDER}/*.yaml", "figures/*.png"]
+NOT_PUSHED = ["checkpoint-*/**", "best/**", "last/**", "eval/**", "tensorboard/**"]
+METRICS = {"exact": ("exact_match", "Exact Match"), "f1": ("f1", "F1")}
+ISO_639_1 = (
+    "aa ab ae af ak am an ar as av ay az ba be bg bh bi bm bn bo br bs ca ce ch co cr cs cu cv cy "
+    "da de dv dz ee el en eo es et eu fa ff fi fj fo fr fy ga gd gl gn gu gv ha he hi ho hr ht hu "
+    "hy hz ia id ie ig ii ik io is it iu ja jv ka kg ki kj kk kl km kn ko kr ks ku kv kw ky la lb "
+    "lg li ln lo lt lu lv mg mh mi mk ml mn mr ms mt my na nb nd ne ng nl nn no nr nv ny oc oj om "
+    "or os pa pi pl ps pt qu rm rn ro ru rw sa sc sd se sg si sk sl sm sn so sq sr ss st su sv sw "
+    "ta te tg th ti tk tl tn to tr ts tt tw ty ug uk ur uz ve vi vo wa wo xh yi yo za zh zu"
+)
+
+
+def check(language: str | None, repo_id: str | None) -> None:
+    """Raise UserError for a --language that is none, or a --push_to_hub that is no repository."""
+    for each in [] if language is None else language.split(","):
+        known = (
+            each in ISO_639_1.split() or re.fullmatch("[a-z]{3}", each) or each == "multilingual"
+        )
+        if not known:
+            raise UserError(
+                f"--language {language}: {each!r} is no ISO 639 code: give such as en or de,es."
+            )
+    if repo_id is not None:
+        try:
+            validate_repo_id(repo_id)
+        except HFValidationError as error:
+            raise UserError(
+                f"--push_to_hub {repo_id} is no repository's id: give USER/NAME."
+            ) from error
+
+
+def write_card(
+    files: RunFiles,
+    plots: Mapping[str, str],
+    repo_id: str | None = None,
+    language: str | None = None,
+    license: str | None = None,
+) -> Path:
+    """Write README.md and .eval_results/ into the run's folder; returns the card's path.
+
+    plots: picture, relative to the folder -> caption. repo_id: where the model is to be found,
+    the folder where None. What is not known is left out: language (else that of a known hub
+    dataset), license, figures without a result file.
+    """
+    title = repo_id or files.name
+    languages = language.split(",") if language else known_languages(files)
+    loaded_as = repo_id or str(files.folder)
+    text = card_text.body(files, title, loaded_as, languages, dict(plots))
+    front = front_matter(files, title, languages, license)
+    card = ModelCard(f"---\n{front.to_yaml()}\n---\n\n{text}")
+    path = files.folder / CARD_FILE
+    card.save(path)
+    write_results(files)
+    return path
+
+
+def front_matter(
+    files: RunFiles, title: str, languages: list[str], license: str | None
+) -> ModelCardData:
+    """The card's metadata, as the hub reads it."""
+    config = files.config
+    base = files.origin
+    data = files.source(config["train_file"])
+    found = eval_results(files)
+    return ModelCardData(
+        language=languages[0] if len(languages) == 1 else languages or None,
+        license=license,
+        library_name="transformers",
+        pipeline_tag="question-answering",
+        tags=["extractive-qa", "kdfast", *(["distillation"] if files.teacher else [])],
+        datasets=[data.name] if data.on_hub else None,
+        base_model=None if files.is_local(base) else base,
+        metrics=[metric for metric, _ in METRICS.values()] if found else None,
+        model_name=title,
+        eval_results=found or None,
+    )
+
+
+def eval_results(files: RunFiles) -> list[EvalResult]:
+    """Exact match and F1 of every evaluated set, and of its worst forms where it has such."""
+    found = []
+    for result in files.results:
+        source = Source.of_result(result)
+        rule = _of_rule(result)
+        found += _entries(source, result["name"], result["metrics"], rule)
+        if "worst_forms" in result:
+            worst = result["worst_forms"]["metrics"]
+            found += _entries(source, result["name"], worst, f"{rule}, worst forms")
+    validated, source = files.metrics(), files.config["validation_file"]
+    if validated and files.result_of(source) is None:
+        data = files.source(source)
+        found += _entries(data, data.name, validated, _of_rule(files.run))
+    return found
+
+
+def _of_rule(result: Mapping[str, Any]) -> str:
+    """The rule of a result within a figure's name, where it is another than SQuAD's."""
+    return "" if (rule := tables.scored_by(result)) == "squad" else f", {rule}"
+
+
+def _entries(source: Source, name: str, metrics: Mapping[str, float], of: str) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type="question-answering",
+            task_name="Question Answering",
+            dataset_type=source.name,
+            dataset_name=name,
+            dataset_config=source.config,
+            dataset_split=source.split,
+            dataset_revision=source.revision,
+            metric_type=metric,
+            metric_name=f"{spoken}{of}",
+            metric_value=round(metrics[key], 4),
+        )
+        for key, (metric, spoken) in METRICS.items()
+    ]
+
+
+def write_results(files: RunFiles) -> None:
+    """.eval_results/SET.yaml of every set that was read from the hub: its F1, EM in the notes.
+
+    The form is that of huggingface.co/docs/hub/eval-results, a file a set. task_id is the set's
+    config: the hub shows a result where the dataset declares a task of that id.
+    """
+    folder = files.folder / RESULTS_FOLDER
+    for path in folder.glob("*.yaml"):
+        path.unlink()
+    for result in files.results:
+        source = Source.of_result(result)
+        if not source.on_hub:
+            continue
+        entry = EvalResultEntry(
+            dataset_id=source.name,
+            task_id=source.config or "default",
+            value=round(result["metrics"]["f1"], 4),
+            notes=f"F1{_of_rule(result)}; exact match {result['metrics']['exact']:.4f}; "
+            "kdfast.evaluate",
+        )
+        folder.mkdir(exist_ok=True)
+        text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
+        (folder / f"{result['name']}.yaml").write_text(text, encoding="utf-8")
+
+
+def known_languages(files: RunFiles) -> list[str]:
+    """The language of the training data, where it is a hub dataset of a known one."""
+    data = files.source(files.config["train_file"])
+    found = {
+        each.language
+        for each in SETS.values()
+        if data.on_hub and each.dataset == data.name and data.config in (None, each.config)
+    }
+    return sorted(found - {None}) if len(found) == 1 else []
+
+
+def push(folder: Path, repo_id: str) -> str:
+    """Upload model, card, results and pictures; returns the page's address. Needs the card.
+
+    A repository that is not there is made, private. Raises UserError where the hub refuses.
+    """
+    if not (folder / CARD_FILE).is_file():
+        raise UserError(f"{folder} has no {CARD_FILE}: write the card before --push_to_hub.")
+    try:
+        api: Any = HfApi()
+        api.create_repo(repo_id, private=True, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            allow_patterns=PUSHED,
+            ignore_patterns=NOT_PUSHED,
+            commit_message="Model and card by kdfast",
+        )
+    # HTTPError is the base of the hub's own errors, and what a network that is down raises.
+    except (HTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
+        raise UserError(
+            f"--push_to_hub {repo_id}: the hub did not take it ({type(error).__name__}: "
+            f"{first_line(error)}). The model is whole in {folder}: see to `hf auth login` and "
+            f"the network, then python -m kdfast.card --model_dir {folder} --push_to_hub {repo_id}."
+        ) from error
+    return str(commit.repo_url)

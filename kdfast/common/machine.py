@@ -1,0 +1,51 @@
+"""What a run was made on and with: hardware, versions, this package's source."""
+
+import hashlib
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdfast.common.files import sha256_of
+
+PACKAGES = ("kdfast", "torch", "triton", "transformers", "datasets", "tokenizers", "numpy")
+
+
+def code_key() -> str:
+    """A hash of this package's source. Ranks must share it; a resumed run says where it differs."""
+    digest = hashlib.sha256()
+    package = Path(__file__).parents[1]
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package)} {sha256_of(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Hardware and versions, as run.json and the benchmark records name them."""
+    hardware = {
+        "device": str(device),
+        "cpu": _cpu_name(),
+        "cpu_threads": torch.get_num_threads(),
+        "cpu_cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+    }
+    versions = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return {"hardware": hardware, "versions": versions}
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,218 @@
+"""The frame of every program: flags first, then what is heavy to import, then one way to end.
+
+Imports nothing but the standard library at the top, so that `python -m kdfast.PROGRAM` can set up
+its signals before torch is loaded.
+"""
+
+import errno
+import os
+import signal
+import sys
+import threading
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from importlib import import_module
+from typing import Any, NoReturn, TextIO
+
+from kdfast.common.errors import UserError
+from kdfast.common.usual_flags import explain
+
+MISTAKE = 2
+
+
+def end_at_interrupt() -> None:
+    """Let Ctrl-C end this process with status 130 and without a traceback, wherever it is.
+
+    For the seconds in which a program is imported. Leaves a SIGINT alone that is ignored.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+
+
+def _end(number: int, frame: object) -> NoReturn:
+    os._exit(128 + number)
+
+
+def run(
+    parse: Callable[[list[str]], Any],
+    work: Callable[[Any], int | None] | str,
+    argv: Sequence[str] | None = None,
+    *,
+    stdout_is_result: bool = False,
+) -> int:
+    """A program: `parse` the flags, do the `work` with what it returns.
+
+    work: a function, or "module:function", which is imported after the flags have proved good.
+    argv: those of the process if None. stdout_is_result: the program ends where standard output
+    cannot be written. Else what cannot be written is dropped, and the program goes on.
+
+    Returns the exit status: 0, what `work` returns, 2 for a mistake of the user, which is told in
+    one sentence, or 128 + the number of the signal that ended it (SIGPIPE: the output was closed).
+    """
+    with _streams(stdout_is_result):
+        try:
+            settings = parse(list(sys.argv[1:] if argv is None else argv))
+            _quiet_libraries()
+            if isinstance(work, str):
+                module, _, name = work.partition(":")
+                work = getattr(import_module(module), name)
+            with _interrupts():
+                status = work(settings) or 0
+            sys.stdout.flush()
+            return status
+        except UserError as error:
+            if not error.is_repeated:
+                print(f"error: {error}", file=sys.stderr)
+            return MISTAKE
+        except Unwritable as error:
+            if error.errno == errno.EPIPE:  # its reader has enough
+                return 128 + signal.SIGPIPE
+            print(f"error: standard output cannot be written ({error}).", file=sys.stderr)
+            return MISTAKE
+        except KeyboardInterrupt as interrupt:
+            if str(interrupt):  # a run of training says how it was stopped
+                print(interrupt, file=sys.stderr)
+            return 128 + getattr(interrupt, "number", signal.SIGINT)
+
+
+def parser_of(
+    settings: type, program: str, about: str | None, sections: Mapping[str, str] | None = None
+) -> ArgumentParser:
+    """The parser of `python -m kdfast.PROGRAM`, whose flags are the fields of `settings`.
+
+    sections: the first flag of each section of --help -> its heading.
+    """
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(
+        settings,
+        prog=f"python -m kdfast.{program}",
+        usage="%(prog)s [flags]",
+        description=about,
+        allow_abbrev=False,
+    )
+    parser.error = _refuse
+    if sections:
+        group = None
+        for action in list(parser._actions):  # argparse has no other way to move a flag
+            if action.dest in sections:
+                group = parser.add_argument_group(sections[action.dest])
+            if group is not None:
+                parser._optionals._group_actions.remove(action)
+                group._group_actions.append(action)
+    return parser
+
+
+def plain_parser(program: str, about: str | None) -> ArgumentParser:
+    """The parser of a program with few flags, which adds them by itself."""
+    name = f"python -m kdfast.{program}"
+    parser = ArgumentParser(prog=name, description=about, allow_abbrev=False)
+    parser.error = _refuse
+    return parser
+
+
+def parse(parser: ArgumentParser, argv: Sequence[str]) -> Any:
+    """The settings that `argv` gives. Raises UserError for unknown flags and values."""
+    if hasattr(parser, "parse_args_into_dataclasses"):
+        settings, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    else:
+        settings, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = [action.dest for action in parser._actions]
+        raise UserError(explain(unknown, known, parser.prog.split()[-1]))
+    return settings
+
+
+def _refuse(message: str) -> NoReturn:
+    """In place of argparse's own end, which prints the usage first."""
+    raise UserError(f"{message}; --help lists all flags.")
+
+
+def _quiet_libraries() -> None:
+    """Show of what libraries report their errors and, on a terminal, their downloads."""
+    try:
+        from huggingface_hub import constants, utils
+        from transformers.utils import logging
+    except ImportError:  # the program that needs them says so
+        return
+    logging.set_verbosity_error()
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:  # else it is the user's decision
+        logging.disable_progress_bar()
+        if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
+            utils.enable_progress_bars()
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+
+@contextmanager
+def _interrupts() -> Iterator[None]:
+    """Inside, Ctrl-C raises KeyboardInterrupt again after `end_at_interrupt`."""
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) is not _end
+    ):
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, _end)
+
+
+class Unwritable(Exception):
+    """Standard output cannot be written."""
+
+    def __init__(self, error: OSError):
+        super().__init__(error.strerror)
+        self.errno = error.errno
+
+
+class Stream:
+    """A text stream whose reader may go away, or whose disk may be full.
+
+    is_result: Unwritable is raised then; else what cannot be written is dropped.
+    """
+
+    def __init__(self, stream: TextIO, is_result: bool):
+        self._stream, self._is_result = stream, is_result
+
+    def write(self, text: str) -> int:
+        with self._guarded():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._guarded():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if self._is_result:
+                raise Unwritable(error) from error
+
+
+@contextmanager
+def _streams(stdout_is_result: bool) -> Iterator[None]:
+    """Standard output and standard error as Stream, made whole again at the end."""
+    before = sys.stdout, sys.stderr
+    # None where the process was started without them.
+    out, err = (each or open(os.devnull, "w") for each in before)  # noqa: SIM115
+    sys.stdout, sys.stderr = Stream(out, stdout_is_result), Stream(err, False)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+        for stream in (out, err):
+            try:
+                stream.flush()
+            except OSError:  # or the interpreter would try again as it ends, and report it
+                with suppress(OSError):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

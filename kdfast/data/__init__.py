@@ -1,0 +1,1 @@
+"""Files to windows on disk."""

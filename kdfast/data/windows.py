@@ -1,0 +1,166 @@
+"""Windows: the model's inputs, flat and unpadded, mapped from files."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdfast.data.cache import ARRAYS, PickledByPath, damaged, open_arrays
+from kdfast.data.tally import Tally
+from kdfast.data.validate import fault_of, fault_of_header
+
+
+class Texts(PickledByPath, Sequence[str]):
+    """Strings stored as one run of UTF-8 bytes: `starts` int64 (n + 1,), `data` uint8."""
+
+    def __init__(self, starts: np.ndarray, data: np.ndarray):
+        self._starts, self._data = starts, data
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        return self._data[self._starts[index] : self._starts[index + 1]].tobytes().decode()
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[i] for i in range(len(self)))
+
+
+class Windows(PickledByPath):
+    """W windows over Q questions and C contexts; windows in the order of the questions.
+
+    A window is special tokens, question, special tokens, a run of its context, special tokens.
+
+    input_ids uint16, or int32 where an id needs it, (tokens,): all windows after one another, no
+        padding
+    window_start int64 (W + 1,): where each window begins in input_ids; lengths int32 (W,)
+    question, context int32 (W,): which question and which context
+    first_token, count int32 (W,): the window holds `count` of its context's tokens, from there on
+    prefix int32 (W,): position in the window at which the context begins
+    start_positions, end_positions int32 (W,): the answer's first and last token, as positions in
+        the window; 0: no answer in this window; -100: unlabelled question
+    trainable bool (W,): False where the question's answer has no place in its context, or no
+        window holds it whole
+    question_token_start int64 (Q + 1,), context_token_start int64 (C + 1,): where the tokens of
+        each question and context begin in the arrays of the two lines below
+    question_char_start, context_char_start uint16, or int32 where needed: each token's first
+        character, leading blanks left out
+    question_char_count, context_char_count uint8, uint16 or int32: how many its characters are
+    question_ids: Q strings
+    pad_token_id; uses_token_types: token type 1 from `prefix` to the window's end
+    key: hex, names the content; settings: what the windows were cut by; tally: what is so of
+        how many questions, see `notes`; counts: the tally's
+    """
+
+    input_ids: np.ndarray
+    window_start: np.ndarray
+    lengths: np.ndarray
+    question: np.ndarray
+    context: np.ndarray
+    first_token: np.ndarray
+    count: np.ndarray
+    prefix: np.ndarray
+    start_positions: np.ndarray
+    end_positions: np.ndarray
+    trainable: np.ndarray
+    question_token_start: np.ndarray
+    question_char_start: np.ndarray
+    question_char_count: np.ndarray
+    context_token_start: np.ndarray
+    context_char_start: np.ndarray
+    context_char_count: np.ndarray
+
+    def __init__(self, arrays: dict[str, np.ndarray], header: dict[str, Any]):
+        for name in ARRAYS:
+            setattr(self, name, arrays[name])
+        self.question_ids = Texts(arrays["question_id_start"], arrays["question_id_bytes"])
+        self.key: str = header["key"]
+        self.settings: dict[str, Any] = header["settings"]
+        self.tally = Tally(header["counts"], header["first"])
+        self.counts = self.tally.counts
+        self.pad_token_id: int = header["pad_token_id"]
+        self.uses_token_types: bool = header["uses_token_types"]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def with_token_types(self, used: bool) -> Windows:
+        """The same windows for a model that reads the tokenizer's token types, or all 0."""
+        others = copy.copy(self)
+        others.uses_token_types = used
+        return others
+
+    def padded(self, indices: Any, width: int | None = None) -> dict[str, np.ndarray]:
+        """The given windows side by side, padded on the right.
+
+        indices: n window numbers, any order. width: of the result; the longest of them if None.
+        Returns input_ids int64 (n, width), attention_mask bool (n, width), token_type_ids int64
+        (n, width; all 0 unless uses_token_types). Raises ValueError if a window is longer than
+        width.
+        """
+        indices = np.asarray(indices, dtype=np.int64)
+        lengths = self.lengths[indices]
+        longest = int(lengths.max(initial=0))
+        if width is None:
+            width = longest
+        elif width < longest:
+            raise ValueError(f"width {width} is less than the longest window's {longest}")
+        position = np.arange(width)
+        mask = position < lengths[:, None]
+        place = np.where(mask, self.window_start[indices][:, None] + position, 0)
+        ids = np.where(mask, self.input_ids[place].astype(np.int64), self.pad_token_id)
+        types = np.zeros_like(ids)
+        if self.uses_token_types:
+            types[mask & (position >= self.prefix[indices][:, None])] = 1
+        return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+
+    def char_span(self, window: Any, start: Any, end: Any) -> tuple[Any, Any]:
+        """The characters of a span: context[first:past] of the window's context.
+
+        window: window numbers; start, end: positions in the window of the span's first and last
+        token, both among its context tokens; scalars or arrays of one shape. Returns int64 of that
+        shape. Positions outside the context tokens give characters of another place: not checked.
+        """
+        base = (
+            self.context_token_start[self.context[window]]
+            + self.first_token[window]
+            - self.prefix[window]
+        )
+        first, last = (self.context_char_start[base + at].astype(np.int64) for at in (start, end))
+        return first, last + self.context_char_count[base + end]
+
+    def question_blocks(self, questions: int = 256) -> Iterator[tuple[int, int]]:
+        """Cuts the windows into runs, (begin, end), of so many whole questions each."""
+        begin = 0
+        while begin < len(self):
+            end = int(np.searchsorted(self.question, self.question[begin] + questions))
+            yield begin, end
+            begin = end
+
+    def notes(self, training: bool = True) -> list[str]:
+        """What a user should hear about these windows: one sentence for each thing that is so.
+
+        training: also what concerns the labels that training uses.
+        """
+        return self.tally.notes(self.settings, training)
+
+
+def open_windows(folder: Path, key: str) -> Windows:
+    """The windows in a finished folder, mapped.
+
+    The arrays are read once: whatever they hold, no index that is made of them leads out of them,
+    and no label out of its window. Raises UserError where one does, and as open_arrays does.
+    """
+    arrays, header = open_arrays(folder, key)
+    if fault := fault_of_header(header) or fault_of(arrays):
+        raise damaged(folder, fault)
+    return Windows(arrays, header)

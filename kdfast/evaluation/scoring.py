@@ -1,0 +1,118 @@
+"""Evaluation: windows through a model, logits to answers, answers to the official figures."""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kdfast.common.errors import UserError
+from kdfast.common.progress import passing_bar
+from kdfast.common.ranks import Ranks
+from kdfast.common.signals import StopSignals
+from kdfast.data.batches import cut_by_tokens
+from kdfast.data.prepare import Windows
+from kdfast.data.read import Example
+from kdfast.evaluation import answers, metrics
+from kdfast.evaluation.metric_rules import SQUAD, MetricRule
+from kdfast.models.inference import forward_tokens, forward_windows
+from kdfast.models.load import SpanModel
+from kdfast.models.loader import flat_positions
+from kdfast.models.precision import AUTOCAST
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model on one set: metrics under SQuAD's official key names, and the model's speed."""
+
+    metrics: dict[str, float]
+    answers: answers.Predictions
+    windows_per_second: float
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Labelled questions, their windows, and how they are answered.
+
+    null_threshold: a question whose best span scores more than this below its null answer is
+    answered with "". Raises UserError where the windows are of other questions.
+    """
+
+    windows: Windows
+    examples: list[Example]
+    max_answer_length: int
+    n_best_size: int
+    null_threshold: float = 0.0
+    rule: MetricRule = SQUAD
+
+    def __post_init__(self) -> None:
+        if list(self.windows.question_ids) != [example.id for example in self.examples]:
+            raise UserError(
+                "The prepared features of the validation set are not of its questions: delete "
+                "features/ in --cache_dir, and they are made anew."
+            )
+
+    @property
+    def key(self) -> str:
+        """Names what figures are measured on: they compare only where it is the same."""
+        return (
+            f"{self.windows.key} {self.max_answer_length} {self.n_best_size} "
+            f"{self.null_threshold} {self.rule.label}"
+        )
+
+    def score(
+        self,
+        model: SpanModel,
+        device: torch.device,
+        precision: str,
+        ranks: Ranks | None = None,
+        stop: StopSignals | None = None,
+    ) -> Evaluation | None:
+        """Let the model answer every question, and score the answers.
+
+        Each of the ranks reads its share of the windows, and all return the same: None where `stop`
+        cut one of them short, and stop.agreed says so.
+        """
+        ranks, stop = ranks or Ranks(), stop or StopSignals()
+        windows = self.windows
+        # In the last row, the ranks that were cut short.
+        logits = np.zeros((len(windows.input_ids) + 1, 2), dtype=np.float32)
+        everything = np.arange(len(windows))
+        batches = cut_by_tokens(everything, windows.lengths, forward_tokens(device))
+        batches = batches[ranks.rank :: ranks.count]
+        started = time.perf_counter()
+        passes = forward_windows(model, windows, batches, device, AUTOCAST[precision])
+        with passing_bar("evaluate", "window", sum(map(len, batches)), ranks.is_first) as bar:
+            for indices, rows in passes:
+                logits[flat_positions(windows, indices)] = rows
+                bar.update(len(indices))
+                if stop.is_asked:
+                    logits[-1] = 1
+                    break
+        logits = ranks.sum_array(torch.from_numpy(logits)).numpy()
+        stop.agreed = stop.agreed or bool(logits[-1, 0])
+        if stop.agreed:
+            return None
+        rate = len(windows) / (time.perf_counter() - started)
+        spans = answers.best_spans(
+            windows,
+            logits[:-1],
+            max_answer_length=self.max_answer_length,
+            n_best_size=self.n_best_size,
+        )
+        found = answers.predictions(spans, windows, self.examples, self.null_threshold)
+        # Best thresholds are looked for over never-null answers: else only lower ones could win.
+        scores = metrics.score(
+            metrics.gold_answers(self.examples),
+            found.never_null,
+            found.null_odds,
+            self.null_threshold,
+            self.rule.best_scores,
+        )
+        return Evaluation(scores, found, rate)
+
+
+def line(scores: dict[str, float]) -> str:
+    """The figures of one evaluation on one line."""
+    names = ("exact", "f1", "HasAns_exact", "HasAns_f1", "NoAns_f1", "best_f1")
+    return "  ".join(f"{name} {scores[name]:.2f}" for name in names if name in scores)

@@ -1,0 +1,164 @@
+"""The settings of an evaluation: one dataclass, whose fields are the flags of `kdfast.evaluate`."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from kdfast.common import program
+from kdfast.common.errors import UserError
+from kdfast.common.flag_values import LARGEST, MOST, check_values
+from kdfast.config import flag
+from kdfast.evaluation import suites
+
+ABOUT = (
+    "`python -m kdfast.evaluate`: score a reader, or a file of predictions, as SQuAD 2.0 or "
+    "another benchmark does."
+)
+WINDOW_SETTINGS = {"max_seq_length": 384, "max_query_length": 64, "doc_stride": 128}
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Give --model to answer the questions, or --predictions to score answers that are there."""
+
+    data: list[str] | None = field(
+        default=None,
+        metadata={
+            "action": "extend",
+            "metavar": "DATA",
+            "help": "File of SQuAD's or another form (docs/data.md), or a hub dataset "
+            "id[@revision][:config[:split]]; with --suite NAME=FILE, to read set NAME from there.",
+        },
+    )
+    suite: list[str] | None = field(
+        default=None,
+        metadata={
+            "action": "extend",
+            "metavar": "NAME",
+            "help": "Sets to evaluate on: card (the eight of the published card), xquad or mlqa "
+            "(every language), or one such as squadshifts.nyt, xquad.de, cmrc2018, korquad or "
+            "jaquad.",
+        },
+    )
+    metric: Literal["squad", "mlqa", "cmrc", "korquad"] | None = flag(
+        None,
+        "Whose rule scores the answers. Default: that of the set, where it is one of --suite or "
+        "its hub dataset, else squad. korquad is F1 over characters.",
+    )
+    language: str | None = flag(None, "For --metric mlqa: the language of the answers, such as zh.")
+    model: str | None = flag(None, "Folder or hub id of the reader.")
+    compare: str | None = flag(None, "Another reader, for a paired comparison with --model.")
+    predictions: str | None = flag(
+        None, "JSON file, question id to answer, or JSONL of kdfast.predict, instead of --model."
+    )
+    null_odds: str | None = flag(None, "JSON file, question id to null odds, for --predictions.")
+    null_threshold: float | None = flag(
+        None,
+        "Null odds above this mean no answer. Default: 0.0 for a model's score difference, "
+        "1.0 for files, as in the official script.",
+    )
+    null_threshold_from: str | None = flag(
+        None,
+        "Take the threshold of the best F1 on other data, which the reader answers first, or in a "
+        "result that an evaluation wrote.",
+    )
+    output_dir: str | None = flag(None, "Folder for the results and, of a model, its answers.")
+    cache_dir: str = flag("~/.cache/kdfast", "Folder for prepared features.")
+    max_seq_length: int | None = flag(
+        None,
+        "Tokens in a window, special tokens included. Default, for this and the next two: as "
+        "--model was trained, by its run.json, else 384, 64 and 128; as far as it reads.",
+    )
+    max_query_length: int | None = flag(None, "Tokens of the question that are kept.")
+    doc_stride: int | None = flag(
+        None, "Context tokens from the start of a window to that of the next."
+    )
+    max_answer_length: int = flag(30, "Tokens in the longest answer that is considered.")
+    n_best_size: int = flag(20, "Answers per question in nbest_predictions.json.")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(
+        None, "Default: fp16 on a GPU, no on a CPU."
+    )
+
+    def check(self) -> None:
+        """Raise UserError for flags that are missing, contradictory or out of range."""
+        check_values(self)
+        if not self.data and not self.suite:
+            raise UserError("--data is missing: name a SQuAD file or a hub dataset, or a --suite.")
+        if (self.model is None) == (self.predictions is None):
+            raise UserError("Give either --model or --predictions, and not both.")
+        for needy in ("suite", "compare", "null_threshold_from"):
+            if getattr(self, needy) and self.model is None:
+                raise UserError(f"--{needy} goes with --model: leave it out with --predictions.")
+        if self.null_odds and self.predictions is None:
+            raise UserError("--null_odds goes with --predictions: leave it out with --model.")
+        if self.null_threshold is not None:
+            if self.null_threshold_from:
+                raise UserError(
+                    "--null_threshold and --null_threshold_from exclude each other: give one."
+                )
+            if math.isnan(self.null_threshold):
+                raise UserError("--null_threshold is nan: give a number.")
+        for name in (*WINDOW_SETTINGS, "max_answer_length", "n_best_size"):
+            value, top = getattr(self, name), MOST.get(name, LARGEST)
+            if value is not None and not 0 < value <= top:
+                raise UserError(f"--{name} is {value}: give a number above 0, {top} at most.")
+        self.sets()
+
+    def sets(self) -> list[suites.EvaluationSet]:
+        """The sets of --suite, or the one that --data is, each with the rule that scores it.
+
+        Raises UserError for unknown names, and a rule that has no language.
+        """
+        data = self.data or []
+        if self.suite is None:
+            if len(data) != 1:
+                raise UserError("--data names several: give one, or name them as sets of --suite.")
+            return [self.own_set(data[0])]
+        if self.language:
+            raise UserError("--language goes with --data: the sets of --suite have their own.")
+        files = {}
+        for each in data:
+            name, equals, file = each.partition("=")
+            if not equals or not file:
+                raise UserError(
+                    f"--data {each} does not say which set of --suite it is: NAME=FILE."
+                )
+            files[name] = file
+        return [each.scored_by(self.metric, None) for each in suites.choose(self.suite, files)]
+
+    def own_set(self, source: str) -> suites.EvaluationSet:
+        """A file or hub dataset as a set, under --metric and --language."""
+        return suites.own_set(source).scored_by(self.metric, self.language)
+
+    def window_settings(
+        self, trained: dict[str, Any], longest: int, special: int
+    ) -> dict[str, int]:
+        """The window settings for a model: those given, else `trained`, its own, else the usual.
+
+        What was not given is lowered to what the model can use. longest: the most tokens that it
+        reads; special: how many of them its tokenizer adds to a question and a context.
+        """
+        found = {}
+        for name, usual in WINDOW_SETTINGS.items():
+            given, own = getattr(self, name), trained.get(name)
+            found[name] = given or (own if type(own) is int and 0 < own <= LARGEST else usual)
+        window, query, stride = WINDOW_SETTINGS
+        if self.max_seq_length is None:
+            found[window] = min(found[window], longest)
+        room = found[window] - special
+        if self.max_query_length is None and found[query] >= room:
+            found[query] = max(1, room // 2)
+        room -= found[query]
+        if self.doc_stride is None and found[stride] > room:
+            found[stride] = max(1, room // 2)
+        return found
+
+    @property
+    def cache_path(self) -> Path:
+        return Path(self.cache_dir).expanduser()
+
+
+def parse(argv: list[str]) -> EvaluateConfig:
+    """The settings that a command line gives. Raises UserError for unknown flags and values."""
+    return program.parse(program.parser_of(EvaluateConfig, "evaluate", ABOUT), argv)

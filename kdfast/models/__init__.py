@@ -1,0 +1,1 @@
+"""Readers: loaded, run, saved."""

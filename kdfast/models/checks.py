@@ -1,0 +1,113 @@
+"""What a model's folder, or a cache of windows, claims, held against what is there."""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModelForQuestionAnswering
+
+from kdfast.common.errors import UserError
+from kdfast.data.prepare import Windows
+
+# Model types whose span head is a Linear `qa_outputs` over the base model's last hidden states
+# and whose first token stands for "no answer". Each has a test.
+SUPPORTED = (
+    "albert",
+    "bert",
+    "camembert",
+    "deberta",
+    "deberta-v2",
+    "electra",
+    "mpnet",
+    "roberta",
+    "xlm-roberta",
+)
+
+
+def check_type(config, name: str, role: str) -> None:
+    """Raise UserError unless `config` is of a supported type with two logits a token."""
+    if config.model_type not in SUPPORTED:
+        raise UserError(
+            f"{role} {name} is of type {config.model_type}, which is not supported: "
+            f"use one of {', '.join(SUPPORTED)}."
+        )
+    if config.num_labels != 2:
+        raise UserError(
+            f"{role} {name} has {config.num_labels} labels, and a span head has 2: "
+            "name a question-answering model, or set num_labels in its config.json."
+        )
+
+
+def check_reads_both_ways(config, name: str, role: str) -> None:
+    """Raise UserError for a `config` that transformers does not compute a reader's logits by."""
+    if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
+        switch = "is_decoder" if getattr(config, "is_decoder", False) else "add_cross_attention"
+        raise UserError(
+            f"{role} {name} is a decoder ({switch} in its config.json), and a reader looks both "
+            "ways: name an encoder."
+        )
+    if getattr(config, "position_embedding_type", None) not in (None, "absolute"):
+        raise UserError(
+            f"{role} {name} has position embeddings of type {config.position_embedding_type}, "
+            "which transformers 5 leaves out without a word: name a model with absolute ones."
+        )
+    if getattr(config, "quantization_config", None):
+        raise UserError(
+            f"{role} {name} is quantized (quantization_config in its config.json): name the model "
+            "that it was made from."
+        )
+
+
+def check_sizes(config, folder: Path, name: str, role: str) -> None:
+    """Raise UserError where `config` describes more weights than the folder's safetensors hold.
+
+    Only headers are read: memory is taken once it is known for what.
+    """
+    held, tensors = 0, 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118, it is no dict
+                held += math.prod(file.get_slice(key).get_shape())
+                tensors += 1
+    described = math.inf
+    if config.num_hidden_layers <= tensors:  # every layer has some
+        with torch.device("meta"):
+            reader = AutoModelForQuestionAnswering.from_config(config)
+        head = sum(each.numel() for each in reader.qa_outputs.parameters())
+        described = sum(each.numel() for each in reader.parameters()) - head
+    if described > held:
+        raise UserError(
+            f"{role} {name} lacks weights: it holds {held} of {described} that its config.json "
+            "describes: name a complete model."
+        )
+
+
+def check_windows(reader: nn.Module, windows: Windows, max_seq_length: int, cache: Path) -> None:
+    """Raise UserError for prepared windows that the model cannot read, whoever prepared them.
+
+    On a GPU a token without an embedding would end the process amid a step.
+    """
+    known = reader.get_input_embeddings().num_embeddings
+    blocks = range(0, len(windows.input_ids), 2**22)
+    highest = max(int(windows.input_ids[at : at + 2**22].max()) for at in blocks)
+    highest = max(highest, windows.pad_token_id)
+    fault = None
+    if highest >= known:
+        fault = f"token {highest}, and the model knows {known}"
+    elif windows.lengths.max() > max_seq_length:
+        fault = f"a window of {windows.lengths.max()} tokens, more than --max_seq_length"
+    if fault:
+        raise UserError(
+            f"{cache / 'features'} holds {fault}: delete the features there, and they are made "
+            "anew."
+        )
+
+
+def nonfinite_weight(parameters: Iterable[tuple[str, torch.Tensor]]) -> str | None:
+    """The name of a parameter that is not finite, or None. The host waits for the device once."""
+    named = list(parameters)
+    sound = torch.stack([torch.isfinite(each).all() for _, each in named]).tolist()
+    return next((name for (name, _), good in zip(named, sound, strict=True) if not good), None)

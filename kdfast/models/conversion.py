@@ -1,0 +1,152 @@
+"""`python -m kdfast.doctor --convert`: pickled weights to safetensors, in a process of their own.
+
+A pickle may name any function to be called as it is read. torch's weights_only refuses all but
+what tensors are made of; should that fail, what runs is this module as a program, with nothing
+else in its memory.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors.torch import save_file
+
+from kdfast.common.errors import UserError
+from kdfast.common.files import even_modes, read_json_object, sync, sync_folder
+from kdfast.models.hub import HUB_ERRORS, MODEL_FILES, PICKLES
+
+INDEX = "pytorch_model.bin.index.json"
+WEIGHTS = "model.safetensors"
+SAFE_TORCH = (2, 6)  # weights_only of earlier ones can be made to run code (CVE-2025-32434)
+
+
+def convert(name: str, output_dir: str | None = None) -> Path:
+    """Write model.safetensors of the pickled weights of folder or hub id `name`.
+
+    output_dir: a new folder for the whole model. None: a folder gets the file beside its pickle, a
+    hub model a folder of its own name. Returns the file. Nothing is overwritten.
+
+    Raises UserError where there is nothing to convert, where something is there already, and for a
+    pickle that holds more than weights.
+    """
+    folder = Path(name).expanduser()
+    is_local = folder.is_dir()
+    target = Path(output_dir or (name if is_local else name.rpartition("/")[2])).expanduser()
+    is_beside = is_local and target.resolve() == folder.resolve()
+    if target.exists() and not is_beside:
+        raise UserError(f"--output_dir {target} is there already: name a folder to be made.")
+    if not is_local:
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=[*MODEL_FILES, PICKLES]))
+        except HUB_ERRORS as error:
+            raise UserError(
+                f"--convert {name} is neither a folder nor a model that the hub gave "
+                f"({type(error).__name__}): check the name and the network."
+            ) from error
+    if any(folder.glob("*.safetensors")):
+        raise UserError(f"--convert {name} has weights in safetensors already: use it as it is.")
+    parts = pickles_in(folder, name)
+    around = target if is_beside else target.absolute().parent
+    try:
+        with tempfile.TemporaryDirectory(prefix=".", dir=around) as room:
+            made = Path(room) / "model"
+            made.mkdir()
+            _in_a_process(parts, made / WEIGHTS)
+            if not is_beside:
+                for path in (path for pattern in MODEL_FILES for path in folder.glob(pattern)):
+                    if path.name != INDEX:
+                        shutil.copyfile(path, made / path.name)
+            even_modes(made)
+            sync_folder(made)
+            if is_beside:
+                (made / WEIGHTS).rename(target / WEIGHTS)
+            else:
+                made.rename(target)
+            sync(around)
+    except OSError as error:
+        raise UserError(
+            f"{target / WEIGHTS} cannot be written ({error.strerror}): name another --output_dir."
+        ) from error
+    return target / WEIGHTS
+
+
+def pickles_in(folder: Path, name: str) -> list[Path]:
+    """The files of pickled weights in a model's folder. Raises UserError where there are none."""
+    parts = [folder / "pytorch_model.bin"]
+    listed = read_json_object(folder / INDEX).get("weight_map")
+    if not parts[0].is_file() and isinstance(listed, dict):
+        parts = [folder / Path(str(part)).name for part in sorted(set(listed.values()))]
+    lacking = [part.name for part in parts if not part.is_file()]
+    if lacking:
+        raise UserError(f"--convert {name} holds no {lacking[0]}: there is nothing to convert.")
+    return parts
+
+
+def _in_a_process(parts: list[Path], path: Path) -> None:
+    """Run this module over `parts`. Raises UserError with what it says."""
+    command = [sys.executable, "-m", __name__, str(path), *map(str, parts)]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"]
+        raise UserError(said[-1] if done.returncode == 2 else f"{parts[0]}: {said[-1]}")
+
+
+def main(argv: list[str]) -> int:
+    """The program: a file to write, then the pickles that it is made of."""
+    path, *parts = map(Path, argv)
+    try:
+        if tuple(map(int, torch.__version__.split(".")[:2])) < SAFE_TORCH:
+            raise UserError(
+                f"torch {torch.__version__} reads no pickle safely: install torch 2.6 or newer."
+            )
+        tensors: dict[str, torch.Tensor] = {}
+        for part in parts:
+            tensors.update(_weights_in(part))
+        if not tensors:
+            raise UserError(f"{parts[0]} holds no weights: name a model with some.")
+        save_file(dict(_apart(tensors)), path, metadata={"format": "pt"})
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def _weights_in(path: Path) -> dict[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever the bytes of a damaged file lead to
+        what = "is no file of torch.save, or a damaged one"
+        if re.search("unsupported global|unrecognized function|can only", str(error), re.I):
+            what = "holds more than weights, which may be code"
+        raise UserError(
+            f"{path} {what}, and was not read: ask its owner for model.safetensors."
+        ) from error
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(each, torch.Tensor) for name, each in content.items()
+    ):
+        raise UserError(
+            f"{path} holds something else than a model's weights by their names: it must be what "
+            "save_pretrained wrote."
+        )
+    return content
+
+
+def _apart(tensors: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors, tied ones copied: safetensors takes none that share memory."""
+    seen = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        yield name, tensor.clone() if place in seen else tensor
+        seen.add(place)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,95 @@
+"""A student's windows as another tokenizer cuts them: same question, same characters of context."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdfast.common.errors import UserError
+from kdfast.data import prepare as features
+from kdfast.data.examples import Example
+from kdfast.data.windows import Windows
+from kdfast.teachers.rewindow import Recutter
+from kdfast.tokenizers.template import Template
+
+FORMAT = 1  # part of every key: raise it when files or meaning change
+# Settings under which every question is one window, with the whole of its context.
+WHOLE = {"max_seq_length": 1 << 30, "max_query_length": 1 << 29, "doc_stride": 1}
+FIRST_FILE = "first_piece.bin"
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Windows of a teacher's tokenizer, one or several for each window of a student, in its order.
+
+    windows: they are unlabelled. first int64 (W + 1,): the student's window w is read in windows
+    first[w] to first[w + 1] - 1.
+    """
+
+    windows: Windows
+    first: np.ndarray
+
+
+def prepare(
+    student: Windows,
+    source: str,
+    tokenizer: Any,
+    *,
+    max_seq_length: int,
+    doc_stride: int,
+    cache_dir: Path | str,
+    split: str | None = None,
+    progress: Callable[[Iterable[Example]], Iterable[Example]] = iter,
+) -> Pieces:
+    """The pieces of `student`, windows that were prepared from `source`; from the cache if there.
+
+    A window's piece holds the tokens that stand for any of its characters. One that is longer than
+    max_seq_length is read in several pieces of full length, evenly spread, which begin at most
+    doc_stride tokens, or half of their context, apart. A question takes half of a piece at most
+    and loses the rest; windows.counts["truncated_questions"] says how many do.
+
+    The cache is a folder of cache_dir/features, keyed by the student's windows, the tokenizer and
+    the settings. Raises UserError as features.prepare does.
+    """
+    template = Template.learn(tokenizer)
+    settings = {"max_seq_length": max_seq_length, "doc_stride": doc_stride}
+    parts = [FORMAT, "pieces", student.key, features.tokenizer_key(tokenizer), settings]
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    recutter = Recutter(student, template, **settings)
+
+    def arrays(folder: Path) -> features.Parts:
+        whole = features.prepare(
+            source, tokenizer, **WHOLE, cache_dir=cache_dir, split=split, progress=progress
+        )
+        with (folder / FIRST_FILE).open("wb") as first:
+            for part in recutter.arrays(whole):
+                first.write(part.pop("first_piece", np.empty(0, np.int64)).tobytes())
+                yield part
+            first.flush()
+            os.fsync(first.fileno())
+
+    def header() -> dict[str, Any]:
+        return {
+            "key": key,
+            "format": FORMAT,
+            "settings": settings,
+            "pad_token_id": template.pad_token_id,
+            "uses_token_types": template.uses_token_types,
+            "counts": recutter.counts,
+            "first": {},
+        }
+
+    windows = features.stored(cache_dir, key, arrays, header)
+    path = Path(cache_dir).expanduser() / "features" / key / FIRST_FILE
+    if not path.is_file() or path.stat().st_size != 8 * (len(student) + 1):
+        raise UserError(
+            f"{path.parent}: a damaged cache ({path.name}): delete this folder and run again"
+        )
+    return Pieces(windows, np.memmap(path, dtype=np.int64, mode="r").view(np.ndarray))

@@ -1,0 +1,130 @@
+"""The teachers of a run: what each one reads, its own logits, and what they say of the student's.
+
+What a user should hear is said by rank 0.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kdfast.common.errors import UserError
+from kdfast.common.progress import passing_bar, reading_bar
+from kdfast.common.ranks import Ranks
+from kdfast.config import TrainConfig
+from kdfast.data import prepare
+from kdfast.data.windows import Windows
+from kdfast.models import load
+from kdfast.models.inference import forward_tokens
+from kdfast.teachers import cache, pieces
+from kdfast.teachers.alignment import Carrier, softened
+from kdfast.teachers.mixture import Probabilities
+from kdfast.tokenizers.load import load_tokenizer
+from kdfast.tokenizers.template import Template
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """One teacher. windows: what it reads, at most max_seq_length tokens each.
+
+    carrier: for a tokenizer that is not the student's; None: `windows` are the student's.
+    """
+
+    name: str
+    source: cache.Source
+    windows: Windows
+    max_seq_length: int
+    carrier: Carrier | None
+
+    def probabilities(
+        self, logits: np.ndarray, student: Windows, temperature: float
+    ) -> Probabilities:
+        """Its softened distributions over the student's tokens. logits: own_logits."""
+
+        def same_tokens(begin: int, end: int) -> np.ndarray:
+            starts = student.window_start[begin : end + 1]
+            return softened(logits[starts[0] : starts[-1]], starts - starts[0], temperature)
+
+        def carried(begin: int, end: int) -> np.ndarray:
+            return self.carrier.probabilities(logits, begin, end, temperature)
+
+        return same_tokens if self.carrier is None else carried
+
+
+def find(
+    config: TrainConfig,
+    name: str,
+    windows: Windows,
+    student: load.Loaded,
+    kind: str,
+    ranks: Ranks,
+) -> Teacher:
+    """The teacher `name` and the windows it reads, which are made where they are not there.
+
+    windows: the student's. kind: the precision of the teacher.
+    """
+    folder = load.local_folder(name, "--teacher")
+    tokenizer = load_tokenizer(folder, "--teacher")
+    key = prepare.tokenizer_key(tokenizer)
+    weights = cache.weights_key(folder)
+    if prepare.same_tokens(tokenizer, student.tokenizer):
+        source = cache.Source(weights, key, windows.key, kind)
+        windows = windows.with_token_types(Template.learn(tokenizer).uses_token_types)
+        return Teacher(name, source, windows, config.max_seq_length, None)
+    refuse_mse(config, name)
+    length = load.trained_length(load.load_config(folder, name, "--teacher"))
+    read = pieces.prepare(
+        windows,
+        config.train_file,
+        tokenizer,
+        max_seq_length=length,
+        doc_stride=config.doc_stride,
+        cache_dir=config.cache_path,
+        split="train",
+        progress=reading_bar(config.train_file),
+    )
+    ranks.say(
+        f"{name} has another tokenizer than the student: it reads the student's {len(windows)} "
+        f"windows in {len(read.windows)} of up to {length} tokens, and its distributions are "
+        "carried over by characters."
+    )
+    cut = read.windows.counts["truncated_questions"]
+    if cut:
+        ranks.say(f"{cut} questions fill more than half of what {name} reads, and were cut for it.")
+    templates = Template.learn(student.tokenizer), Template.learn(tokenizer)
+    source = cache.Source(weights, key, read.windows.key, kind)
+    return Teacher(name, source, read.windows, length, Carrier(windows, read, *templates))
+
+
+def refuse_mse(config: TrainConfig, name: str) -> None:
+    """Raise UserError for mse with a teacher `name` whose tokenizer is not the student's."""
+    if config.distillation_loss == "mse":
+        raise UserError(
+            f"--distillation_loss mse compares logits, and --teacher {name}, which has another "
+            "tokenizer than the student, gives it probabilities only: use kl_div."
+        )
+
+
+def own_logits(config: TrainConfig, one: Teacher, device: torch.device, ranks: Ranks) -> np.ndarray:
+    """A teacher's raw logits over its windows, from its cache or by a pass: fp16 (tokens, 2)."""
+    tokens = len(one.windows.input_ids)
+    logits = cache.open_shared(config.cache_path, one.source, tokens, ranks)
+    if logits is not None:
+        ranks.say(f"Teacher logits: cache {one.source.key} in {config.cache_path}.")
+        return logits
+    loaded = load.load_reader(one.name, "--teacher")
+    load.check_fits(loaded, one.max_seq_length, one.name)
+    for note in loaded.notes:
+        ranks.say(note)
+    total = len(one.windows)
+    with passing_bar("teacher", "window", total, ranks.is_first) as bar:
+        return cache.fill_cache(
+            config.cache_path,
+            one.source,
+            loaded.model.to(device),
+            one.windows,
+            device,
+            forward_tokens(device),
+            bar.update,
+            ranks,
+        )

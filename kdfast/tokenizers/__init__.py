@@ -1,0 +1,1 @@
+"""Tokenizers as their files say, and what they make of texts."""

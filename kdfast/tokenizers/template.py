@@ -1,0 +1,93 @@
+"""What a tokenizer puts around a question and a context, learned from one encoded pair."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from kdfast.common.errors import UserError
+
+
+@contextmanager
+def whole_texts(backend: Any) -> Iterator[Any]:
+    """The `tokenizers` object with truncation and padding off, and as it was afterwards."""
+    truncation, padding = backend.truncation, backend.padding
+    backend.no_truncation()
+    backend.no_padding()
+    try:
+        yield backend
+    finally:
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+        if padding is not None:
+            backend.enable_padding(**padding)
+
+
+def backend_text(tokenizer: Any) -> str:
+    """All that decides a fast tokenizer's output for one text, as JSON."""
+    with whole_texts(tokenizer.backend_tokenizer) as backend:
+        return backend.to_str()
+
+
+@dataclass(frozen=True)
+class Template:
+    """What a tokenizer puts around a question and a context."""
+
+    before: tuple[int, ...]
+    between: tuple[int, ...]
+    after: tuple[int, ...]
+    uses_token_types: bool
+    pad_token_id: int
+
+    @property
+    def size(self) -> int:
+        return len(self.before) + len(self.between) + len(self.after)
+
+    @classmethod
+    def learn(cls, tokenizer: Any) -> Template:
+        """Learns it from the encoding of a pair.
+
+        Raises UserError for a tokenizer without a Rust backend, without a padding token, without a
+        token in front (which stands for "no answer"), or with token types of an unknown pattern.
+        """
+        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+        if not getattr(tokenizer, "is_fast", False):
+            raise UserError(
+                f"{name}: a slow tokenizer, which knows no character offsets: use its fast one "
+                "(a folder with tokenizer.json)"
+            )
+        if tokenizer.pad_token_id is None:
+            raise UserError(
+                f"{name}: no padding token: state pad_token in its tokenizer_config.json"
+            )
+        with whole_texts(tokenizer.backend_tokenizer) as backend:
+            probe = backend.encode("probe", "probe")
+        side = probe.sequence_ids
+        if 0 not in side or 1 not in side or side.index(0) > side.index(1):
+            raise UserError(f"{name}: does not encode pairs as question, context: use another")
+        question = side.index(0)
+        between = question + side.count(0)
+        context = side.index(1)
+        after = context + side.count(1)
+        if question == 0:
+            raise UserError(
+                f"{name}: puts no token in front of the question, where 'no answer' is predicted: "
+                "use a tokenizer of the BERT, RoBERTa, XLM-R or DeBERTa kind"
+            )
+        uses_types = "token_type_ids" in tokenizer.model_input_names and any(probe.type_ids)
+        if uses_types and probe.type_ids != [int(p >= context) for p in range(len(probe.ids))]:
+            raise UserError(
+                f"{name}: token types {probe.type_ids}, and known are those that are 0 up to the "
+                "context and 1 from there on: state model_input_names without token_type_ids in "
+                "its tokenizer_config.json if the model was trained without them"
+            )
+        ids = probe.ids
+        return cls(
+            tuple(ids[:question]),
+            tuple(ids[between:context]),
+            tuple(ids[after:]),
+            uses_types,
+            tokenizer.pad_token_id,
+        )

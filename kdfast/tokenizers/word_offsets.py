@@ -1,0 +1,60 @@
+"""Where a tokenizer says that its tokens, and the words they are pieces of, stand in a text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kdfast.tokenizers.encode import starts_of
+from kdfast.tokenizers.template import whole_texts
+
+
+@dataclass(frozen=True)
+class Words:
+    """The tokens of several texts after one another.
+
+    starts int64 (texts + 1,): where each text's tokens begin
+    offsets int32 (tokens, 2): the characters of each, [first, past the last), as the tokenizer
+        gives them: unlike Windows.context_offsets they may begin with a blank
+    first, last int64 (tokens,): the first and the last token of the word that each is a piece of
+    """
+
+    starts: np.ndarray
+    offsets: np.ndarray
+    first: np.ndarray
+    last: np.ndarray
+
+    @classmethod
+    def encode(cls, tokenizer: Any, texts: list[str]) -> Words:
+        """The words of `texts`. tokenizer: a fast one of transformers."""
+        with whole_texts(tokenizer.backend_tokenizer) as backend:
+            encodings = backend.encode_batch(texts, add_special_tokens=False)
+        starts = starts_of([len(encoding.ids) for encoding in encodings])
+        tokens = int(starts[-1])
+        offsets = np.empty((tokens, 2), dtype=np.int32)
+        number = np.empty(tokens, dtype=np.int64)
+        for begin, encoding in zip(starts.tolist(), encodings, strict=False):
+            part = slice(begin, begin + len(encoding.ids))
+            offsets[part] = np.array(encoding.offsets, dtype=np.int32).reshape(-1, 2)
+            # Only the special tokens that are put around a pair are of no word.
+            number[part] = encoding.word_ids
+        opens = np.ones(tokens, dtype=bool)
+        opens[1:] = number[1:] != number[:-1]
+        opens[starts[:-1][starts[:-1] < tokens]] = True
+        edges = np.append(np.flatnonzero(opens), tokens)
+        run = np.cumsum(opens) - 1
+        return cls(starts, offsets, edges[run], edges[run + 1] - 1)
+
+    def characters(
+        self, start: np.ndarray, end: np.ndarray, low: np.ndarray, high: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """First character, and the one past the last, of spans of tokens widened to whole words.
+
+        start, end int64 (n,): the tokens of each span; low, high: the first and the last token that
+        may take part, so that a word which a window cuts counts as what the window holds of it.
+        """
+        start = np.maximum(self.first[start], low)
+        end = np.minimum(self.last[end], high)
+        return self.offsets[start, 0], self.offsets[end, 1]

@@ -1,0 +1,218 @@
+"""Checkpoints: a model folder plus what the next step needs. safetensors and JSON, no pickle.
+
+Each stands at the boundary of two steps and holds all that decides what follows. SHA256SUMS in it
+tells a whole one from one that is torn or was changed.
+"""
+
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from kdfast.common.errors import UserError
+from kdfast.common.files import (
+    even_modes,
+    fault_in,
+    read_json_object,
+    sync,
+    sync_folder,
+    write_json,
+    write_sums,
+)
+from kdfast.data.batches import CutRule
+from kdfast.models.load import SpanModel
+from kdfast.models.save import list_checkpoints, save_model, writing
+from kdfast.training.checkpoint_state import FORMAT, fault_of_state
+from kdfast.training.log import LOG_FILE
+from kdfast.training.optimizer import Updater
+
+STATE_FILE = "trainer_state.json"
+MODEL_FILE = "model.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+# What torch's AdamW keeps of each parameter.
+ADAM = ("step", "exp_avg", "exp_avg_sq")
+VALUE = "value"  # of a parameter that trains beside the reader
+
+
+@dataclass
+class Progress:
+    """Where a run stands.
+
+    steps: attempted so far. evaluated: steps before the last evaluation. best_f1: of the
+    evaluations so far on `validation` (Validation.key), or None. rule: how its steps are cut, None
+    before the first. clock: Clock.sums of all steps. starts: the steps at which it was started.
+    """
+
+    steps: int = 0
+    evaluated: int = 0
+    best_f1: float | None = None
+    validation: str | None = None
+    rule: CutRule | None = None
+    clock: list[float] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+
+
+def save_checkpoint(
+    output_dir: Path,
+    model: SpanModel,
+    tokenizer,
+    updater: Updater,
+    progress: Progress,
+    identity: dict[str, Any],
+    limit: int,
+) -> Path:
+    """Write output_dir/checkpoint-STEPS beside, sync, rename, and keep the last `limit` up to it.
+
+    Later ones, of a run that was resumed from before them, are deleted: this run passes them anew.
+    identity: what a resumed run must share, see training.resume.
+    """
+    target = output_dir / f"checkpoint-{progress.steps}"
+    beside = output_dir / f"{target.name}.new"
+    with writing(beside):
+        shutil.rmtree(beside, ignore_errors=True)
+        save_model(beside, model, tokenizer)
+        save_file(_trained_tensors(model, updater), beside / OPTIMIZER_FILE)
+        even_modes(beside)
+        state = {
+            "format": FORMAT,
+            "updates": updater.updates,
+            "overflows": updater.overflows,
+            "scaler": None if updater.scaler is None else updater.scaler.state_dict(),
+            "progress": asdict(progress),
+            "identity": identity,
+        }
+        write_json(beside / STATE_FILE, state)
+        write_sums(beside, sorted(path.name for path in beside.iterdir()))
+        sync_folder(beside)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(beside, target)
+        sync(output_dir)  # before others are deleted
+        checkpoints = list_checkpoints(output_dir)
+        passed = checkpoints.index(target) + 1
+        for old in [*checkpoints[passed:], *checkpoints[:passed][:-limit]]:
+            shutil.rmtree(old)
+    return target
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Delete what a kill amid a write has left beside what it was to replace."""
+    for path in output_dir.iterdir():
+        if re.fullmatch(r"(checkpoint-\d+|best|last|model)\.(new|old)|\.rehearsal", path.name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The state file of a checkpoint. Raises UserError where there is none of this format."""
+    state = read_json_object(folder / STATE_FILE)
+    if fault := fault_of_state(state):
+        raise UserError(
+            f"--resume_from_checkpoint {folder} holds no {STATE_FILE} of format {FORMAT} "
+            f"(see its {fault}): name a checkpoint-STEP folder of this program."
+        )
+    return state
+
+
+def load_checkpoint(folder: Path, model: SpanModel, updater: Updater) -> Progress:
+    """Put weights, optimizer and scaler back. Raises UserError where they do not fit."""
+    state = read_state(folder)
+    try:
+        model.reader.load_state_dict(load_file(folder / MODEL_FILE))
+        tensors = load_file(folder / OPTIMIZER_FILE)
+        if state["updates"] and not any(name.endswith("|step") for name in tensors):
+            raise ValueError(f"{OPTIMIZER_FILE} holds no state")
+        _restore_trained(model, updater, tensors)
+        if updater.scaler is not None and state["scaler"]:
+            updater.scaler.load_state_dict(state["scaler"])
+        updater.updates = state["updates"]
+        updater.overflows = state["overflows"]
+        saved = state["progress"]
+        rule = None if saved["rule"] is None else CutRule(**saved["rule"])
+        return Progress(**{**saved, "rule": rule})
+    except Exception as error:  # safetensors has its own error type for a torn file
+        raise UserError(
+            f"--resume_from_checkpoint {folder} cannot be read ({error}): {_other_than(folder)}."
+        ) from error
+
+
+def find_checkpoint(name: str, output_dir: Path) -> tuple[Path, list[str]]:
+    """The folder that --resume_from_checkpoint names, and what a user should hear about it.
+
+    `last` is the last one that is whole. Raises UserError for a path to one that is not, and where
+    there is none.
+    """
+    if name != "last":
+        folder = Path(name).expanduser()
+        if (folder / STATE_FILE).is_file() and (fault := torn(folder)):
+            raise UserError(
+                f"--resume_from_checkpoint {folder} is damaged ({fault}): {_other_than(folder)}."
+            )
+        read_state(folder)
+        return folder, []
+    notes = []
+    for folder in reversed(list_checkpoints(output_dir)):
+        if (fault := torn(folder)) is None:
+            read_state(folder)
+            return folder, notes
+        notes.append(f"{folder} is damaged ({fault}): the checkpoint before it is used.")
+    if notes:
+        raise UserError(
+            f"--resume_from_checkpoint last: every checkpoint in {output_dir} is damaged: give "
+            "--overwrite instead to start again, or another --output_dir."
+        )
+    remedy = "name the folder of the earlier run"
+    if (output_dir / LOG_FILE).is_file():
+        remedy = "give --overwrite instead to start again"
+    elif all(path.name.startswith(".") for path in output_dir.iterdir()):
+        remedy = "leave the flag out to start"
+    raise UserError(f"--resume_from_checkpoint last: {output_dir} holds no checkpoint: {remedy}.")
+
+
+def _other_than(folder: Path) -> str:
+    """The remedy for a checkpoint that is no good."""
+    others = [path for path in list_checkpoints(folder.parent) if path != folder]
+    return f"name another, such as {others[-1]}" if others else "start again without the flag"
+
+
+def torn(folder: Path) -> str | None:
+    """What is damaged in a checkpoint, or None."""
+    return fault_in(folder, (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE))
+
+
+def _trained_tensors(model: SpanModel, updater: Updater) -> dict[str, torch.Tensor]:
+    """Adam's state by parameter, and the parameters that the model's own file does not hold."""
+    tensors = {
+        f"{name}|{key}": value
+        for name, parameter in updater.named.items()
+        for key, value in updater.optimizer.state.get(parameter, {}).items()
+    }
+    beside = {f"{name}|{VALUE}": each for name, each in beside_reader(model, updater).items()}
+    return tensors | beside
+
+
+def beside_reader(model: SpanModel, updater: Updater) -> dict[str, torch.Tensor]:
+    """What trains and is not the reader's, by name; it shares memory with the parameters."""
+    own = {id(each) for each in model.reader.parameters()}
+    return {name: each.detach() for name, each in updater.named.items() if id(each) not in own}
+
+
+def _restore_trained(model: SpanModel, updater: Updater, tensors: dict[str, torch.Tensor]) -> None:
+    parameters = updater.named
+    values = {f"{name}|{VALUE}" for name in beside_reader(model, updater)}
+    states = {f"{name}|{key}" for name in parameters for key in ADAM}
+    if not values <= set(tensors) or set(tensors) - values not in (set(), states):
+        raise ValueError(f"{OPTIMIZER_FILE} lacks some of the model's parameters")
+    for full_name, value in tensors.items():
+        name, key = full_name.rsplit("|", 1)
+        parameter = parameters[name]
+        shape = () if key == "step" else parameter.shape
+        if value.shape != shape or value.dtype not in (torch.float32, parameter.dtype):
+            raise ValueError(f"{OPTIMIZER_FILE} does not fit {name}")
+        if key == VALUE:
+            parameter.data.copy_(value)
+        else:
+            updater.optimizer.state[parameter][key] = value.to(parameter.device, copy=True)

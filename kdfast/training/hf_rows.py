@@ -1,0 +1,198 @@
+"""The windows of a run as rows and batches of the Hugging Face Trainer."""
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import default_data_collator
+
+from kdfast.common.errors import UserError
+from kdfast.common.ranks import Ranks
+from kdfast.config import TrainConfig
+from kdfast.config_checks import check_teachers
+from kdfast.data.cache import PickledByPath
+from kdfast.data.prepare import Windows
+from kdfast.models import load
+from kdfast.models.precision import pick_device, resolve
+from kdfast.tokenizers.load import FolderTokenizer, load_tokenizer
+from kdfast.training import inputs
+
+TEACHER_COLUMNS = ("teacher_logits", "teacher_window")
+Row = dict[str, Any]
+Batch = dict[str, torch.Tensor]
+
+
+class KDDataset(PickledByPath, torch.utils.data.Dataset):
+    """The training windows of a run as rows, read from the mapped files one by one.
+
+    Pickled, for the workers of a DataLoader, it holds the files' paths.
+
+    A row: input_ids int64 (L,), token_type_ids int64 (L,) where the model has them,
+    start_positions and end_positions ints, teacher_logits fp16 (L, 2), and teacher_window, a
+    checksum of the input_ids that the logits belong to. pad_token_id: of the tokenizer.
+    temperature: the only one at which the logits mean something, or None for a teacher's own.
+    """
+
+    def __init__(
+        self,
+        windows: Windows,
+        chosen: np.ndarray,
+        teacher_logits: np.ndarray,
+        temperature: float | None = None,
+    ):
+        self.windows = windows
+        self.chosen = chosen
+        self.teacher_logits = teacher_logits
+        self.pad_token_id = windows.pad_token_id
+        self.temperature = temperature
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getstate__(self) -> dict[str, Any]:
+        begins = np.flatnonzero(np.diff(self.chosen, prepend=-2) != 1)
+        runs = self.chosen[begins], np.diff(begins, append=len(self.chosen))
+        return super().__getstate__() | {"chosen": runs}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        runs = [np.arange(first, first + count) for first, count in zip(*self.chosen, strict=True)]
+        self.chosen = np.concatenate(runs) if runs else np.empty(0, np.int64)
+
+    def __getitem__(self, number: int) -> Row:
+        windows, index = self.windows, self.chosen[number]
+        padded = windows.padded([index])
+        begin = windows.window_start[index]
+        row = {
+            "input_ids": padded["input_ids"][0],
+            "start_positions": int(windows.start_positions[index]),
+            "end_positions": int(windows.end_positions[index]),
+            "teacher_logits": np.array(self.teacher_logits[begin : begin + windows.lengths[index]]),
+            "teacher_window": window_checksum(padded["input_ids"][0]),
+        }
+        if windows.uses_token_types:
+            row["token_type_ids"] = padded["token_type_ids"][0]
+        return row
+
+
+def kd_dataset(config: TrainConfig) -> KDDataset:
+    """The rows of config.train_file, with the logits of config.teacher for config.student.
+
+    What is not in config.cache_dir yet is computed: features, and one pass of the teacher. Raises
+    UserError as `python -m kdfast.train` does, and for a weight of 0, which needs no teacher.
+    Several teachers, or one with another tokenizer, are averaged or carried at config.temperature,
+    which the trainer's must be then.
+    """
+    if not config.teacher or config.distillation_loss_weight == 0:
+        raise UserError("kd_dataset needs a teacher and a distillation_loss_weight above 0.")
+    check_teachers(config)
+    alone = Ranks()
+    device = pick_device()
+    student = load.Loaded(None, kd_tokenizer(config))
+    windows = inputs.prepare(config, student, config.train_file, "train", alone)
+    precision = resolve(config.mixed_precision, device)
+    lesson = inputs.teacher_lesson(config, windows, student, device, precision, alone)
+    logits = inputs.teacher_logits(config, lesson, windows, device, alone)
+    chosen = inputs.trained_windows(config, windows, alone)
+    return KDDataset(windows, chosen, logits, config.temperature if lesson.is_derived else None)
+
+
+def kd_tokenizer(config: TrainConfig) -> FolderTokenizer:
+    """The tokenizer of config.student, for the Trainer, which writes it as it was read.
+
+    (AutoTokenizer of transformers 5 may make another one of the same files.)
+    """
+    return load_tokenizer(load.local_folder(config.student, "--student"), "--student")
+
+
+class KDCollator:
+    """Makes a batch of rows: tensors (B, L), teacher_logits (B, L, 2) where the rows have them.
+
+    collate: pads the other columns, on the right; by default to the longest row, with an
+    attention_mask where there is none, and stacks what is not padded.
+
+    Raises UserError where teacher's columns are missing in some rows or belong to other rows, and
+    where `collate` does not keep every row's tokens in their places.
+    """
+
+    def __init__(self, pad_token_id: int, collate: Callable[[list[Row]], Batch] | None = None):
+        self.pad_token_id = pad_token_id
+        self.collate = self.pad if collate is None else collate
+
+    def __call__(self, rows: list[Row]) -> Batch:
+        if not any(name in row for row in rows for name in TEACHER_COLUMNS):
+            return self.collate(rows)
+        for row in rows:
+            check_row(row)
+        students = [{k: v for k, v in row.items() if k not in TEACHER_COLUMNS} for row in rows]
+        try:
+            batch = self.collate(students)
+        except KeyError as missing:
+            if missing.args[0] not in TEACHER_COLUMNS:
+                raise
+            batch = self.collate(rows)  # a collator that was written for them
+        ids = torch.as_tensor(batch["input_ids"])
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+        places = torch.arange(ids.shape[1]) < lengths[:, None] if ids.dim() == 2 else ids.bool()
+        given = torch.cat([torch.as_tensor(row["input_ids"]) for row in rows])
+        if len(ids) != len(rows) or not torch.equal(ids[places], given.to(ids.dtype)):
+            raise UserError(
+                "The data_collator moves, cuts or changes input_ids, to which teacher_logits "
+                "belong position by position: pad on the right alone, or leave data_collator out."
+            )
+        logits = [torch.as_tensor(np.asarray(row["teacher_logits"], np.float16)) for row in rows]
+        batch["teacher_logits"] = torch.zeros((*ids.shape, 2), dtype=torch.float16)
+        batch["teacher_logits"][places] = torch.cat(logits)
+        return batch
+
+    def pad(self, rows: list[Row]) -> Batch:
+        """The default `collate`."""
+        if any("input_ids" not in row for row in rows):
+            raise UserError(
+                "A row has no input_ids: give remove_unused_columns=False where the model's "
+                "forward does not name its arguments."
+            )
+        ones = [{"attention_mask": np.ones(len(row["input_ids"]), np.int64)} for row in rows]
+        rows = [one | row for one, row in zip(ones, rows, strict=True)]
+        pads = {"input_ids": self.pad_token_id, "attention_mask": 0, "token_type_ids": 0}
+        batch = default_data_collator([{k: row[k] for k in row if k not in pads} for row in rows])
+        for name in pads.keys() & rows[0].keys():
+            columns = [torch.as_tensor(row[name]) for row in rows]
+            batch[name] = torch.nn.utils.rnn.pad_sequence(columns, True, pads[name])
+        return batch
+
+
+def kd_parts(dataset: Any) -> Iterator[KDDataset]:
+    """Every KDDataset of which a dataset, or a dict of datasets, is made."""
+    if isinstance(dataset, KDDataset):
+        yield dataset
+    elif isinstance(dataset, Mapping):
+        yield from chain.from_iterable(map(kd_parts, dataset.values()))
+    elif isinstance(dataset, torch.utils.data.Dataset):  # Subset, ConcatDataset, wrappers
+        inside = [getattr(dataset, "dataset", None), *getattr(dataset, "datasets", ())]
+        yield from chain.from_iterable(map(kd_parts, inside))
+
+
+def window_checksum(input_ids: Any) -> int:
+    """A checksum of a row's tokens, which tells whose teacher logits a row holds."""
+    return zlib.crc32(np.ascontiguousarray(input_ids, dtype=np.int64).tobytes())
+
+
+def check_row(row: Row) -> None:
+    """Raise UserError unless the row has teacher logits, and its own."""
+    missing = [name for name in TEACHER_COLUMNS if name not in row]
+    if missing:
+        raise UserError(
+            f"A row has no {' and no '.join(missing)}, which others have: train on "
+            "kdfast.hf.kd_dataset, and evaluate rows without a teacher apart."
+        )
+    if len(row["teacher_logits"]) != len(row["input_ids"]) or (
+        window_checksum(row["input_ids"]) != row["teacher_window"]
+    ):
+        raise UserError(
+            "A row's teacher_logits belong to other input_ids: shuffle and select whole rows, and "
+            "never columns."
+        )

@@ -1,0 +1,238 @@
+"""Steps whose loss or gradient is not finite: which of them end a run, and what they come from.
+
+A step reports its loss, gradient norm and loss scale in its one read of the device. Nothing more is
+looked at unless these are bad: then the step's micro-batches run again under their seeds, on the
+weights that the bad step has left alone, and the first term that is not finite is looked for.
+"""
+
+import json
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from kdfast.common.errors import UserError
+from kdfast.data.prepare import Windows
+from kdfast.models.checks import nonfinite_weight
+from kdfast.models.loader import MicroBatch
+from kdfast.models.save import kept_models
+from kdfast.training.optimizer import SCALE_FLOOR
+from kdfast.training.step import Stepper, StepReport
+
+OVERFLOWS_AT_MOST = 20  # in a row
+EXAMINED_AT_MOST = 3  # steps, under --on_nonfinite skip
+NAMED_AT_MOST = 3  # terms, and questions of each
+
+WEIGHTS = "the student's weights"
+TEACHER = "the teacher's logits"
+STUDENT = "the student's logits"
+EMPTY = "the mask, which leaves no token"
+PARTS = {
+    "soft": "the soft term",
+    "hard": "the hard term",
+    "hidden": "the hidden states' term",
+    "attention": "the attention's term",
+}
+GRADIENT = "the gradient (the loss is finite)"
+OVERFLOW = "the scaled gradient (the loss is finite)"
+TOGETHER = "the gradient (the loss is finite; a window's alone is, too)"
+
+REMEDIES = {
+    WEIGHTS: "give a sound --student, or a lower --learning_rate",
+    TEACHER: "delete the teacher's logits in --cache_dir, and they are computed again",
+    EMPTY: "delete the features in --cache_dir, and they are prepared again",
+    OVERFLOW: "give --mixed_precision no, or bf16 where the card has it",
+}
+REMEDY = "lower --learning_rate, give --mixed_precision no, or leave these questions out"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A term that is not finite, and the windows where it is not. rank: where it was found.
+
+    detail: which weight, for WEIGHTS.
+    """
+
+    term: str
+    windows: list[int]
+    rank: int
+    detail: str = ""
+
+
+class NonfiniteSteps:
+    """Looks at every step's report, and ends the run, or says what was skipped."""
+
+    def __init__(self, stepper: Stepper, windows: Windows):
+        self.stepper = stepper
+        self.windows = windows
+        self.scales: deque[tuple[int, float]] = deque(maxlen=6)  # (first step, loss scale)
+        self.overflowed: deque[int] = deque(maxlen=100)
+        self.count = 0
+
+    def check(self, report: StepReport) -> str | None:
+        """A sentence about a step that is skipped under --on_nonfinite skip, else None.
+
+        All ranks call it, with equal reports. Raises UserError under halt, and under skip where the
+        weights are not finite, so that no step could succeed.
+        """
+        stepper = self.stepper
+        if report.loss_scale is not None:
+            if not self.scales or self.scales[-1][1] != report.loss_scale:
+                self.scales.append((report.step, report.loss_scale))
+            if report.skipped and math.isfinite(report.loss):
+                self.overflowed.append(report.step)
+        why = why_bad(report, stepper.updater.overflows)
+        if why is None:
+            return None
+        self.count += 1
+        ends = stepper.config.on_nonfinite == "halt" or bool(
+            nonfinite_weight(stepper.updater.named.items())
+        )
+        if not ends and self.count > EXAMINED_AT_MOST:
+            return f"Step {report.step} is skipped: {why}."
+        sentence = self._diagnosis(report, why)
+        if ends:
+            raise UserError(sentence)
+        return sentence
+
+    def _diagnosis(self, report: StepReport, why: str) -> str:
+        """The step, the questions, the term, the scaler's history and a remedy, in one sentence."""
+        stepper = self.stepper
+        own = examine(stepper, report, stepper.batches)
+        told = stepper.ranks.gather(json.dumps([asdict(each) for each in own]))
+        findings = [Finding(**each) for text in told for each in json.loads(text)]
+        terms = {each.term for each in findings}
+        remedy = next((REMEDIES[term] for term in REMEDIES if term in terms), REMEDY)
+        return (
+            f"Step {report.step} did not reach the weights, as {why}: "
+            f"{self._blame(findings)}{self._history()}; {remedy}"
+            f"{kept_models(Path(stepper.config.output_dir).expanduser())}."
+        )
+
+    def _blame(self, findings: list[Finding]) -> str:
+        """Terms and windows, in words."""
+        if not findings:
+            return "run again it was finite, so that the hardware or a file may be at fault"
+        parts = []
+        for each in findings[:NAMED_AT_MOST]:
+            if each.term == WEIGHTS:
+                return f"{each.term} are not finite ({each.detail})"
+            who = f" at rank {each.rank}" if self.stepper.ranks.count > 1 else ""
+            parts.append(f"not finite is {each.term} of {self._questions(each.windows)}{who}")
+        return " and ".join(parts)
+
+    def _questions(self, windows: list[int]) -> str:
+        named = [
+            f"question {self.windows.question_ids[int(self.windows.question[window])]} "
+            f"(window {window})"
+            for window in windows[:NAMED_AT_MOST]
+        ]
+        more = len(windows) - len(named)
+        return ", ".join(named) + (f" and {more} more windows" if more else "")
+
+    def _history(self) -> str:
+        """The scaler's, in words."""
+        if not self.scales:
+            return ""
+        changes = ", ".join(f"{scale:g} from step {step}" for step, scale in self.scales)
+        return f"; the loss scale was {changes}, with {len(self.overflowed)} overflows lately"
+
+
+def why_bad(report: StepReport, overflows: int) -> str | None:
+    """Why a step cannot be used; None for a good one, and for an overflow that the scaler mends.
+
+    overflows: of the scaler, one after another, this step's among them.
+    """
+    if not math.isfinite(report.loss):
+        return f"the loss is {report.loss}"
+    if math.isfinite(report.grad_norm):
+        return None
+    if report.loss_scale is None:
+        return f"the gradient's norm is {report.grad_norm}"
+    if report.loss_scale <= SCALE_FLOOR:
+        return f"the gradient overflows at the lowest loss scale, {SCALE_FLOOR:g}"
+    if overflows >= OVERFLOWS_AT_MOST:
+        return f"the gradient has overflowed in {overflows} steps in a row"
+    return None
+
+
+def check_weights(model: nn.Module, output_dir: Path) -> None:
+    """Raise UserError before weights that are not finite replace good ones on the disk."""
+    if name := nonfinite_weight(model.named_parameters()):
+        raise UserError(
+            f"The student's weights are not finite any more ({name}) and are not saved: lower "
+            f"--learning_rate{kept_models(output_dir)}."
+        )
+
+
+def examine(stepper: Stepper, report: StepReport, batches: list[np.ndarray]) -> list[Finding]:
+    """Run this rank's micro-batches of a reported step again: what is not finite in them."""
+    stepper.model.train()
+    if broken := nonfinite_weight(stepper.updater.named.items()):
+        return [Finding(WEIGHTS, [], stepper.ranks.rank, broken)]
+    bad: dict[str, list[int]] = {}
+    for number, batch in enumerate(stepper.feed.micro_batches(batches)):
+        # Not under no_grad, where attention may take another kernel than it took.
+        with stepper.autocast_to(stepper.autocast):
+            output, _, parts = stepper.rows(report.step, number, batch)
+        named = dict(zip(stepper.PARTS, parts.detach().unbind(-1), strict=True))
+        terms = _bad_terms(batch, output.detach(), named)
+        for term, rows in (terms or _bad_gradients(stepper, report, number, batch)).items():
+            bad.setdefault(term, []).extend(batches[number][list(rows)].tolist())
+    return [Finding(term, windows, stepper.ranks.rank) for term, windows in bad.items()]
+
+
+def _bad_terms(
+    batch: MicroBatch, output: torch.Tensor, parts: dict[str, torch.Tensor]
+) -> dict[str, list[int]]:
+    """For each term that is the first bad one of some windows, their rows in the micro-batch."""
+    mask = batch.mask
+    if mask is None:
+        mask = torch.ones_like(batch.inputs["input_ids"], dtype=torch.bool)
+
+    def is_bad(logits: torch.Tensor) -> torch.Tensor:
+        return (~torch.isfinite(logits).all(-1) & mask).any(1)
+
+    terms = {EMPTY: ~mask.any(1)}
+    if batch.teacher_logits is not None:
+        terms[TEACHER] = is_bad(batch.teacher_logits)
+    if output.dim() == 3:
+        terms[STUDENT] = is_bad(output)
+    for name, values in parts.items():
+        terms[PARTS[name]] = ~torch.isfinite(values.reshape(len(mask), -1)).all(1)
+    left = torch.ones(len(mask), dtype=torch.bool, device=mask.device)
+    found = {}
+    for term, bad in terms.items():
+        if rows := torch.nonzero(bad & left)[:, 0].tolist():
+            found[term] = rows
+        left &= ~bad
+    return found
+
+
+def _bad_gradients(
+    stepper: Stepper, report: StepReport, number: int, batch: MicroBatch
+) -> dict[str, list[int]]:
+    """The rows of a micro-batch of finite losses whose scaled gradient is not finite."""
+    scale = report.loss_scale
+
+    def is_finite(rows: Sequence[int]) -> bool:
+        # Run again each time: a compiled graph cannot be gone through twice.
+        with stepper.autocast_to(stepper.autocast):
+            _, row_loss, _ = stepper.rows(report.step, number, batch)
+        loss = row_loss[list(rows)].sum() / report.windows * (1.0 if scale is None else scale)
+        wanted = stepper.updater.parameters
+        gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
+        return all(bool(torch.isfinite(each).all()) for each in gradients if each is not None)
+
+    everything = range(len(batch.start_positions))
+    if is_finite(everything):
+        return {}
+    alone = [row for row in everything if not is_finite([row])]
+    if not alone:
+        return {TOGETHER: list(everything)}
+    return {GRADIENT if scale is None else OVERFLOW: alone}

@@ -1,0 +1,147 @@
+"""The output folder of a run: taken at the start, and run.json at the end."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from kdfast.common.errors import UserError
+from kdfast.common.files import locked, make_writable, write_json
+from kdfast.common.ranks import Ranks
+from kdfast.config import TrainConfig
+from kdfast.models.save import RUN_FILE, WEIGHTS_FILE, writing
+from kdfast.training.checkpoint import list_checkpoints, remove_leftovers
+from kdfast.training.log import LOG_FILE, TENSORBOARD_FOLDER
+
+CARD_SETTINGS = "card.json"  # what kdfast.card was given, for the next card
+LOCK_FILE = ".lock"
+FOLDERS = ("best", "last", TENSORBOARD_FOLDER)
+
+
+def open_output(config: TrainConfig) -> Path:
+    """The run's folder, created if missing; under --overwrite it may hold an earlier run.
+
+    Raises UserError for a folder that holds anything else, or that cannot be written.
+    """
+    output = Path(config.output_dir).expanduser()
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output_dir {output} is a file: name a folder.")
+    sources = [("teacher", each) for each in config.teacher or ()]
+    sources += [(name, getattr(config, name)) for name in ("student", "train_file")]
+    for name, given in [*sources, ("validation_file", config.validation_file)]:
+        read = Path(given).expanduser().resolve() if given else None
+        if read and read.exists() and output.resolve() in (read, *read.parents):
+            raise UserError(
+                f"--output_dir {output} holds --{name} {given}, which the run would overwrite: "
+                "name another folder."
+            )
+    if config.resume_from_checkpoint:
+        if not output.is_dir():
+            raise UserError(
+                f"--output_dir {output} does not exist, so there is nothing to resume there: "
+                "name the folder of the earlier run."
+            )
+    elif output.is_dir() and any(not path.name.startswith(".") for path in output.iterdir()):
+        if not config.overwrite:
+            remedy = "name another"
+            remedy += ", or add --overwrite" if is_run(output) else ""
+            remedy += ", or --resume_from_checkpoint last" if list_checkpoints(output) else ""
+            raise UserError(f"--output_dir {output} is not empty: {remedy}.")
+        check_is_run(output)
+    check_no_links(output)
+    try:
+        make_writable(output)
+    except OSError as error:
+        raise UserError(
+            f"--output_dir {output} cannot be written ({error.strerror}): name another."
+        ) from error
+    return output
+
+
+@contextmanager
+def sole_run(output: Path, ranks: Ranks) -> Iterator[None]:
+    """Hold `output`, which is there, for this run. Raises UserError where another run has it."""
+    if not ranks.is_first:
+        yield
+        return
+    with locked(output / LOCK_FILE) as is_ours:
+        if not is_ours:
+            raise UserError(
+                f"--output_dir {output} is in use by a run that has not ended: name another folder."
+            )
+        yield
+
+
+def check_no_links(output: Path) -> None:
+    """Raise UserError for a link in the folder, through which the run would write elsewhere."""
+    for path in output.rglob("*"):
+        if path.is_symlink():
+            raise UserError(
+                f"--output_dir {output} holds a link, {path.relative_to(output)}, through which "
+                "the run would write elsewhere: remove the link, or name another folder."
+            )
+
+
+def is_run(output: Path) -> bool:
+    """Whether `output` is the folder of an earlier run."""
+    return (output / RUN_FILE).is_file() or (output / LOG_FILE).is_file()
+
+
+def check_is_run(output: Path) -> None:
+    """Raise UserError unless `output` is the folder of an earlier run."""
+    if not is_run(output):
+        raise UserError(
+            f"--output_dir {output} holds something else than a run of this program, which "
+            "--overwrite does not delete: name another folder."
+        )
+
+
+def remove_run(output: Path) -> None:
+    """Delete what an earlier run wrote beside its model and its log, and nothing else."""
+    remove_leftovers(output)
+    folders = [*list_checkpoints(output), *(output / name for name in FOLDERS)]
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+    for name in ("figures", ".eval_results"):
+        shutil.rmtree(output / name, ignore_errors=True)
+    for name in (RUN_FILE, CARD_SETTINGS, "README.md", "report.html", WEIGHTS_FILE):
+        (output / name).unlink(missing_ok=True)
+
+
+def check_shared(folder: Path, ranks: Ranks, role: str) -> None:
+    """Raise UserError unless `folder` can be written and is the same one for every rank."""
+    if ranks.count == 1:
+        return
+    mark = folder / f".seen-by-all-{ranks.share(str(os.getpid()))}"
+    if ranks.is_first:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+        except OSError as error:
+            raise UserError(
+                f"{role} {folder} cannot be written ({error.strerror}): name another."
+            ) from error
+    ranks.barrier()
+    seen = mark.exists()
+    ranks.barrier()
+    if ranks.is_first:
+        mark.unlink()
+    if not seen:
+        raise UserError(
+            f"{role} {folder} is not the same folder on the node of rank {ranks.rank}: name one "
+            "on storage that all nodes share."
+        )
+
+
+def write_run(output: Path, content: dict[str, Any]) -> None:
+    """Write run.json: everything about the run that a reader of its figures needs."""
+    with writing(output / RUN_FILE):
+        write_json(output / RUN_FILE, content)
+
+
+def local_paths(config: TrainConfig) -> list[str]:
+    """What flags named that is on this machine: read elsewhere, `models/small` looks like an id."""
+    named = [config.student, *(config.teacher or ()), config.train_file, config.validation_file]
+    return [name for name in named if name and Path(name).expanduser().exists()]

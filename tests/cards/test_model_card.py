@@ -1,0 +1,365 @@
+"""The card of a run: every figure from a result file, and the way to the hub."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard, parse_eval_result_entries
+from huggingface_hub.errors import HTTPError
+from huggingface_hub.utils import filter_repo_objects
+
+from kdfast import card as program
+from kdfast.cards import figures, model_card, run_files
+from kdfast.common.errors import UserError
+from tests.programs import edit
+
+SET = "dev"
+
+
+def write(folder: Path, **arguments) -> tuple[dict, str]:
+    """The card's front matter and its body."""
+    loaded = ModelCard.load(model_card.write_card(run_files.read_run(folder), {}, **arguments))
+    return loaded.data.to_dict(), loaded.text
+
+
+def without_results(folder: Path) -> None:
+    for path in (folder / "eval").iterdir():
+        path.unlink()
+
+
+def numbers(content) -> list[float]:
+    """All numbers in values of JSON, and in its strings."""
+    if isinstance(content, dict):
+        content = list(content.values())
+    if isinstance(content, list):
+        return [number for each in content for number in numbers(each)]
+    if isinstance(content, str):
+        return [float(each) for each in re.findall(r"\d+(?:\.\d+)?", content)]
+    return [] if content is None else [float(content)]
+
+
+def test_every_run_ends_with_a_card(finished):
+    loaded = ModelCard.load(finished.folder / "README.md")
+    result = json.loads((finished.folder / "eval" / f"{SET}.eval.json").read_text())
+    found = {each.metric_type: each for each in loaded.data.eval_results}
+    assert found["f1"].metric_value == pytest.approx(result["metrics"]["f1"], abs=5e-5)
+    assert found["exact_match"].metric_value == pytest.approx(result["metrics"]["exact"], abs=5e-5)
+    assert found["f1"].dataset_name == SET and found["f1"].dataset_type == "dev.json"
+    assert (loaded.data.library_name, loaded.data.pipeline_tag) == (
+        "transformers",
+        "question-answering",
+    )
+    for unknown in ("language", "license", "datasets", "base_model"):  # all of it was local files
+        assert getattr(loaded.data, unknown) is None
+    headings = re.findall("^## (.*)$", loaded.text, re.M)
+    assert headings == [
+        *("Overview", "Details", "Hyperparameters", "Performance", "Course of the run", "Usage")
+    ]
+    for name in re.findall(r"!\[.*?\]\((.*?)\)", loaded.text):
+        assert (finished.folder / name).is_file()
+
+
+def test_no_figure_that_is_not_in_a_result_file(finished):
+    """Every number of the body is one of the files', rounded as it stands there."""
+    read = [finished.folder / "run.json", *(finished.folder / "eval").glob("*.eval.json")]
+    known = numbers([json.loads(path.read_text()) for path in read])
+    known += [100 * each for each in known]
+    known += [-each for each in known]  # the sign is no digit of what is said
+    _, text = write(finished.folder)
+    text = text.partition("## Usage")[0]
+    said = re.findall(r"(?<![\w.])\d+(?:\.\d+)*(?![\w])", text.replace("F1", ""))
+    assert len(said) > 40
+    foreign = []
+    for each in said:
+        digits = len(each.partition(".")[2])
+        if each.count(".") < 2 and not any(f"{n:.{digits}f}" == each for n in known):
+            foreign.append(each)
+    assert not foreign, text
+
+
+def test_no_file_no_sentence(finished):
+    without_results(finished.folder)
+    front, text = write(finished.folder)
+    run = edit(finished.folder, "run.json")
+    assert f"F1 {run['metrics']['f1']:.2f}" in text and "latency" not in text.lower()
+    assert front["model-index"][0]["results"][0]["metrics"][1]["value"] == pytest.approx(
+        run["metrics"]["f1"], abs=5e-5
+    )
+    edit(finished.folder, "run.json", metrics=None, train_speed=None)
+    front, text = write(finished.folder)
+    for word in ("Performance", "F1", "EM", "Eval data", "windows/s", "Throughput"):
+        assert word not in text
+    assert "model-index" not in front and "metrics" not in front
+
+
+def test_figures_follow_the_files(finished):
+    name = f"eval/{SET}.eval.json"
+    edit(
+        finished.folder,
+        name,
+        metrics__f1=12.345678,
+        compared__metrics__f1=65.4321,
+        model__latency__median_ms=7.654,
+        compared_with__latency__median_ms=98.76,
+        compared_with__parameters=123456789,
+    )
+    front, text = write(finished.folder)
+    assert front["model-index"][0]["results"][0]["metrics"][1]["value"] == 12.3457
+    for said in ("12.35", "the teacher: EM", "65.43", "| 7.7 ms", "| teacher | 123456789 | 98.8"):
+        assert said in text
+    edit(finished.folder, name, compared_with__name="someone/else")
+    _, text = write(finished.folder)
+    assert "the other one is `someone/else`" in text and "| someone/else | 123456789" in text
+
+
+def test_results_of_other_weights_are_left_out(finished):
+    edit(finished.folder, f"eval/{SET}.eval.json", model__weights_sha256="0" * 64)
+    (finished.folder / "eval" / "torn.eval.json").write_text('{"format": 1, "mod')
+    files = run_files.read_run(finished.folder)
+    assert files.results == [] and len(files.notes) == 2
+    assert "other weights" in files.notes[0] and "cannot read" in files.notes[1]
+
+
+def test_the_best_model_has_the_best_evaluation(finished):
+    without_results(finished.folder)
+    log = finished.folder / "train_log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    evaluations = [line for line in lines if "evaluated_after" in line]
+    evaluations[0] |= {"f1": 77.7777, "exact": 66.6666}
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    edit(finished.folder, "run.json", best_f1=77.7777, config__load_best_model_at_end=True)
+    assert "EM 66.67, F1 77.78" in write(finished.folder)[1]
+    edit(finished.folder, "run.json", best_f1=77.7777, config__load_best_model_at_end=False)
+    assert "F1 77.78" not in write(finished.folder)[1]
+
+
+def test_hub_names_stand_in_the_front_matter(finished):
+    edit(
+        finished.folder,
+        "run.json",
+        config__teacher=["deepset/roberta-large-squad2"],
+        config__student="FacebookAI/roberta-base",
+        config__train_file="rajpurkar/squad_v2:squad_v2:train",
+        config__validation_file="rajpurkar/squad_v2:squad_v2:validation",
+    )
+    hub = {"file": None, "dataset": "rajpurkar/squad_v2", "config": "squad_v2"}
+    result = edit(finished.folder, f"eval/{SET}.eval.json", **hub, split="validation")
+    front, text = write(finished.folder, repo_id="me/reader", license="cc-by-4.0")
+    assert front["datasets"] == ["rajpurkar/squad_v2"] and front["language"] == "en"
+    assert front["base_model"] == "FacebookAI/roberta-base" and front["license"] == "cc-by-4.0"
+    assert front["model-index"][0]["name"] == "me/reader" and 'Reader("me/reader")' in text
+    (entry,) = front["model-index"][0]["results"]
+    assert entry["dataset"] == {
+        "name": SET,
+        "type": "rajpurkar/squad_v2",
+        "config": "squad_v2",
+        "split": "validation",
+    }
+    assert "`deepset/roberta-large-squad2` into `FacebookAI/roberta-base`" in text
+    written = yaml.safe_load((finished.folder / f".eval_results/{SET}.yaml").read_text())
+    (newer,) = parse_eval_result_entries(written)
+    assert (newer.dataset_id, newer.task_id) == ("rajpurkar/squad_v2", "squad_v2")
+    assert newer.value == round(result["metrics"]["f1"], 4)
+    assert f"{result['metrics']['exact']:.4f}" in newer.notes
+    assert write(finished.folder, language="de,es")[0]["language"] == ["de", "es"]
+
+
+def test_a_local_copy_is_not_the_hubs_set(finished):
+    """A set of a suite that was read from a file: it may be any file."""
+    edit(finished.folder, f"eval/{SET}.eval.json", dataset="rajpurkar/squad_v2", name="squad_v2")
+    front, text = write(finished.folder)
+    assert front["model-index"][0]["results"][0]["dataset"]["type"] == "dev.json"
+    assert not list((finished.folder / ".eval_results").glob("*"))
+    assert "`squad_v2` was read from the file `dev.json`." in text
+
+
+def test_worst_forms_stand_beside(finished):
+    worst = {"metrics": {"exact": 11.0, "f1": 22.0, "total": 5}, "intervals": {}}
+    edit(finished.folder, f"eval/{SET}.eval.json", worst_forms=worst)
+    front, _ = write(finished.folder)
+    (entry,) = front["model-index"][0]["results"]
+    said = {each["name"]: each["value"] for each in entry["metrics"]}
+    assert said["F1, worst forms"] == 22.0 and said["Exact Match, worst forms"] == 11.0
+
+
+def test_hyperparameters_under_both_names(finished):
+    edit(finished.folder, "run.json", config__max_steps=-1, config__learning_rate=3e-5)
+    text = write(finished.folder)[1]
+    for row in (
+        "| `batch_size` | `train_batch_size` | 8 |",
+        "| `n_epochs` | `num_train_epochs` | 4 |",
+        "| `max_seq_len` | `max_seq_length` | 200 |",
+        "| `learning_rate` | `learning_rate` | 3e-05 |",
+        "| `lr_schedule` | `warmup_ratio` | LinearWarmup, over 0.2 of the steps |",
+        "| `embeds_dropout_prob` | `embeds_dropout_prob` | 0.1 |",
+        "| `temperature` | `temperature` | 1.5 |",
+        "| `distillation_loss_weight` | `distillation_loss_weight` | 0.75 |",
+    ):
+        assert row in text
+    edit(finished.folder, "run.json", config__max_steps=6, config__distillation_loss_weight=0.0)
+    text = write(finished.folder)[1]
+    assert "`max_steps` | 6" in text and "`n_epochs`" not in text
+    assert "not distilled" in text and "temperature" not in text
+
+
+def test_names_that_are_markup(finished):
+    without_results(finished.folder)
+    edit(finished.folder, "run.json", config__train_file="/data/a`b|c\n# d.json")
+    assert "`` a`b|c # d.json ``" in write(finished.folder)[1]
+
+
+def test_the_usage_block_runs(finished, capsys):
+    pytest.importorskip("kdfast.reader")
+    block = re.search("```python\n(.*?)```", write(finished.folder)[1], re.S)[1]
+    exec(block, {})
+    assert re.fullmatch(r".* [01]\.\d+(e-\d+)?", capsys.readouterr().out.strip())
+
+
+class Hub:
+    """Stands in for HfApi: notes the calls, and fails with `error`."""
+
+    def __init__(self, error=None):
+        self.calls, self.error = [], error
+
+    def create_repo(self, repo_id, *, private, exist_ok):
+        if self.error:
+            raise self.error
+        self.calls.append(("create_repo", repo_id, private, exist_ok))
+
+    def upload_folder(self, *, repo_id, folder_path, allow_patterns, ignore_patterns, **_):
+        self.calls.append(("upload_folder", repo_id))
+        self.card = (folder_path / "README.md").read_text()
+        every = [
+            path.relative_to(folder_path).as_posix()
+            for path in folder_path.rglob("*")
+            if path.is_file()
+        ]
+        self.files = set(
+            filter_repo_objects(
+                every, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+            )
+        )
+        return type("Commit", (), {"repo_url": f"https://huggingface.co/{repo_id}"})
+
+
+def test_a_push_uploads_the_model_with_its_card(finished, monkeypatch, capsys):
+    hub = Hub()
+    monkeypatch.setattr(model_card, "HfApi", lambda: hub)
+    assert program.main(["--model_dir", str(finished.folder)]) == 0
+    assert hub.calls == []  # off by default
+    (finished.folder / "README.md").unlink()
+    flags = ["--model_dir", str(finished.folder), "--push_to_hub", "me/reader"]
+    assert program.main(flags) == 0
+    assert hub.calls == [("create_repo", "me/reader", True, True), ("upload_folder", "me/reader")]
+    assert "huggingface.co/me/reader" in capsys.readouterr().out
+    assert "# me/reader" in hub.card and str(finished.folder) not in hub.card
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= hub.files
+    assert "figures/loss.png" in hub.files
+    assert not [name for name in hub.files if re.match("checkpoint|best|eval|run|train|rep", name)]
+
+
+def test_no_push_without_a_card(finished, monkeypatch):
+    hub = Hub()
+    monkeypatch.setattr(model_card, "HfApi", lambda: hub)
+    (finished.folder / "README.md").unlink()
+    with pytest.raises(UserError, match="write the card"):
+        model_card.push(finished.folder, "me/reader")
+    assert hub.calls == []
+
+
+@pytest.mark.parametrize("error", [HTTPError("no route"), OSError("")])
+def test_a_hub_that_refuses(finished, monkeypatch, capsys, error):
+    monkeypatch.setattr(model_card, "HfApi", lambda: Hub(error))
+    flags = ["--model_dir", str(finished.folder), "--push_to_hub", "me/reader"]
+    assert program.main(flags) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: --push_to_hub me/reader: the hub did not take it")
+    assert "The model is whole" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--language", "xx"], "'xx' is no ISO 639 code"),
+        (["--language", "de,"], "'' is no ISO 639 code"),
+        (["--push_to_hub", "a/b/c"], "no repository's id"),
+    ],
+)
+def test_what_the_card_cannot_say(world, finished, capsys, flags, said):
+    assert program.main(["--model_dir", str(finished.folder), *flags]) == 2
+    assert said in capsys.readouterr().err
+    assert world.run(**{flags[0][2:]: flags[1]}) == 2  # before anything is trained
+    assert said in capsys.readouterr().err and not world.output.exists()
+
+
+def test_a_folder_without_a_run(tmp_path, capsys):
+    assert program.main(["--model_dir", str(tmp_path)]) == 2
+    assert "holds no run.json" in capsys.readouterr().err
+    assert program.main([]) == 2
+    assert "--model_dir is missing" in capsys.readouterr().err
+
+
+def test_a_local_base_model_read_elsewhere(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where neither is a folder
+    named = {"config__student": "models/small", "config__train_file": "sets/train"}
+    edit(finished.folder, "run.json", **named)
+    front, text = write(finished.folder)
+    assert front["base_model"] == "models/small" and front["datasets"] == ["sets/train"]
+    edit(finished.folder, "run.json", local_paths=["models/small", "sets/train"])
+    front, text = write(finished.folder)
+    assert "base_model" not in front and "datasets" not in front
+    assert "`small`" in text and "models/small" not in text
+
+
+def test_a_run_names_what_was_local(finished):
+    run = edit(finished.folder, "run.json")
+    names = ("student", "train_file", "validation_file")
+    assert run["local_paths"] == [
+        run["config"]["student"],
+        *run["config"]["teacher"],
+        *(run["config"][name] for name in names[1:]),
+    ]
+
+
+def test_later_cards_keep_what_a_card_was_given(finished, tmp_path, monkeypatch, capsys):
+    other = shutil.copytree(finished.folder, tmp_path / "other")
+    flags = ["--model_dir", str(finished.folder)]
+    given = ["--beside", str(other), "--license", "mit", "--language", "de"]
+    shown = []
+    save = figures.save
+    monkeypatch.setattr(
+        figures, "save", lambda run, beside: shown.append(beside) or save(run, beside)
+    )
+    for more in (given, [], ["--license", "cc-by-4.0"]):
+        assert program.main([*flags, *more]) == 0
+        assert [each.folder for each in shown.pop()] == [other]
+    front, _ = write_again(finished.folder)
+    assert (front["license"], front["language"]) == ("cc-by-4.0", "de")
+    shutil.rmtree(other)
+    capsys.readouterr()
+    assert program.main(flags) == 0
+    assert shown == [[]] and f"{other}, which the card had" in capsys.readouterr().out
+    assert program.main([*flags, "--beside", str(other)]) == 2  # now it is a mistake
+    for damaged in ("[]", '{"beside": {"a": 1}, "license": 3}', "{"):
+        (finished.folder / "card.json").write_text(damaged)
+        assert program.main(flags) == 0
+
+
+def write_again(folder: Path) -> tuple[dict, str]:
+    """The front matter and body of the card that is there."""
+    loaded = ModelCard.load(folder / "README.md")
+    return loaded.data.to_dict(), loaded.text
+
+
+def test_the_rule_of_a_figure(finished):
+    edit(finished.folder, f"eval/{SET}.eval.json", metric="mlqa", language="zh")
+    front, text = write(finished.folder)
+    names = {each["name"] for each in front["model-index"][0]["results"][0]["metrics"]}
+    assert names == {"Exact Match, mlqa (zh)", "F1, mlqa (zh)"} and "| mlqa (zh) |" in text
+    edit(finished.folder, f"eval/{SET}.eval.json", metric="squad")
+    front, text = write(finished.folder)
+    names = {each["name"] for each in front["model-index"][0]["results"][0]["metrics"]}
+    assert names == {"Exact Match", "F1"} and "| squad |" in text

@@ -1,0 +1,116 @@
+from itertools import combinations, pairwise
+
+import numpy as np
+import pytest
+
+from kdfast.data.batches import CutRule, TrainingOrder, cut_by_tokens, cut_evenly
+
+
+def test_an_epoch_takes_every_window_once_and_ends_short():
+    windows = np.array([3, 5, 8, 13, 21, 34, 55])
+    order = TrainingOrder(windows, 3, seed=1)
+    assert order.steps_per_epoch == 3
+    steps = [order.step(step) for step in range(6)]
+    assert [len(step) for step in steps] == [3, 3, 1, 3, 3, 1]
+    for epoch in (steps[:3], steps[3:]):
+        assert sorted(np.concatenate(epoch)) == sorted(windows)
+    assert not np.array_equal(np.concatenate(steps[:3]), np.concatenate(steps[3:]))
+
+
+def test_a_step_is_a_function_of_seed_and_number():
+    windows = np.arange(100)
+    forward = TrainingOrder(windows, 10, seed=1)
+    wanted = [forward.step(step) for step in range(25)]
+    for step in (24, 3, 17, 0):
+        assert np.array_equal(TrainingOrder(windows, 10, seed=1).step(step), wanted[step])
+    assert not np.array_equal(TrainingOrder(windows, 10, seed=2).step(0), wanted[0])
+
+
+def test_every_place_is_drawn_evenly():
+    first = [TrainingOrder(np.arange(10), 1, seed).step(0)[0] for seed in range(3000)]
+    counts = np.bincount(first, minlength=10)
+    assert counts.min() > 230 and counts.max() < 370  # 300 +- 4 sigma
+
+
+def test_cuts_by_tokens_keep_the_budget_and_every_window():
+    draw = np.random.default_rng(0)
+    lengths = draw.integers(1, 400, 80)
+    windows = draw.permutation(1000)[:80]
+    batches = cut_by_tokens(windows, lengths, 768)
+    of = dict(zip(windows, lengths, strict=True))
+    assert sorted(np.concatenate(batches)) == sorted(windows)
+    sizes = [[of[window] for window in batch] for batch in batches]
+    assert all(len(batch) * max(batch) <= 768 for batch in sizes)
+    # A budget is used up: the next window would not have fitted.
+    assert all((len(batch) + 1) * max(batch) > 768 for batch in sizes[:-1])
+    flat = [length for batch in sizes for length in batch]
+    assert flat == sorted(flat, reverse=True)
+
+
+def test_a_window_above_the_budget_stands_alone():
+    batches = cut_by_tokens(np.arange(3), np.array([5, 500, 5]), 100)
+    assert [list(batch) for batch in batches] == [[1], [0, 2]]
+
+
+def test_equal_lengths_keep_their_order():
+    batches = cut_by_tokens(np.array([9, 4, 7, 1]), np.array([10, 10, 10, 10]), 20)
+    assert [list(batch) for batch in batches] == [[9, 4], [7, 1]]
+    many = np.random.default_rng(0).permutation(500)
+    assert list(np.concatenate(cut_by_tokens(many, np.full(500, 10), 50))) == list(many)
+
+
+def test_even_cuts():
+    assert [len(b) for b in cut_evenly(np.arange(7), np.ones(7), 3)] == [3, 2, 2]
+    assert [len(b) for b in cut_evenly(np.arange(2), np.ones(2), 5)] == [1, 1]
+
+
+def cost(rule, sizes):
+    """Seconds of a step whose micro-batches have windows of these lengths, by the rule's words."""
+    return sum(
+        rule.overhead
+        + len(batch) * max(batch) * (rule.per_token + rule.per_token_width * max(batch))
+        for batch in sizes
+    )
+
+
+def every_cut(lengths):
+    """All ways to cut a falling list into runs."""
+    count = len(lengths)
+    for number in range(count):
+        for inner in combinations(range(1, count), number):
+            bounds = (0, *inner, count)
+            yield [lengths[a:b] for a, b in pairwise(bounds)]
+
+
+RULES = {
+    "overhead": CutRule(700, 5.0, 0.01, 0.0),
+    "no overhead": CutRule(700, 0.0, 0.01, 1e-5),
+    "width": CutRule(2000, 1.0, 0.01, 1e-3),
+    "small budget": CutRule(150, 3.0, 0.01, 1e-5),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("seed", range(4))
+def test_no_cut_is_cheaper(name, seed):
+    rule = RULES[name]
+    draw = np.random.default_rng(seed)
+    lengths = draw.integers(20, 385, 10)
+    windows = draw.permutation(100)[:10]
+    of = dict(zip(windows, lengths.tolist(), strict=True))
+    sizes = [[of[window] for window in batch] for batch in rule.cut(windows, lengths)]
+    assert sorted(length for batch in sizes for length in batch) == sorted(lengths)
+    allowed = [
+        cut
+        for cut in every_cut(sorted(lengths.tolist(), reverse=True))
+        if all(len(batch) == 1 or len(batch) * max(batch) <= rule.max_tokens for batch in cut)
+    ]
+    assert sizes in allowed
+    assert cost(rule, sizes) == pytest.approx(min(cost(rule, cut) for cut in allowed), rel=1e-12)
+
+
+def test_a_step_of_one_window_and_equal_parts():
+    rule = CutRule(100, 1.0, 1.0, 0.0)
+    assert [list(batch) for batch in rule.cut(np.array([7]), np.array([300]))] == [[7]]
+    rule = CutRule(100, 1.0, 1.0, 0.0, parts=3)
+    assert [len(batch) for batch in rule.cut(np.arange(7), np.ones(7, int))] == [3, 2, 2]

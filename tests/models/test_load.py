@@ -1,0 +1,180 @@
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForQuestionAnswering
+
+from kdfast.common.errors import UserError
+from kdfast.models import checks, load
+from tests import readers
+
+
+def ids_of(model, lengths=(23, 17)):
+    """Random token ids padded to the longest, and the mask of the real ones."""
+    draw = torch.Generator().manual_seed(1)
+    width = max(lengths)
+    ids = torch.randint(5, model.config.vocab_size, (len(lengths), width), generator=draw)
+    mask = torch.arange(width) < torch.tensor(lengths)[:, None]
+    return ids.masked_fill(~mask, model.config.pad_token_id), mask
+
+
+@pytest.mark.parametrize("model_type", checks.SUPPORTED)
+def test_logits_are_those_of_the_hugging_face_class(tmp_path, model_type):
+    name = readers.save(tmp_path, model_type)
+    loaded = load.load_reader(name, "--model")
+    loaded.model.eval()
+    plain = AutoModelForQuestionAnswering.from_pretrained(name, dtype=torch.float32).eval()
+    ids, mask = ids_of(plain)
+    with torch.no_grad():
+        ours = loaded.model(ids, mask)
+        theirs = plain(ids, attention_mask=mask.long())
+        bare = loaded.model(ids[:1])
+        bare_theirs = plain(ids[:1], attention_mask=mask[:1].long())
+    theirs = torch.stack([theirs.start_logits, theirs.end_logits], -1)
+    bare_theirs = torch.stack([bare_theirs.start_logits, bare_theirs.end_logits], -1)
+    assert theirs.std() > 0.1
+    torch.testing.assert_close(ours[mask], theirs[mask])
+    torch.testing.assert_close(bare, bare_theirs)
+
+
+@pytest.mark.parametrize("model_type", checks.SUPPORTED)
+def test_padding_does_not_change_the_real_tokens(tmp_path, model_type):
+    loaded = load.load_reader(readers.save(tmp_path, model_type), "--model")
+    loaded.model.double().eval()
+    ids, mask = ids_of(loaded.model.reader)
+    with torch.no_grad():
+        padded = loaded.model(ids, mask)[1, :17]
+        alone = loaded.model(ids[1:, :17])[0]
+    torch.testing.assert_close(padded, alone, rtol=1e-9, atol=1e-9)
+
+
+def test_eager_attention_is_said(tmp_path):
+    notes = load.load_reader(readers.save(tmp_path, "deberta"), "--model").notes
+    assert any("eager attention" in note for note in notes)
+    assert load.load_reader(readers.save(tmp_path / "b"), "--model").notes == []
+
+
+def test_a_half_precision_checkpoint_loads_in_fp32(tmp_path):
+    model, tokenizer = readers.make()
+    model.half().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load.load_reader(str(tmp_path), "--student")
+    assert {each.dtype for each in loaded.model.parameters()} == {torch.float32}
+
+
+def test_head_is_not_rounded_by_autocast(tmp_path):
+    loaded = load.load_reader(readers.save(tmp_path), "--model")
+    ids, _ = ids_of(loaded.model.reader)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = loaded.model(ids)
+    assert logits.dtype == torch.float32
+    assert (logits != logits.bfloat16().float()).any()
+
+
+def test_dropout_stands_before_the_head_in_training_only(tmp_path):
+    name = readers.save(tmp_path, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    model = load.load_reader(name, "--student", embeds_dropout_prob=0.5).model
+    ids, _ = ids_of(model.reader)
+    assert not torch.equal(model.train()(ids), model.train()(ids))
+    assert torch.equal(model.eval()(ids), model.eval()(ids))
+
+
+def test_a_new_head_depends_on_the_seed_alone(tmp_path):
+    name = readers.save(tmp_path, head=False)
+    heads = []
+    for seed, noise in ((1, 0), (1, 99), (2, 0)):
+        torch.manual_seed(noise)
+        loaded = load.load_reader(name, "--student", new_head_seed=seed)
+        assert any("new one" in note for note in loaded.notes)
+        heads.append(loaded.model.reader.qa_outputs.weight.detach())
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+
+
+def test_kept_layers_are_the_teachers(tmp_path):
+    name = readers.save(tmp_path, layers=4)
+    whole = load.load_reader(name, "--teacher")
+    part = load.load_reader(name, "--teacher")
+    load.keep_layers(part, [0, 3], name)
+    layers = part.model.reader.base_model.encoder.layer
+    original = whole.model.reader.base_model.encoder.layer
+    assert len(layers) == 2
+    for ours, theirs in zip(layers, (original[0], original[3]), strict=True):
+        for mine, his in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(mine, his)
+    part.model.reader.save_pretrained(tmp_path / "part")
+    again = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "part").eval()
+    ids, _ = ids_of(again)
+    with torch.no_grad():
+        assert torch.equal(again(ids).start_logits, part.model.eval()(ids)[..., 0])
+
+
+def fault(name, **arguments):
+    with pytest.raises(UserError) as caught:
+        load.load_reader(name, "--teacher", **arguments)
+    return str(caught.value)
+
+
+def test_faults_are_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "no config.json" in fault(str(tmp_path))
+    assert "is a file" in fault(__file__)
+    assert "neither a folder nor a model" in fault("nobody/has-this-model")
+    assert "neither a folder nor a model" in fault("not a name!!")
+    assert "no question-answering head" in fault(readers.save(tmp_path / "headless", head=False))
+
+    name = readers.save(tmp_path / "other")
+    config = json.loads((tmp_path / "other/config.json").read_text())
+    for key, value, words in (
+        ("model_type", "gpt2", "type gpt2, which is not supported"),
+        ("num_labels", 3, "3 labels"),
+    ):
+        changed = {k: v for k, v in config.items() if k not in ("id2label", "label2id")}
+        (tmp_path / "other/config.json").write_text(json.dumps({**changed, key: value}))
+        assert words in fault(name)
+    (tmp_path / "other/config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    assert "lacks" in fault(name)
+    (tmp_path / "other/config.json").write_text(json.dumps(config))
+    weights = tmp_path / "other/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+    assert "does not load" in fault(name)
+    weights.unlink()
+    assert "does not load" in fault(name)
+    (tmp_path / "other/config.json").write_text("{")
+    assert "does not load" in fault(name)
+
+
+def test_a_pickle_is_never_read(tmp_path):
+    model, tokenizer = readers.make()
+    tokenizer.save_pretrained(tmp_path)
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    assert "does not load" in fault(str(tmp_path))
+
+
+def test_a_missing_tokenizer_is_named(tmp_path):
+    name = readers.save(tmp_path)
+    for path in tmp_path.glob("*token*"):
+        path.unlink()
+    assert "tokenizer" in fault(name)
+
+
+def test_layers_that_are_not_there(tmp_path):
+    name = readers.save(tmp_path / "b")
+    with pytest.raises(UserError, match="has layers 0 to 1"):
+        load.keep_layers(load.load_reader(name, "--teacher"), [0, 5], name)
+    shared = readers.save(tmp_path / "a", "albert")
+    with pytest.raises(UserError, match="shares one layer"):
+        load.keep_layers(load.load_reader(shared, "--teacher"), [0], shared)
+
+
+@pytest.mark.parametrize(("model_type", "longest"), [("bert", 512), ("roberta", 512)])
+def test_windows_longer_than_the_model_reads(tmp_path, model_type, longest):
+    loaded = load.load_reader(readers.save(tmp_path, model_type), "--student")
+    load.check_fits(loaded, longest, "it")
+    loaded.model.eval()(torch.full((1, longest), 7))
+    with pytest.raises(UserError, match=f"reads {longest} tokens"):
+        load.check_fits(loaded, longest + 1, "it")
+    loaded.model.reader.resize_token_embeddings(50)
+    with pytest.raises(UserError, match="tokenizer of it"):
+        load.check_fits(loaded, 10, "it")

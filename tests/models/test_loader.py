@@ -1,0 +1,103 @@
+import numpy as np
+import pytest
+import torch
+
+from kdfast.models import inference, loader
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def data(setup):
+    run = setup()
+    return run.windows, run.stepper.feed.teacher_logits
+
+
+def assert_equal(one, other):
+    names = ("mask", "start_positions", "end_positions", "teacher_logits")
+    tensors = [(getattr(one, name), getattr(other, name)) for name in names]
+    tensors += [(one.inputs[name], other.inputs[name]) for name in other.inputs]
+    assert one.inputs.keys() == other.inputs.keys()
+    for ours, theirs in tensors:
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+CUTS = {
+    "ragged": [np.array([3, 0, 7]), np.array([5]), np.array([2, 9, 11, 4])],
+    "one": [np.array([8])],
+    "equal": [np.array([1, 1])],
+}
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+@pytest.mark.parametrize("cuts", CUTS)
+@pytest.mark.parametrize("kind", ["resident", "streamed"])
+@pytest.mark.parametrize("has_teacher", [True, False])
+def test_every_feed_gives_what_the_host_gathers(data, kind, cuts, multiple, has_teacher):
+    windows, logits = data
+    logits = logits if has_teacher else None
+    host = loader.HostFeed(windows, logits, multiple)
+    if kind == "resident":
+        other = loader.ResidentFeed(windows, logits, CPU, multiple)
+    else:
+        other = loader.StreamedFeed(host, CPU)
+    wanted = list(map(host.micro_batch, CUTS[cuts]))
+    for _ in range(2):
+        for ours, theirs in zip(other.micro_batches(CUTS[cuts]), wanted, strict=True):
+            assert_equal(ours, theirs)
+    assert all(batch.inputs["input_ids"].shape[1] % multiple == 0 for batch in wanted)
+    widths = [batch.inputs["input_ids"].shape[1] for batch in wanted]
+    padded = [(windows.lengths[i] < w).any() for i, w in zip(CUTS[cuts], widths, strict=True)]
+    assert [batch.mask is not None for batch in wanted] == padded
+
+
+def test_the_teacher_stands_beside_its_tokens(data):
+    windows, logits = data
+    batch = loader.HostFeed(windows, logits).micro_batch(np.array([3, 0]))
+    for row, window in enumerate((3, 0)):
+        begin, length = windows.window_start[window], windows.lengths[window]
+        real = batch.teacher_logits[row, :length].numpy()
+        np.testing.assert_array_equal(real, logits[begin : begin + length])
+        assert not batch.teacher_logits[row, length:].any()
+
+
+def test_what_was_expected_is_gathered_ahead_and_what_was_not_anew(data):
+    windows, logits = data
+    host = loader.HostFeed(windows, logits)
+    gathered = []
+
+    class Watched:
+        def micro_batch(self, indices):
+            gathered.append(list(indices))
+            return host.micro_batch(indices)
+
+    streamed = loader.StreamedFeed(Watched(), CPU)
+    first, second, third = [np.array([1]), np.array([2])], [np.array([3])], [np.array([4, 5])]
+    ready = streamed.micro_batches(first)
+    streamed.expect(second)
+    assert [len(batch.start_positions) for batch in ready] == [1, 1]
+    list(streamed.micro_batches(second))
+    assert gathered == [[1], [2], [3]]
+    streamed.expect(second)
+    (batch,) = streamed.micro_batches(third)
+    assert_equal(batch, host.micro_batch(third[0]))
+    assert gathered.count([4, 5]) == 1
+
+
+def test_a_pass_over_all_windows_puts_every_row_in_its_place(setup):
+    run = setup()
+    rows = np.full((len(run.windows.input_ids), 2), np.nan, np.float32)
+    batches = [np.array([4, 2, 9]), np.array([0]), np.array([1, 3])]
+    order = []
+    for indices, logits in inference.forward_windows(run.model, run.windows, batches, CPU, None):
+        order.append(indices)
+        rows[loader.flat_positions(run.windows, indices)] = logits
+    assert all(map(np.array_equal, order, batches))
+    for window in (4, 2, 9, 0, 1, 3):
+        begin, length = run.windows.window_start[window], run.windows.lengths[window]
+        alone = loader.HostFeed(run.windows, None).micro_batch(np.array([window]))
+        with torch.no_grad():
+            wanted = run.model(**alone.inputs)[0].numpy()
+        np.testing.assert_allclose(rows[begin : begin + length], wanted, rtol=1e-4, atol=1e-5)
