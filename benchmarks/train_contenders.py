@@ -17,7 +17,7 @@ from kdfast.config import TrainConfig
 from kdfast.data.windows import Windows
 from kdfast.models.dropout import speed_up_dropout
 from kdfast.models.load import SpanModel
-from kdfast.models.loader import flat_positions, make_feed
+from kdfast.models.loader import flat_positions, make_loader
 from kdfast.models.precision import AUTOCAST
 from kdfast.training import micro_batches
 from kdfast.training.log import Clock, TrainLog
@@ -221,9 +221,9 @@ def make_stepper(
         model,
         model,
         updater,
-        make_feed(problem.windows, problem.teacher_logits, CPU),
+        make_loader(problem.windows, problem.teacher_logits, CPU),
         problem.windows.lengths,
-        micro_batches.choose_rule(config, work, probe),
+        micro_batches.choose_policy(config, work, probe),
         CPU,
         problem.precision,
         total_steps=1000,

@@ -19,7 +19,7 @@ from kdfast.evaluation.settings import EvaluateConfig
 if TYPE_CHECKING:
     from kdfast.cards.run_files import RunFiles
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def start(config: CardConfig) -> None:
     publish(config, lambda text: print(text, flush=True))
 
 
-def publish(config: CardConfig, say: Say) -> None:
+def publish(config: CardConfig, log: Log) -> None:
     """Write pictures, card and, if wanted, report; then, if wanted, upload the model."""
     from kdfast.cards import figures, html, model_card
     from kdfast.cards.run_files import read_run
@@ -93,7 +93,7 @@ def publish(config: CardConfig, say: Say) -> None:
     files = read_run(folder)
     if config.report and needs_answers(files):
         who = "Student and teacher answer" if files.teacher else "The model answers"
-        say(f"{who} --validation_file for the report.")
+        log(f"{who} --validation_file for the report.")
         answer_validation(files)
         files = read_run(folder)
     kept = kept_settings(folder)
@@ -103,7 +103,7 @@ def publish(config: CardConfig, say: Say) -> None:
         try:
             given.setdefault(name, read_run(Path(name)))
         except UserError:
-            say(f"{name}, which the card had, is left out: it is no run any more.")
+            log(f"{name}, which the card had, is left out: it is no run any more.")
     beside = list(given.values())
     kept = {
         "beside": list(given),
@@ -112,12 +112,12 @@ def publish(config: CardConfig, say: Say) -> None:
         "repository": config.push_to_hub or kept["repository"],
     }
     for note in [note for each in (files, *beside) for note in each.notes]:
-        say(note)
+        log(note)
     plots = {}
     if figures.is_possible():
         plots = figures.save(files, beside)
     else:
-        say("Pictures are left out, as matplotlib is absent: pip install matplotlib.")
+        log("Pictures are left out, as matplotlib is absent: pip install matplotlib.")
     path = model_card.write_card(
         files,
         plots,
@@ -127,11 +127,11 @@ def publish(config: CardConfig, say: Say) -> None:
     )
     with writing(folder / CARD_SETTINGS):
         write_json(folder / CARD_SETTINGS, kept)
-    say(f"The card is {path}.")
+    log(f"The card is {path}.")
     if config.report:
-        say(f"The report is {html.write(files, plots)}: open it in a browser.")
+        log(f"The report is {html.write(files, plots)}: open it in a browser.")
     if config.push_to_hub:
-        say(f"The model is at {model_card.push(folder, config.push_to_hub)}.")
+        log(f"The model is at {model_card.push(folder, config.push_to_hub)}.")
 
 
 def kept_settings(folder: Path) -> dict[str, Any]:

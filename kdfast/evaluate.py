@@ -53,7 +53,9 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> str:
     if config.compare is not None:
         named.append(("--compare", config.compare))
     readers = [Contender(config, name, role, device, precision, ranks) for role, name in named]
-    ranks.agree({"settings": config, "weights": [reader.weights for reader in readers]})
+    ranks.assert_same_on_all_ranks(
+        {"settings": config, "weights": [reader.weights for reader in readers]}
+    )
     questions = {each.name: read_questions(each) for each in sets}
     thresholds = [reader.null_threshold() for reader in readers]
     about = [reader.describe(sets[0].source) for reader in readers]

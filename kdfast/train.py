@@ -25,11 +25,11 @@ from kdfast.common.progress import training_bar
 from kdfast.common.ranks import Ranks
 from kdfast.common.signals import Stopped, StopSignals
 from kdfast.config import TrainConfig
-from kdfast.data.batches import CutRule, TrainingOrder
+from kdfast.data.batches import MicroBatchPolicy, TrainingOrder
 from kdfast.models import load
 from kdfast.models.dropout import speed_up_dropout
-from kdfast.models.loader import make_feed
-from kdfast.models.precision import AUTOCAST, be_deterministic, pick_device, resolve
+from kdfast.models.loader import make_loader
+from kdfast.models.precision import AUTOCAST, enable_determinism, pick_device, resolve
 from kdfast.models.save import rehearse_saving
 from kdfast.teachers import layers
 from kdfast.training import checkpoint, inputs, invariance, micro_batches, resume, stages
@@ -66,7 +66,7 @@ def train(config: TrainConfig, ranks: Ranks | None = None, stop: StopSignals | N
     """
     ranks, stop = ranks or Ranks(), stop or StopSignals()
     config.check()
-    inputs.validation_set(config)  # a rule without its language is refused at once
+    inputs.validation_set(config)  # a metric without its language is refused at once
     if not config.check_invariance:
         CardConfig.of_run(config).check()
     if config.stage == "both":
@@ -78,8 +78,10 @@ def train(config: TrainConfig, ranks: Ranks | None = None, stop: StopSignals | N
     device = pick_device(ranks.local_rank)
     precision = resolve(config.mixed_precision, device)
     if config.deterministic:
-        be_deterministic(device)
-    ranks.agree({"settings": config, "code": code_key(), "torch": torch.__version__})
+        enable_determinism(device)
+    ranks.assert_same_on_all_ranks(
+        {"settings": config, "code": code_key(), "torch": torch.__version__}
+    )
     settings = resume.settings_of(config, precision)
     check_shared(config.cache_path, ranks, "--cache_dir")
     output = Path(config.output_dir or ".").expanduser()
@@ -114,18 +116,18 @@ def distil(
         rehearse_saving(output, student, config.student or config.teacher[0])
     windows = inputs.prepare(config, student, config.train_file, "train", ranks)
     validation = inputs.load_validation(config, student, ranks)
-    lesson = inputs.teacher_lesson(config, windows, student, device, precision, ranks)
+    taught = inputs.find_targets(config, windows, student, device, precision, ranks)
     if config.stage == "layers":
         taught_by = [layers.find_teacher(config, student)]
     else:
-        taught_by = lesson and lesson.weights
-    keys = resume.keys_of(config, student, windows, taught_by, lesson and lesson.key)
-    ranks.agree(keys)
-    circumstances = resume.circumstances_of(ranks)
-    identity = {**settings, **keys, "circumstances": circumstances}
+        taught_by = taught and taught.weights
+    keys = resume.keys_of(config, student, windows, taught_by, taught and taught.key)
+    ranks.assert_same_on_all_ranks(keys)
+    environment = resume.environment_of(ranks)
+    identity = {**settings, **keys, "circumstances": environment}
     if resumed:
         resumed.check(keys)
-    teacher_logits = inputs.teacher_logits(config, lesson, windows, device, ranks)
+    teacher_logits = inputs.teacher_logits(config, taught, windows, device, ranks)
 
     model = student.model.to(device)
     if device.type == "cpu" and not config.torch_compile:  # it compiles its own dropout
@@ -143,32 +145,32 @@ def distil(
     progress = checkpoint.Progress()
     if resumed:
         progress = resumed.restore(output, model, updater, validation and validation.key)
-        for note in resumed.notes(circumstances, progress.steps):
-            ranks.say(note)
+        for note in resumed.notes(environment, progress.steps):
+            ranks.log(note)
     progress.starts.append(progress.steps)
 
     forward = model.compiled() if config.torch_compile else learner
     multiple = load.COMPILED_WIDTH if config.torch_compile else 1
     if config.gradient_checkpointing:
-        model.keep_no_activations()
+        model.enable_gradient_checkpointing()
     work = micro_batches.count_work(model)
     if config.stage == "layers":
         work = work.with_teacher(micro_batches.count_work(learner.teacher))
-    if progress.rule is None:
-        rule = ""
+    if progress.policy is None:
+        policy = ""
         if ranks.is_first:  # what memory it finds holds for all
             probe = micro_batches.MemoryProbe(learner, forward, device, AUTOCAST[precision])
-            rule = json.dumps(asdict(micro_batches.choose_rule(config, work, probe)))
-        progress.rule = CutRule(**json.loads(ranks.share(rule)))
-    feed = make_feed(windows, teacher_logits, device, multiple)
+            policy = json.dumps(asdict(micro_batches.choose_policy(config, work, probe)))
+        progress.policy = MicroBatchPolicy(**json.loads(ranks.share(policy)))
+    loader = make_loader(windows, teacher_logits, device, multiple)
     stepper = kind_of_step(
         config,
         model,
         forward,
         updater,
-        feed,
+        loader,
         windows.lengths,
-        progress.rule,
+        progress.policy,
         device,
         precision,
         total,
@@ -198,7 +200,7 @@ def distil(
         stop,
     )
     nonfinite = NonfiniteSteps(stepper, windows)
-    ranks.say(f"{total} steps of {config.train_batch_size} windows.")
+    ranks.log(f"{total} steps of {config.train_batch_size} windows.")
     bar = training_bar(progress.steps, total, ranks.is_first)
     with bar, stop.deferred(), results.telling_where():
         while not stop.agreed:
@@ -208,7 +210,7 @@ def distil(
             if results.must_evaluate():
                 bar.refresh()  # or it would show an earlier step as long as this takes
                 if figures := results.evaluate():
-                    ranks.say(figures)
+                    ranks.log(figures)
             if stop.agreed:
                 break
             if results.must_save():
@@ -219,26 +221,26 @@ def distil(
             indices = order.step(progress.steps)
             upcoming = order.step(progress.steps + 1) if progress.steps + 1 < total else None
             report = stepper.run(progress.steps, indices, upcoming)
-            if stepper.rule != progress.rule:
-                ranks.say(f"Out of memory: steps are now cut by {stepper.rule}.")
-                progress.rule = stepper.rule
+            if stepper.policy != progress.policy:
+                ranks.log(f"Out of memory: steps are now cut by {stepper.policy}.")
+                progress.policy = stepper.policy
             if report is not None:
                 speed = results.step(report, windows.lengths[indices])
                 if skipped := nonfinite.check(report):
-                    ranks.say(skipped)
+                    ranks.log(skipped)
                 line = progress_line(report, speed)
                 bar.set_postfix_str(line, refresh=False)
                 bar.update()
                 if bar.disable and progress.steps % max(1, total // 10) == 0:
-                    ranks.say(f"step {progress.steps} of {total}: {line}")
+                    ranks.log(f"step {progress.steps} of {total}: {line}")
         if stop.agreed:
             results.save()
             ranks.barrier()
             where = f"after step {progress.steps}, in a checkpoint"
-            ranks.say(f"Stopped {where if progress.steps else 'before the first step'}.")
+            ranks.log(f"Stopped {where if progress.steps else 'before the first step'}.")
             raise Stopped(stop.number or signal.SIGTERM, can_resume=progress.steps > 0)
     if updater.updates < progress.steps:
-        ranks.say(f"{progress.steps - updater.updates} of {progress.steps} steps were skipped.")
+        ranks.log(f"{progress.steps - updater.updates} of {progress.steps} steps were skipped.")
     with results.telling_where():
         results.finish()
 
@@ -250,7 +252,7 @@ def distil(
         "student_parameters": sum(each.numel() for each in model.parameters()),
         "train_windows": len(chosen),
         "questions": inputs.question_counts(windows, chosen),
-        "teacher_cache": lesson and lesson.key,
+        "teacher_cache": taught and taught.key,
         "layers_stage": stages.earlier(config),
         "local_paths": local_paths(config),
         "matmul_flops_per_second": matmul_rate,
@@ -260,11 +262,11 @@ def distil(
         with results.telling_where():
             write_run(output, record)
     ranks.barrier()
-    what = "student" if lesson or config.stage == "layers" else "model"
-    ranks.say(f"The {what} is in {output}; run.json there holds settings, versions and figures.")
+    what = "student" if taught or config.stage == "layers" else "model"
+    ranks.log(f"The {what} is in {output}; run.json there holds settings, versions and figures.")
     if ranks.is_first and config.stage == "predictions":
         with results.telling_where():
-            publish(CardConfig.of_run(config), ranks.say)
+            publish(CardConfig.of_run(config), ranks.log)
     return record
 
 
@@ -278,13 +280,13 @@ def total_steps(config: TrainConfig, order: TrainingOrder) -> int:
 def say_config(config: TrainConfig, device: torch.device, precision: str, ranks: Ranks) -> None:
     """Print the settings that the run uses, a line each."""
     of = f", one of {ranks.count} ranks" if ranks.count > 1 else ""
-    ranks.say(f"kdfast.train on {device}, precision {precision}{of}")
+    ranks.log(f"kdfast.train on {device}, precision {precision}{of}")
     for name, value in asdict(config).items():
         if value is not None and value is not False:
-            ranks.say(f"  {name}: {value}")
+            ranks.log(f"  {name}: {value}")
     if config.recipe is not None:
         for line in recipes.load(config.recipe).lines():
-            ranks.say(f"  {line}")
+            ranks.log(f"  {line}")
 
 
 def main(argv: list[str] | None = None) -> int:

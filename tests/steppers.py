@@ -65,16 +65,16 @@ def make(
     draw = np.random.default_rng(5)
     logits = draw.normal(0, 3, (len(windows.input_ids), 2)).astype(np.float16)
     if config.gradient_checkpointing:
-        model.keep_no_activations()
+        model.enable_gradient_checkpointing()
     probe = micro_batches.MemoryProbe(learner, learner, device, AUTOCAST[precision])
     stepper = kind(
         config,
         model,
         learner,
         updater,
-        loader.HostFeed(windows, logits if teacher else None),
+        loader.HostLoader(windows, logits if teacher else None),
         windows.lengths,
-        micro_batches.choose_rule(config, micro_batches.count_work(model), probe),
+        micro_batches.choose_policy(config, micro_batches.count_work(model), probe),
         device,
         precision,
         total_steps=10,

@@ -202,7 +202,7 @@ def test_a_budget_that_memory_halved_is_kept(world, monkeypatch, capsys):
     accumulate = step.Stepper.accumulate
 
     def little_memory(self, *arguments):
-        if self.rule.max_tokens > 300:
+        if self.policy.max_tokens > 300:
             raise MemoryError
         return accumulate(self, *arguments)
 

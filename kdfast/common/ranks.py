@@ -67,14 +67,14 @@ class Ranks:
         """How often torchrun has started the ranks anew after one failed."""
         return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Print a line, once for all ranks."""
         if self.is_first:
             tqdm.write(text)  # above a progress bar
             sys.stdout.flush()
 
     def warn(self, text: str) -> None:
-        """As `say`, to stderr: for programs whose stdout is a result."""
+        """As `log`, to stderr: for programs whose stdout is a result."""
         if self.is_first:
             tqdm.write(text, file=sys.stderr)
 
@@ -99,7 +99,7 @@ class Ranks:
         """The texts of all ranks, in their order, at every rank."""
         return [self.share(text, source) for source in range(self.count)]
 
-    def agree(self, facts: dict[str, object]) -> None:
+    def assert_same_on_all_ranks(self, facts: dict[str, object]) -> None:
         """Raise UserError, naming the rank and the fact, unless all ranks hold the same facts."""
         if self.count == 1:
             return

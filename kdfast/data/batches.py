@@ -32,7 +32,7 @@ class TrainingOrder:
 
 
 @dataclass(frozen=True)
-class CutRule:
+class MicroBatchPolicy:
     """How a step is cut into micro-batches: all that it depends on beside the windows' lengths.
 
     max_tokens: padded tokens in one micro-batch. A micro-batch of n windows of width L is taken to
@@ -53,13 +53,15 @@ class CutRule:
         return cut_by_cost(windows, lengths, self)
 
 
-def deal(windows: np.ndarray, lengths: np.ndarray, count: int, rule: CutRule) -> list[np.ndarray]:
+def shard(
+    windows: np.ndarray, lengths: np.ndarray, count: int, policy: MicroBatchPolicy
+) -> list[np.ndarray]:
     """The windows of a step in `count` shares that cost about the same, some perhaps empty.
 
     The longest window left goes to the share that has cost least so far. A pure function of the
-    lengths and the rule, so that every rank finds all shares by itself.
+    lengths and the policy, so that every rank finds all shares by itself.
     """
-    costs = lengths * (rule.per_token + rule.per_token_width * lengths)
+    costs = lengths * (policy.per_token + policy.per_token_width * lengths)
     shares: list[list[int]] = [[] for _ in range(count)]
     least = [(0.0, number) for number in range(count)]
     for index in np.argsort(-costs, kind="stable").tolist():
@@ -69,24 +71,26 @@ def deal(windows: np.ndarray, lengths: np.ndarray, count: int, rule: CutRule) ->
     return [windows[np.array(share, dtype=np.int64)] for share in shares]
 
 
-def cut_by_cost(windows: np.ndarray, lengths: np.ndarray, rule: CutRule) -> list[np.ndarray]:
-    """The micro-batches, longest windows first, whose costs under `rule` have the least sum.
+def cut_by_cost(
+    windows: np.ndarray, lengths: np.ndarray, policy: MicroBatchPolicy
+) -> list[np.ndarray]:
+    """The micro-batches, longest windows first, whose costs under `policy` have the least sum.
 
-    A window longer than rule.max_tokens stands alone. Sorted by length, some best cut takes
+    A window longer than policy.max_tokens stands alone. Sorted by length, some best cut takes
     neighbours, so the best sum of the first j windows is that of the first i < j plus the cost of
     windows i to j - 1, whose width is the length of window i.
     """
     order = np.argsort(-lengths, kind="stable")
     widths = lengths[order].astype(np.float64)
-    window_cost = widths * (rule.per_token + rule.per_token_width * widths)
+    window_cost = widths * (policy.per_token + policy.per_token_width * widths)
     best = np.zeros(len(order) + 1)
     begin = np.zeros(len(order) + 1, dtype=np.int64)  # of the last micro-batch of the first j
     for end in range(1, len(order) + 1):
-        most = max(1, int(rule.max_tokens // max(1.0, widths[end - 1])))
+        most = max(1, int(policy.max_tokens // max(1.0, widths[end - 1])))
         first = max(0, end - most)
         count = np.arange(end - first, 0, -1)
-        cost = best[first:end] + rule.overhead + count * window_cost[first:end]
-        cost[(count * widths[first:end] > rule.max_tokens) & (count > 1)] = np.inf
+        cost = best[first:end] + policy.overhead + count * window_cost[first:end]
+        cost[(count * widths[first:end] > policy.max_tokens) & (count > 1)] = np.inf
         chosen = int(cost.argmin())
         best[end], begin[end] = cost[chosen], first + chosen
     batches = []

@@ -10,7 +10,7 @@ from kdfast.data.batches import cut_by_tokens
 from kdfast.data.windows import Windows
 from kdfast.models.inference import forward_tokens
 from kdfast.models.load import SpanModel
-from kdfast.models.loader import HostFeed
+from kdfast.models.loader import HostLoader
 from kdfast.models.precision import AUTOCAST
 
 WARM_UP = 8
@@ -26,7 +26,7 @@ def measure(
     model together, as far as a pass has room. Tokenizing and decoding are not in it.
     """
     model.eval()
-    feed = HostFeed(windows, None)
+    feed = HostLoader(windows, None)
     bounds = np.searchsorted(windows.question, np.arange(len(windows.question_ids) + 1))
     chosen = np.linspace(0, len(bounds) - 2, WARM_UP + PASSES).astype(np.int64)
     taken = []
@@ -42,7 +42,7 @@ def measure(
 
 def _logits(
     model: SpanModel,
-    feed: HostFeed,
+    feed: HostLoader,
     batch: np.ndarray,
     device: torch.device,
     precision: torch.dtype | None,

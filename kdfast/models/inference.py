@@ -7,7 +7,7 @@ import torch
 
 from kdfast.data.windows import Windows
 from kdfast.models.load import SpanModel
-from kdfast.models.loader import Feed, HostFeed, MicroBatch, StreamedFeed
+from kdfast.models.loader import HostLoader, MicroBatch, StreamedLoader, WindowLoader
 
 
 def forward_tokens(device: torch.device) -> int:
@@ -29,11 +29,11 @@ def forward_windows(
     the caller has the last one.
     """
     model.eval()
-    host = HostFeed(windows, None)
+    host = HostLoader(windows, None)
     # Each window is read once, so that to upload them all first would save nothing.
-    feed = host if device.type == "cpu" else StreamedFeed(host, device)
+    loader = host if device.type == "cpu" else StreamedLoader(host, device)
     waiting: tuple[np.ndarray, _Download] | None = None
-    for indices, batch in zip(batches, _steps(feed, batches), strict=True):
+    for indices, batch in zip(batches, _steps(loader, batches), strict=True):
         with (
             torch.inference_mode(),
             torch.autocast(device.type, dtype=precision, enabled=precision is not None),
@@ -47,11 +47,11 @@ def forward_windows(
         yield waiting[0], waiting[1].rows()
 
 
-def _steps(feed: Feed, batches: list[np.ndarray]) -> Iterator[MicroBatch]:
+def _steps(loader: WindowLoader, batches: list[np.ndarray]) -> Iterator[MicroBatch]:
     """The batches one at a time, each after the next one has been announced."""
     for number, indices in enumerate(batches):
-        batch = next(iter(feed.micro_batches([indices])))
-        feed.expect(batches[number + 1 : number + 2])
+        batch = next(iter(loader.micro_batches([indices])))
+        loader.expect(batches[number + 1 : number + 2])
         yield batch
 
 

@@ -99,7 +99,7 @@ class SpanModel(nn.Module):
             **kwargs,
         )
 
-    def round_products(self, dtype: torch.dtype) -> None:
+    def cast_linear_layers(self, dtype: torch.dtype) -> None:
         """Keep the encoder's linear layers in `dtype`, in place, for a model that no longer trains.
 
         Under autocast to `dtype` the logits stay the same to the bit, and no call casts weights.
@@ -108,7 +108,7 @@ class SpanModel(nn.Module):
             if isinstance(module, nn.Linear):
                 module.to(dtype)
 
-    def keep_no_activations(self) -> None:
+    def enable_gradient_checkpointing(self) -> None:
         """Gradient checkpointing: each layer's inside is computed anew in the backward pass."""
         if not self.reader.supports_gradient_checkpointing:
             raise UserError(

@@ -34,7 +34,7 @@ class MicroBatch:
     teacher_logits: torch.Tensor | None
 
 
-class Feed(Protocol):
+class WindowLoader(Protocol):
     """Gives the micro-batches of a step in their order."""
 
     def micro_batches(self, cuts: list[np.ndarray]) -> Iterator[MicroBatch]:
@@ -44,25 +44,25 @@ class Feed(Protocol):
         """Say what will be asked for next, so that it may be made ready."""
 
 
-def make_feed(
+def make_loader(
     windows: Windows, teacher_logits: np.ndarray | None, device: torch.device, multiple: int = 1
-) -> Feed:
-    """The feed that suits the device and the size of the data.
+) -> WindowLoader:
+    """The loader that suits the device and the size of the data.
 
     teacher_logits: fp16 (tokens, 2), flat as windows.input_ids, or None. multiple: of which every
     width is one, by padding.
     """
-    host = HostFeed(windows, teacher_logits, multiple)
+    host = HostLoader(windows, teacher_logits, multiple)
     if device.type == "cpu":
         return host
-    needed = ResidentFeed.bytes_needed(windows, teacher_logits)
+    needed = ResidentLoader.bytes_needed(windows, teacher_logits)
     torch.cuda.empty_cache()  # what it holds in reserve would count as taken
     if needed < RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]:
-        return ResidentFeed(windows, teacher_logits, device, multiple)
-    return StreamedFeed(host, device)
+        return ResidentLoader(windows, teacher_logits, device, multiple)
+    return StreamedLoader(host, device)
 
 
-class HostFeed:
+class HostLoader:
     """Micro-batches in the host's memory, from arrays that may be memory-mapped."""
 
     def __init__(self, windows: Windows, teacher_logits: np.ndarray | None, multiple: int = 1):
@@ -101,7 +101,7 @@ class HostFeed:
         )
 
 
-class ResidentFeed:
+class ResidentLoader:
     """Everything on the device, uploaded once; the host sends the numbers of the windows alone."""
 
     def __init__(
@@ -169,10 +169,10 @@ class ResidentFeed:
         )
 
 
-class StreamedFeed:
+class StreamedLoader:
     """Micro-batches that a thread gathers and pins while the device computes."""
 
-    def __init__(self, host: HostFeed, device: torch.device):
+    def __init__(self, host: HostLoader, device: torch.device):
         self.host = host
         self.device = device
         self._thread = ThreadPoolExecutor(1)

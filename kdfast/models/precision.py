@@ -54,7 +54,7 @@ def resolve(mixed_precision: str | None, device: torch.device) -> str:
     return mixed_precision
 
 
-def be_deterministic(device: torch.device) -> None:
+def enable_determinism(device: torch.device) -> None:
     """Make torch choose kernels that give the same bits every time, and refuse those that cannot.
 
     Raises UserError on a GPU where cuBLAS has not been told to do so, which only its own

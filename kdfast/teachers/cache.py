@@ -207,7 +207,7 @@ def _fill(
     mine = np.flatnonzero(done == 0)[ranks.rank :: ranks.count]
     ranks.barrier()  # until all have read what is left
     if source.precision != "no":
-        model.round_products(AUTOCAST[source.precision])
+        model.cast_linear_layers(AUTOCAST[source.precision])
     saved_at, unsaved = time.monotonic(), []
     passes = forward_windows(
         model, windows, [batches[number] for number in mine], device, AUTOCAST[source.precision]

@@ -16,7 +16,7 @@ from kdfast.models.load import SpanModel
 NEEDS = {"none": (), "probabilities": ("query", "key"), "relations": ("query", "key", "value")}
 
 
-class Heard:
+class AttentionCapture:
     """The queries, keys and values, as far as `attention` needs them, of some layers of a model.
 
     They are heard inside `with`, and forgotten at its end. role: what to call the model in a
@@ -46,7 +46,7 @@ class Heard:
 
         return listen
 
-    def __enter__(self) -> "Heard":
+    def __enter__(self) -> "AttentionCapture":
         self._is_listening = True
         return self
 

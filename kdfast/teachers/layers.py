@@ -21,7 +21,7 @@ from kdfast.models.load import SpanModel
 from kdfast.models.loader import MicroBatch
 from kdfast.models.precision import AUTOCAST
 from kdfast.teachers import cache
-from kdfast.teachers.layer_losses import AttentionTerm, Heard, RelationTerm, hidden_term
+from kdfast.teachers.layer_losses import AttentionCapture, AttentionTerm, RelationTerm, hidden_term
 from kdfast.tokenizers.load import has_token_types, load_tokenizer
 from kdfast.tokenizers.template import Template
 from kdfast.training.step import Stepper
@@ -62,8 +62,8 @@ class LayerTerms(nn.Module):
         layers = list(range(own.num_hidden_layers))
         if attention == "relations":
             layers = layers[-1:]
-        self.own = Heard(student, attention, "student", layers)
-        self.taught = Heard(
+        self.own = AttentionCapture(student, attention, "student", layers)
+        self.taught = AttentionCapture(
             teacher, attention, "teacher", [(layer + 1) * self.every - 1 for layer in layers]
         )
         self.heads = own.num_attention_heads
@@ -176,5 +176,5 @@ def make_learner(
         )
     terms = LayerTerms(student, loaded.model, config.attention_loss, config.seed).to(device)
     if precision != "no":
-        terms.teacher.round_products(AUTOCAST[precision])
+        terms.teacher.cast_linear_layers(AUTOCAST[precision])
     return terms, LayerStepper

@@ -83,14 +83,14 @@ def find(
         split="train",
         progress=reading_bar(config.train_file),
     )
-    ranks.say(
+    ranks.log(
         f"{name} has another tokenizer than the student: it reads the student's {len(windows)} "
         f"windows in {len(read.windows)} of up to {length} tokens, and its distributions are "
         "carried over by characters."
     )
     cut = read.windows.counts["truncated_questions"]
     if cut:
-        ranks.say(f"{cut} questions fill more than half of what {name} reads, and were cut for it.")
+        ranks.log(f"{cut} questions fill more than half of what {name} reads, and were cut for it.")
     templates = Template.learn(student.tokenizer), Template.learn(tokenizer)
     source = cache.Source(weights, key, read.windows.key, kind)
     return Teacher(name, source, read.windows, length, Carrier(windows, read, *templates))
@@ -110,12 +110,12 @@ def own_logits(config: TrainConfig, one: Teacher, device: torch.device, ranks: R
     tokens = len(one.windows.input_ids)
     logits = cache.open_shared(config.cache_path, one.source, tokens, ranks)
     if logits is not None:
-        ranks.say(f"Teacher logits: cache {one.source.key} in {config.cache_path}.")
+        ranks.log(f"Teacher logits: cache {one.source.key} in {config.cache_path}.")
         return logits
     loaded = load.load_reader(one.name, "--teacher")
     load.check_fits(loaded, one.max_seq_length, one.name)
     for note in loaded.notes:
-        ranks.say(note)
+        ranks.log(note)
     total = len(one.windows)
     with passing_bar("teacher", "window", total, ranks.is_first) as bar:
         return cache.fill_cache(

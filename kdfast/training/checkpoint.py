@@ -24,7 +24,7 @@ from kdfast.common.files import (
     write_json,
     write_sums,
 )
-from kdfast.data.batches import CutRule
+from kdfast.data.batches import MicroBatchPolicy
 from kdfast.models.load import SpanModel
 from kdfast.models.save import list_checkpoints, save_model, writing
 from kdfast.training.checkpoint_state import FORMAT, fault_of_state
@@ -44,15 +44,15 @@ class Progress:
     """Where a run stands.
 
     steps: attempted so far. evaluated: steps before the last evaluation. best_f1: of the
-    evaluations so far on `validation` (Validation.key), or None. rule: how its steps are cut, None
-    before the first. clock: Clock.sums of all steps. starts: the steps at which it was started.
+    evaluations so far on `validation` (Validation.key), or None. policy: how its steps are cut,
+    None before the first. clock: Clock.sums of all steps. starts: the steps at which it was started.
     """
 
     steps: int = 0
     evaluated: int = 0
     best_f1: float | None = None
     validation: str | None = None
-    rule: CutRule | None = None
+    policy: MicroBatchPolicy | None = None
     clock: list[float] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
 
@@ -83,7 +83,7 @@ def save_checkpoint(
             "updates": updater.updates,
             "overflows": updater.overflows,
             "scaler": None if updater.scaler is None else updater.scaler.state_dict(),
-            "progress": asdict(progress),
+            "progress": _state_of(progress),
             "identity": identity,
         }
         write_json(beside / STATE_FILE, state)
@@ -97,6 +97,12 @@ def save_checkpoint(
         for old in [*checkpoints[passed:], *checkpoints[:passed][:-limit]]:
             shutil.rmtree(old)
     return target
+
+
+def _state_of(progress: Progress) -> dict[str, Any]:
+    """As the file names it: `rule` for the policy, which files of every version have."""
+    state = asdict(progress)
+    return {"rule": state.pop("policy"), **state}
 
 
 def remove_leftovers(output_dir: Path) -> None:
@@ -131,8 +137,8 @@ def load_checkpoint(folder: Path, model: SpanModel, updater: Updater) -> Progres
         updater.updates = state["updates"]
         updater.overflows = state["overflows"]
         saved = state["progress"]
-        rule = None if saved["rule"] is None else CutRule(**saved["rule"])
-        return Progress(**{**saved, "rule": rule})
+        rule = saved.pop("rule")
+        return Progress(policy=rule and MicroBatchPolicy(**rule), **saved)
     except Exception as error:  # safetensors has its own error type for a torn file
         raise UserError(
             f"--resume_from_checkpoint {folder} cannot be read ({error}): {_other_than(folder)}."

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
-from kdfast.data.batches import CutRule
+from kdfast.data.batches import MicroBatchPolicy
 
 FORMAT = 4
 
@@ -46,7 +46,7 @@ def _list(is_good: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, list) and all(map(is_good, value))
 
 
-CUTS = dict.fromkeys((each.name for each in fields(CutRule)), _number)
+CUTS = dict.fromkeys((each.name for each in fields(MicroBatchPolicy)), _number)
 CUTS |= {"max_tokens": _whole(1, 2**24), "parts": _optional(_whole(1, 2**24))}
 # torch's names of a GradScaler's state.
 SCALER = {

@@ -94,10 +94,10 @@ def kd_dataset(config: TrainConfig) -> KDDataset:
     student = load.Loaded(None, kd_tokenizer(config))
     windows = inputs.prepare(config, student, config.train_file, "train", alone)
     precision = resolve(config.mixed_precision, device)
-    lesson = inputs.teacher_lesson(config, windows, student, device, precision, alone)
-    logits = inputs.teacher_logits(config, lesson, windows, device, alone)
+    taught = inputs.find_targets(config, windows, student, device, precision, alone)
+    logits = inputs.teacher_logits(config, taught, windows, device, alone)
     chosen = inputs.trained_windows(config, windows, alone)
-    return KDDataset(windows, chosen, logits, config.temperature if lesson.is_derived else None)
+    return KDDataset(windows, chosen, logits, config.temperature if taught.is_derived else None)
 
 
 def kd_tokenizer(config: TrainConfig) -> FolderTokenizer:

@@ -24,7 +24,7 @@ from kdfast.teachers import mixture as derived
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TeacherTargets:
     """The teachers of a run, and what determines the logits that the student learns from."""
 
     teachers: list[targets.Teacher]
@@ -58,7 +58,7 @@ def load_student(config: TrainConfig, ranks: Ranks) -> load.Loaded:
         load.keep_layers(student, layers, name)
     load.check_fits(student, config.max_seq_length, name)
     for note in student.notes:
-        ranks.say(note)
+        ranks.log(note)
     return student
 
 
@@ -79,63 +79,63 @@ def prepare(
     if student.model is not None:
         check_windows(student.model.reader, windows, config.max_seq_length, config.cache_path)
     for note in windows.notes(training=split == "train"):
-        ranks.say(note)
+        ranks.log(note)
     return windows
 
 
-def teacher_lesson(
+def find_targets(
     config: TrainConfig,
     windows: features.Windows,
     student: load.Loaded,
     device: torch.device,
     precision: str,
     ranks: Ranks,
-) -> Lesson | None:
+) -> TeacherTargets | None:
     """Whose logits the student learns from; None where they have no weight."""
     if not config.learns_answers:
         if config.teacher and config.stage == "predictions":
-            ranks.say("--distillation_loss_weight is 0: the teacher's logits are not computed.")
+            ranks.log("--distillation_loss_weight is 0: the teacher's logits are not computed.")
         return None
     kind = teacher_precision(precision, device)
     found = [targets.find(config, name, windows, student, kind, ranks) for name in config.teacher]
     if len(found) == 1 and found[0].carrier is None:
-        return Lesson(found, found[0].source)
+        return TeacherTargets(found, found[0].source)
     mixture = derived.Mixture(
         windows=windows.key,
         temperature=config.temperature,
         weights=config.teacher_weights or [1 / len(found)] * len(found),
         sources=[each.source.key for each in found],
     )
-    return Lesson(found, mixture)
+    return TeacherTargets(found, mixture)
 
 
 def teacher_logits(
     config: TrainConfig,
-    lesson: Lesson | None,
+    taught: TeacherTargets | None,
     windows: features.Windows,
     device: torch.device,
     ranks: Ranks,
 ) -> np.ndarray | None:
-    """The logits of `lesson`, from its cache, which is made where it is not there.
+    """The logits of `taught`, from its cache, which is made where it is not there.
 
     Those of one teacher with the student's tokenizer as they are, else a derived cache. A teacher
     is loaded only where its own logits are not there.
     """
-    if lesson is None:
+    if taught is None:
         return None
-    if not lesson.is_derived:
-        return targets.own_logits(config, lesson.teachers[0], device, ranks)
-    mixture = lesson.source
+    if not taught.is_derived:
+        return targets.own_logits(config, taught.teachers[0], device, ranks)
+    mixture = taught.source
     logits = cache.open_shared(config.cache_path, mixture, len(windows.input_ids), ranks)
     if logits is None:
         shares = [
             each.probabilities(
                 targets.own_logits(config, each, device, ranks), windows, config.temperature
             )
-            for each in lesson.teachers
+            for each in taught.teachers
         ]
         logits = derived.fill_cache(config.cache_path, mixture, windows, shares, ranks)
-    ranks.say(f"Teacher distributions: cache {mixture.key} in {config.cache_path}.")
+    ranks.log(f"Teacher distributions: cache {mixture.key} in {config.cache_path}.")
     return logits
 
 
@@ -146,7 +146,7 @@ def trained_windows(config: TrainConfig, windows: features.Windows, ranks: Ranks
     is_useless = config.stage == "predictions" and not config.learns_answers and unlabelled.any()
     if is_useless:
         count = unlabelled.sum()
-        ranks.say(f"{count} unlabelled windows are left out, as no teacher is learnt from.")
+        ranks.log(f"{count} unlabelled windows are left out, as no teacher is learnt from.")
         keep &= ~unlabelled
     if not keep.any():
         remedy = "all are left out, as said above: mend the file or the flags"
@@ -190,7 +190,7 @@ def load_validation(
     if found is None:
         return None
     if found.metric != "squad":
-        ranks.say(found.rule.sentence)
+        ranks.log(found.rule.sentence)
     examples = read.read_examples(config.validation_file, split="validation")
     metrics.gold_answers(examples)  # a set that cannot be scored is refused before training
     return scoring.Validation(

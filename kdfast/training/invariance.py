@@ -11,7 +11,7 @@ import torch
 
 from kdfast.common.errors import UserError
 from kdfast.common.ranks import Ranks
-from kdfast.data.batches import CutRule, deal
+from kdfast.data.batches import MicroBatchPolicy, shard
 from kdfast.training.step import Stepper
 
 # Windows of the step that take part: in one piece and in fp64 they must fit into memory.
@@ -52,9 +52,9 @@ def check(stepper: Stepper, indices: np.ndarray) -> list[Split]:
     counts: dict[str, int] = {}
     for dtype in (torch.float64, torch.float32):
         stepper.forward.to(dtype)
-        for name, (rule, ranks) in ways.items():
-            shares = deal(indices, lengths, ranks, rule) if ranks > 1 else [indices]
-            cuts = [rule.cut(share, stepper.lengths[share]) for share in shares]
+        for name, (policy, ranks) in ways.items():
+            shares = shard(indices, lengths, ranks, policy) if ranks > 1 else [indices]
+            cuts = [policy.cut(share, stepper.lengths[share]) for share in shares]
             counts[name] = sum(map(len, cuts))
             mine = cuts[stepper.ranks.rank :: stepper.ranks.count]
             found[name][dtype] = _gradient(stepper, mine, len(indices))
@@ -83,10 +83,10 @@ def table(splits: list[Split]) -> str:
 def report(stepper: Stepper, indices: np.ndarray, ranks: Ranks) -> dict:
     """Say how the gradient of a step depends on how it is split. Raises UserError where it does."""
     splits = check(stepper, indices)
-    ranks.say(
+    ranks.log(
         "Distance of the gradient from that of one piece in fp64, over its norm; dropout is off."
     )
-    ranks.say(table(splits))
+    ranks.log(table(splits))
     wrong = [each.name for each in splits if not each.good]
     if wrong:
         raise UserError(
@@ -96,17 +96,17 @@ def report(stepper: Stepper, indices: np.ndarray, ranks: Ranks) -> dict:
     return {"splits": [asdict(each) for each in splits]}
 
 
-def _ways(stepper: Stepper, longest: int) -> dict[str, tuple[CutRule, int]]:
-    """Name -> (rule, ranks), the whole in one piece first."""
-    rule = replace(stepper.rule, parts=None)
-    ways = {"one piece": (replace(rule, parts=1), 1), "as this run cuts": (stepper.rule, 1)}
+def _ways(stepper: Stepper, longest: int) -> dict[str, tuple[MicroBatchPolicy, int]]:
+    """Name -> (policy, ranks), the whole in one piece first."""
+    policy = replace(stepper.policy, parts=None)
+    ways = {"one piece": (replace(policy, parts=1), 1), "as this run cuts": (stepper.policy, 1)}
     for parts in (2, 3, 5):
-        ways[f"{parts} equal parts"] = (replace(rule, parts=parts), 1)
+        ways[f"{parts} equal parts"] = (replace(policy, parts=parts), 1)
     for tokens in (1, 2 * longest, 4 * longest):
-        ways[f"micro-batches of {tokens} tokens"] = (replace(rule, max_tokens=tokens), 1)
+        ways[f"micro-batches of {tokens} tokens"] = (replace(policy, max_tokens=tokens), 1)
     for ranks in sorted({2, 3, 4, WINDOWS + 1, stepper.ranks.count} - {1}):
-        ways[f"{ranks} ranks"] = (rule, ranks)
-    ways["2 ranks, 3 equal parts each"] = (replace(rule, parts=3), 2)
+        ways[f"{ranks} ranks"] = (policy, ranks)
+    ways["2 ranks, 3 equal parts each"] = (replace(policy, parts=3), 2)
     return ways
 
 

@@ -1,6 +1,6 @@
 """What a micro-batch costs: the model's work and the device's nominal speed.
 
-From it come the rule by which a step is cut, and the share of the device's matrix-multiply rate
+From it come the policy by which a step is cut, and the share of the device's matrix-multiply rate
 that a run reaches.
 """
 
@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdfast.config import TrainConfig
-from kdfast.data.batches import CutRule
+from kdfast.data.batches import MicroBatchPolicy
 from kdfast.models.load import SpanModel
 
 
@@ -108,14 +108,14 @@ def count_work(model: SpanModel) -> Work:
     )
 
 
-def nominal_rule(work: Work, device_type: str, max_tokens: int) -> CutRule:
-    """The rule for `work` on a nominal device: no clock is read, so every start finds the same.
+def nominal_policy(work: Work, device_type: str, max_tokens: int) -> MicroBatchPolicy:
+    """The policy for `work` on a nominal device: no clock is read, so every start finds the same.
 
     A micro-batch's overhead is each layer's own, what each pass computes once, and one read and two
     writes of fp32 gradients.
     """
     speed = NOMINAL[device_type]
-    return CutRule(
+    return MicroBatchPolicy(
         max_tokens=max_tokens,
         overhead=work.layers * speed.layer
         + 3 * work.per_pass / speed.products
@@ -181,8 +181,8 @@ class MemoryProbe:
             torch.cuda.synchronize(self.device)
 
 
-def choose_rule(config: TrainConfig, work: Work, probe: MemoryProbe) -> CutRule:
-    """The rule of a new run: what the flags say, what the memory holds, the rest nominal."""
+def choose_policy(config: TrainConfig, work: Work, probe: MemoryProbe) -> MicroBatchPolicy:
+    """The policy of a new run: what the flags say, what the memory holds, the rest nominal."""
     device = probe.device
     max_tokens = config.max_tokens_per_micro_batch
     if max_tokens is None and device.type == "cpu":
@@ -193,8 +193,8 @@ def choose_rule(config: TrainConfig, work: Work, probe: MemoryProbe) -> CutRule:
         free = torch.cuda.mem_get_info(device)[0] - 8 * work.parameters
         width = config.max_seq_length
         max_tokens = find_budget(lambda count: probe.peak_bytes(count, width), free, width)
-    rule = nominal_rule(work, device.type, max_tokens)
-    return replace(rule, parts=config.gradient_accumulation_steps)
+    policy = nominal_policy(work, device.type, max_tokens)
+    return replace(policy, parts=config.gradient_accumulation_steps)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -176,7 +176,7 @@ def examine(stepper: Stepper, report: StepReport, batches: list[np.ndarray]) -> 
     if broken := nonfinite_weight(stepper.updater.named.items()):
         return [Finding(WEIGHTS, [], stepper.ranks.rank, broken)]
     bad: dict[str, list[int]] = {}
-    for number, batch in enumerate(stepper.feed.micro_batches(batches)):
+    for number, batch in enumerate(stepper.loader.micro_batches(batches)):
         # Not under no_grad, where attention may take another kernel than it took.
         with stepper.autocast_to(stepper.autocast):
             output, _, parts = stepper.rows(report.step, number, batch)

@@ -180,7 +180,7 @@ class Results:
             "steps": progress.steps,
             "updates": self.updater.updates,
             "starts": progress.starts,
-            "cuts": asdict(progress.rule),
+            "cuts": asdict(progress.policy),
             "train_speed": asdict(self.clock.speed()),
             **(self.validation.rule.named() if self.validation else {}),
             "metrics": None if found is None else found.metrics,

@@ -50,7 +50,7 @@ class Resumed:
                 mend_model(output / name)
             checkpoint.remove_leftovers(output)
             for note in notes:
-                ranks.say(note)
+                ranks.log(note)
             folder = str(found)
         folder = ranks.share(folder)
         return cls(Path(folder), config) if folder else None
@@ -87,16 +87,16 @@ class Resumed:
             progress.best_f1 = None
             progress.evaluated = min(progress.evaluated, progress.steps - 1)
         if CUTS.intersection(self.changed):
-            progress.rule = None
+            progress.policy = None
         return progress
 
-    def notes(self, circumstances: dict[str, Any], steps: int) -> list[str]:
+    def notes(self, environment: dict[str, Any], steps: int) -> list[str]:
         """What a user should hear: where the run stands, and what is not as it was."""
         lines = [f"Resumed from {self.folder} after step {steps}."]
         if self.changed:
             lines.append(f"Changed, as allowed: {', '.join(self.changed)}.")
         before = self.identity["circumstances"]
-        other = [name for name, value in circumstances.items() if before.get(name) != value]
+        other = [name for name, value in environment.items() if before.get(name) != value]
         if other:
             lines.append(f"Not as before: {', '.join(other)}; so not to the same bits.")
         return lines
@@ -132,7 +132,7 @@ def keys_of(
     }
 
 
-def circumstances_of(ranks: Ranks) -> dict[str, Any]:
+def environment_of(ranks: Ranks) -> dict[str, Any]:
     """What may change between starts, but not without other rounding."""
     return {
         "number of ranks": ranks.count,

@@ -11,10 +11,10 @@ from kdfast.common.errors import UserError
 from kdfast.common.ranks import Ranks
 from kdfast.common.signals import StopSignals
 from kdfast.config import TrainConfig
-from kdfast.data.batches import CutRule, deal
+from kdfast.data.batches import MicroBatchPolicy, shard
 from kdfast.fused_kd_loss import kd_loss_rows
 from kdfast.models.load import SpanModel
-from kdfast.models.loader import Feed, MicroBatch, padded_width
+from kdfast.models.loader import MicroBatch, WindowLoader, padded_width
 from kdfast.models.precision import AUTOCAST
 from kdfast.training.optimizer import Updater, learning_rate
 
@@ -49,9 +49,9 @@ class Stepper:
     """Runs steps of a training run; what a step does depends on its number and the weights alone.
 
     forward: the model, or what torch.compile made of it; what a micro-batch's losses come from.
-    lengths: int (W,), tokens of every window that the feed has. rule: how a step is cut; it
+    lengths: int (W,), tokens of every window that the loader has. policy: how a step is cut; it
     changes where memory does not suffice.
-    multiple: of which the feed makes every width one. ranks: the processes that share each step;
+    multiple: of which the loader makes every width one. ranks: the processes that share each step;
     None: this one alone. stop: what may ask for an end after a step, or amid a long one.
     `batches`: this rank's micro-batches in the last step.
     """
@@ -65,9 +65,9 @@ class Stepper:
         model: SpanModel,
         forward: nn.Module,
         updater: Updater,
-        feed: Feed,
+        loader: WindowLoader,
         lengths: np.ndarray,
-        rule: CutRule,
+        policy: MicroBatchPolicy,
         device: torch.device,
         precision: str,
         total_steps: int,
@@ -79,9 +79,9 @@ class Stepper:
         self.model = model
         self.forward = forward
         self.updater = updater
-        self.feed = feed
+        self.loader = loader
         self.lengths = lengths
-        self.rule = rule
+        self.policy = policy
         self.device = device
         self.precision = precision
         self.autocast = AUTOCAST[precision]
@@ -120,7 +120,7 @@ class Stepper:
                 error.__traceback__ = None  # its frames hold the step's tensors
             if sums is None:
                 self.updater.drop()
-                self.rule = self.smaller(batches)
+                self.policy = self.smaller(batches)
         self.batches = batches
         padded_tokens = sum(map(self.padded_tokens, batches))
         facts = self._facts(sums, padded_tokens, len(batches))
@@ -144,7 +144,7 @@ class Stepper:
             tokens=int(self.lengths[indices].sum()),
             padded_tokens=int(padded_tokens),
             micro_batches=int(micro_batches),
-            max_tokens=self.rule.max_tokens,
+            max_tokens=self.policy.max_tokens,
             skipped=bool(skipped),
             loss_scale=None if self.updater.scaler is None else scale,
         )
@@ -157,30 +157,30 @@ class Stepper:
         smallest.
         """
         rooms = [0] * self.ranks.count
-        rooms[self.ranks.rank] = self.rule.parts or self.rule.max_tokens
+        rooms[self.ranks.rank] = self.policy.parts or self.policy.max_tokens
         stops = self.ranks.count + 1 if self._dropped else int(self.stop.is_asked)
         facts = torch.tensor([padded_tokens, micro_batches, stops, *rooms], dtype=sums.dtype)
         return torch.cat([sums, facts.to(sums.device, non_blocking=True)])
 
     def _take_smallest(self, rooms: list[float]) -> None:
-        """The rule of the rank with the least memory becomes everyone's."""
-        if self.rule.parts is not None:
-            self.rule = replace(self.rule, parts=int(max(rooms)))
+        """The policy of the rank with the least memory becomes everyone's."""
+        if self.policy.parts is not None:
+            self.policy = replace(self.policy, parts=int(max(rooms)))
         else:
-            self.rule = replace(self.rule, max_tokens=int(min(rooms)))
+            self.policy = replace(self.policy, max_tokens=int(min(rooms)))
 
     def cut(self, indices: np.ndarray) -> list[np.ndarray]:
         """The micro-batches of this rank in a step over the windows `indices`."""
         if self.ranks.count > 1:
-            shares = deal(indices, self.lengths[indices], self.ranks.count, self.rule)
+            shares = shard(indices, self.lengths[indices], self.ranks.count, self.policy)
             indices = shares[self.ranks.rank]
-        return self.rule.cut(indices, self.lengths[indices])
+        return self.policy.cut(indices, self.lengths[indices])
 
     def padded_tokens(self, batch: np.ndarray) -> int:
         return len(batch) * padded_width(self.lengths[batch], self.multiple)
 
-    def smaller(self, batches: list[np.ndarray]) -> CutRule:
-        """The rule with half the room of what did not fit."""
+    def smaller(self, batches: list[np.ndarray]) -> MicroBatchPolicy:
+        """The policy with half the room of what did not fit."""
         if max(map(len, batches)) == 1:
             remedy = "a smaller --max_seq_length"
             # Stage layers excludes it.
@@ -190,9 +190,9 @@ class Stepper:
                 f"There is not enough memory for a single window: give {remedy} or a smaller "
                 "student."
             )
-        if self.rule.parts is not None:
-            return replace(self.rule, parts=2 * len(batches))
-        return replace(self.rule, max_tokens=max(map(self.padded_tokens, batches)) // 2)
+        if self.policy.parts is not None:
+            return replace(self.policy, parts=2 * len(batches))
+        return replace(self.policy, max_tokens=max(map(self.padded_tokens, batches)) // 2)
 
     def accumulate(
         self,
@@ -207,9 +207,9 @@ class Stepper:
         """
         sums = torch.zeros(3, device=self.device)
         started, self._dropped = time.monotonic(), False
-        ready = self.feed.micro_batches(batches)
+        ready = self.loader.micro_batches(batches)
         if upcoming is not None:
-            self.feed.expect(self.cut(upcoming))
+            self.loader.expect(self.cut(upcoming))
         # Around all of them: autocast forgets its half-precision weights at its end.
         with self.autocast_to(self.autocast):
             for number, batch in enumerate(ready):

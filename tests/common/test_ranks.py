@@ -10,7 +10,7 @@ import torch.distributed as dist
 from kdfast.common import ranks
 from kdfast.common.errors import UserError
 from kdfast.common.ranks import Ranks
-from kdfast.data.batches import CutRule, deal
+from kdfast.data.batches import MicroBatchPolicy, deal
 from kdfast.data.read import read_examples
 from kdfast.evaluation import scoring
 from kdfast.teachers import cache
@@ -98,8 +98,8 @@ def test_a_gradient_that_is_not_finite_at_one_rank_is_skipped_by_all(setup):
     def rank_step(rank):
         with Ranks.join() as run.stepper.ranks:
             if rank == 1:
-                run.stepper.feed.teacher_logits = np.full_like(
-                    run.stepper.feed.teacher_logits, np.nan
+                run.stepper.loader.teacher_logits = np.full_like(
+                    run.stepper.loader.teacher_logits, np.nan
                 )
             report = run.stepper.run(0, np.arange(8))
             return report.skipped, torch.equal(weights(run), before)
@@ -109,7 +109,7 @@ def test_a_gradient_that_is_not_finite_at_one_rank_is_skipped_by_all(setup):
 
 def test_shares_balance_and_hold_every_window_once():
     draw = np.random.default_rng(0)
-    rule = CutRule(768, 1e-3, 1e-4, 2e-7)
+    rule = MicroBatchPolicy(768, 1e-3, 1e-4, 2e-7)
     lengths, windows = draw.integers(30, 385, 80), draw.permutation(1000)[:80]
     shares = deal(windows, lengths, 7, rule)
     assert sorted(np.concatenate(shares)) == sorted(windows)
@@ -202,7 +202,7 @@ def outcome(work):
 def test_ranks_that_disagree_are_named_with_what_differs():
     def rank_agree(rank):
         facts = {"settings": 1, "training data": "b" if rank == 2 else "a"}
-        return outcome(lambda group: group.agree(facts))
+        return outcome(lambda group: group.assert_same_on_all_ranks(facts))
 
     found = forks.run(3, rank_agree)
     sentence = "Rank 2 differs from rank 0 in its training data"
@@ -263,5 +263,7 @@ def test_alone_nothing_is_communicated(setup):
     extras = torch.ones(3)
     assert group.sum_gradients([], extras) is extras
     group.barrier()
-    group.agree({"a": 1})
-    assert replace(CutRule(1, 1, 1, 1), parts=2).cut(np.empty(0, int), np.empty(0, int)) == []
+    group.assert_same_on_all_ranks({"a": 1})
+    assert (
+        replace(MicroBatchPolicy(1, 1, 1, 1), parts=2).cut(np.empty(0, int), np.empty(0, int)) == []
+    )

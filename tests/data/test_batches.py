@@ -3,7 +3,7 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 
-from kdfast.data.batches import CutRule, TrainingOrder, cut_by_tokens, cut_evenly
+from kdfast.data.batches import MicroBatchPolicy, TrainingOrder, cut_by_tokens, cut_evenly
 
 
 def test_an_epoch_takes_every_window_once_and_ends_short():
@@ -64,11 +64,11 @@ def test_even_cuts():
     assert [len(b) for b in cut_evenly(np.arange(2), np.ones(2), 5)] == [1, 1]
 
 
-def cost(rule, sizes):
+def cost(policy, sizes):
     """Seconds of a step whose micro-batches have windows of these lengths, by the rule's words."""
     return sum(
-        rule.overhead
-        + len(batch) * max(batch) * (rule.per_token + rule.per_token_width * max(batch))
+        policy.overhead
+        + len(batch) * max(batch) * (policy.per_token + policy.per_token_width * max(batch))
         for batch in sizes
     )
 
@@ -83,34 +83,36 @@ def every_cut(lengths):
 
 
 RULES = {
-    "overhead": CutRule(700, 5.0, 0.01, 0.0),
-    "no overhead": CutRule(700, 0.0, 0.01, 1e-5),
-    "width": CutRule(2000, 1.0, 0.01, 1e-3),
-    "small budget": CutRule(150, 3.0, 0.01, 1e-5),
+    "overhead": MicroBatchPolicy(700, 5.0, 0.01, 0.0),
+    "no overhead": MicroBatchPolicy(700, 0.0, 0.01, 1e-5),
+    "width": MicroBatchPolicy(2000, 1.0, 0.01, 1e-3),
+    "small budget": MicroBatchPolicy(150, 3.0, 0.01, 1e-5),
 }
 
 
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("seed", range(4))
 def test_no_cut_is_cheaper(name, seed):
-    rule = RULES[name]
+    policy = RULES[name]
     draw = np.random.default_rng(seed)
     lengths = draw.integers(20, 385, 10)
     windows = draw.permutation(100)[:10]
     of = dict(zip(windows, lengths.tolist(), strict=True))
-    sizes = [[of[window] for window in batch] for batch in rule.cut(windows, lengths)]
+    sizes = [[of[window] for window in batch] for batch in policy.cut(windows, lengths)]
     assert sorted(length for batch in sizes for length in batch) == sorted(lengths)
     allowed = [
         cut
         for cut in every_cut(sorted(lengths.tolist(), reverse=True))
-        if all(len(batch) == 1 or len(batch) * max(batch) <= rule.max_tokens for batch in cut)
+        if all(len(batch) == 1 or len(batch) * max(batch) <= policy.max_tokens for batch in cut)
     ]
     assert sizes in allowed
-    assert cost(rule, sizes) == pytest.approx(min(cost(rule, cut) for cut in allowed), rel=1e-12)
+    assert cost(policy, sizes) == pytest.approx(
+        min(cost(policy, cut) for cut in allowed), rel=1e-12
+    )
 
 
 def test_a_step_of_one_window_and_equal_parts():
-    rule = CutRule(100, 1.0, 1.0, 0.0)
-    assert [list(batch) for batch in rule.cut(np.array([7]), np.array([300]))] == [[7]]
-    rule = CutRule(100, 1.0, 1.0, 0.0, parts=3)
-    assert [len(batch) for batch in rule.cut(np.arange(7), np.ones(7, int))] == [3, 2, 2]
+    policy = MicroBatchPolicy(100, 1.0, 1.0, 0.0)
+    assert [list(batch) for batch in policy.cut(np.array([7]), np.array([300]))] == [[7]]
+    policy = MicroBatchPolicy(100, 1.0, 1.0, 0.0, parts=3)
+    assert [len(batch) for batch in policy.cut(np.arange(7), np.ones(7, int))] == [3, 2, 2]

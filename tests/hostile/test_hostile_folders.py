@@ -93,17 +93,17 @@ def used(ground, windows, logits, work):
     stepper = ground.run.stepper
     kept = ground.run.model.state_dict()
     kept = {name: each.clone() for name, each in kept.items()}
-    parts = stepper.feed, stepper.lengths
+    parts = stepper.loader, stepper.lengths
     try:
         work()
-        stepper.feed = loader.HostFeed(windows, logits)
+        stepper.loader = loader.HostLoader(windows, logits)
         stepper.lengths = windows.lengths
         ground.nonfinite.check(stepper.run(3, np.arange(min(8, len(windows)))))
     except UserError as error:
         check_sentence(error)
         return False
     finally:
-        stepper.feed, stepper.lengths = parts
+        stepper.loader, stepper.lengths = parts
         ground.run.model.load_state_dict(kept)
     return True
 
@@ -120,7 +120,7 @@ def test_a_checkpoint(ground, data):
             run.stepper.rule = progress.rule or run.stepper.rule
 
         rule = run.stepper.rule
-        used(ground, run.windows, run.stepper.feed.teacher_logits, load)
+        used(ground, run.windows, run.stepper.loader.teacher_logits, load)
         run.stepper.rule = rule
         run.updater.optimizer.state.clear()
 
@@ -139,7 +139,7 @@ def test_a_feature_cache(ground, data):
             check_sentence(error)
             return
         windows.notes()
-        logits = run.stepper.feed.teacher_logits
+        logits = run.stepper.loader.teacher_logits
 
         def score():
             validation.score(run.model, torch.device("cpu"), "no")
@@ -279,10 +279,10 @@ def test_nan_in_a_teacher_cache_is_caught_at_the_step(ground):
     with Damaged(ground.teacher / "logits.bin", logits.tobytes()):
         tokens = len(run.windows.input_ids)
         cached = cache.open_cache(ground.home / "cache", ground.source, tokens, verify=False)
-        run.stepper.feed, kept = loader.HostFeed(run.windows, cached), run.stepper.feed
+        run.stepper.loader, kept = loader.HostLoader(run.windows, cached), run.stepper.loader
         with pytest.raises(UserError, match=r"the teacher's logits of question n2 \(window 5\)"):
             ground.nonfinite.check(run.stepper.run(4, np.arange(8)))
-        run.stepper.feed = kept
+        run.stepper.loader = kept
 
 
 def test_arrays_of_many_blocks_are_looked_through_to_the_end(ground, monkeypatch):

@@ -10,7 +10,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def data(setup):
     run = setup()
-    return run.windows, run.stepper.feed.teacher_logits
+    return run.windows, run.stepper.loader.teacher_logits
 
 
 def assert_equal(one, other):
@@ -38,11 +38,11 @@ CUTS = {
 def test_every_feed_gives_what_the_host_gathers(data, kind, cuts, multiple, has_teacher):
     windows, logits = data
     logits = logits if has_teacher else None
-    host = loader.HostFeed(windows, logits, multiple)
+    host = loader.HostLoader(windows, logits, multiple)
     if kind == "resident":
-        other = loader.ResidentFeed(windows, logits, CPU, multiple)
+        other = loader.ResidentLoader(windows, logits, CPU, multiple)
     else:
-        other = loader.StreamedFeed(host, CPU)
+        other = loader.StreamedLoader(host, CPU)
     wanted = list(map(host.micro_batch, CUTS[cuts]))
     for _ in range(2):
         for ours, theirs in zip(other.micro_batches(CUTS[cuts]), wanted, strict=True):
@@ -55,7 +55,7 @@ def test_every_feed_gives_what_the_host_gathers(data, kind, cuts, multiple, has_
 
 def test_the_teacher_stands_beside_its_tokens(data):
     windows, logits = data
-    batch = loader.HostFeed(windows, logits).micro_batch(np.array([3, 0]))
+    batch = loader.HostLoader(windows, logits).micro_batch(np.array([3, 0]))
     for row, window in enumerate((3, 0)):
         begin, length = windows.window_start[window], windows.lengths[window]
         real = batch.teacher_logits[row, :length].numpy()
@@ -65,7 +65,7 @@ def test_the_teacher_stands_beside_its_tokens(data):
 
 def test_what_was_expected_is_gathered_ahead_and_what_was_not_anew(data):
     windows, logits = data
-    host = loader.HostFeed(windows, logits)
+    host = loader.HostLoader(windows, logits)
     gathered = []
 
     class Watched:
@@ -73,7 +73,7 @@ def test_what_was_expected_is_gathered_ahead_and_what_was_not_anew(data):
             gathered.append(list(indices))
             return host.micro_batch(indices)
 
-    streamed = loader.StreamedFeed(Watched(), CPU)
+    streamed = loader.StreamedLoader(Watched(), CPU)
     first, second, third = [np.array([1]), np.array([2])], [np.array([3])], [np.array([4, 5])]
     ready = streamed.micro_batches(first)
     streamed.expect(second)
@@ -97,7 +97,7 @@ def test_a_pass_over_all_windows_puts_every_row_in_its_place(setup):
     assert all(map(np.array_equal, order, batches))
     for window in (4, 2, 9, 0, 1, 3):
         begin, length = run.windows.window_start[window], run.windows.lengths[window]
-        alone = loader.HostFeed(run.windows, None).micro_batch(np.array([window]))
+        alone = loader.HostLoader(run.windows, None).micro_batch(np.array([window]))
         with torch.no_grad():
             wanted = run.model(**alone.inputs)[0].numpy()
         np.testing.assert_allclose(rows[begin : begin + length], wanted, rtol=1e-4, atol=1e-5)

@@ -13,7 +13,7 @@ from kdfast.data import prepare
 from kdfast.data.batches import cut_by_tokens
 from kdfast.models import load
 from kdfast.models.inference import forward_windows
-from kdfast.models.loader import HostFeed, flat_positions
+from kdfast.models.loader import HostLoader, flat_positions
 from kdfast.teachers import cache as teacher
 from kdfast.tokenizers.load import load_tokenizer
 from tests import corpora, readers
@@ -64,7 +64,7 @@ def direct(pass_):
     rows = np.zeros((pass_.tokens, 2), np.float16)
     for index in range(len(pass_.windows)):
         one = np.array([index])
-        batch = HostFeed(pass_.windows, None).micro_batch(one)
+        batch = HostLoader(pass_.windows, None).micro_batch(one)
         with torch.no_grad():
             logits = pass_.model(**batch.inputs)[0]
         rows[flat_positions(pass_.windows, one)] = logits.numpy().astype(np.float16)

@@ -167,7 +167,7 @@ def test_half_precision_errs_no_more_than_the_book(tmp_path, attention):
 
     exact = torch.cat([terms.double()(ids, mask) for ids, mask in batches])
     terms.float()
-    teacher.round_products(torch.bfloat16)
+    teacher.cast_linear_layers(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         rough = torch.cat([terms(ids, mask) for ids, mask in batches])
         eager(student), eager(teacher)

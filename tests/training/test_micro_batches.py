@@ -39,10 +39,10 @@ def test_the_rule_reads_no_clock(monkeypatch):
     monkeypatch.setattr(micro_batches.time, "perf_counter", None)
     config = TrainConfig(train_file="f", output_dir="o")
     probe = micro_batches.MemoryProbe(None, None, CPU, None)
-    rule = micro_batches.choose_rule(config, WORK, probe)
-    assert rule == micro_batches.nominal_rule(WORK, "cpu", 768)
-    assert rule.overhead > 0 and rule.per_token > 0 and rule.per_token_width > 0
-    parts = micro_batches.choose_rule(replace(config, gradient_accumulation_steps=4), WORK, probe)
+    policy = micro_batches.choose_policy(config, WORK, probe)
+    assert policy == micro_batches.nominal_policy(WORK, "cpu", 768)
+    assert policy.overhead > 0 and policy.per_token > 0 and policy.per_token_width > 0
+    parts = micro_batches.choose_policy(replace(config, gradient_accumulation_steps=4), WORK, probe)
     assert parts.parts == 4
 
 
@@ -85,7 +85,7 @@ def test_rounded_weights_count_the_same():
     reader, _ = readers.make("bert")
     model = SpanModel(reader)
     whole = micro_batches.count_work(model)
-    model.round_products(torch.float16)
+    model.cast_linear_layers(torch.float16)
     assert micro_batches.count_work(model) == whole
 
 

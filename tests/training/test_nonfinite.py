@@ -20,7 +20,7 @@ def weights(run):
 def trained(setup, **changes):
     run = setup(max_tokens_per_micro_batch=150, **changes)
     run.updater.updates = 2  # the first rates are 0
-    run.teacher = run.stepper.feed.teacher_logits
+    run.teacher = run.stepper.loader.teacher_logits
     run.nonfinite = NonfiniteSteps(run.stepper, run.windows)
     return run
 
@@ -111,7 +111,7 @@ def test_a_huge_learning_rate_is_not_learned_from(setup):
 
 def test_a_window_without_a_token(setup):
     run = trained(setup)
-    micro_batch = run.stepper.feed.micro_batch
+    micro_batch = run.stepper.loader.micro_batch
 
     def emptied(indices):
         batch = micro_batch(indices)
@@ -126,7 +126,7 @@ def test_a_window_without_a_token(setup):
             inputs={**batch.inputs, "attention_mask": mask},
         )
 
-    run.stepper.feed.micro_batch = emptied
+    run.stepper.loader.micro_batch = emptied
     report = StepReport(0, np.nan, {}, np.nan, 0.0, 12, 0, 0, 0, 0, True)
     findings = nonfinite.examine(run.stepper, report, run.stepper.cut(np.arange(12)))
     assert [(each.term, each.windows) for each in findings] == [(nonfinite.EMPTY, [4])]

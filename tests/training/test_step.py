@@ -40,7 +40,7 @@ def test_every_split_has_the_gradient_of_the_padded_batch(setup, split, kind):
     ours, sums = gradient(run, batches)
     # The padded batch, through the public function alone.
     run.model.zero_grad()
-    batch = run.stepper.feed.micro_batch(indices)
+    batch = run.stepper.loader.micro_batch(indices)
     config = run.stepper.config
     loss = fused_kd_loss(
         run.model(**batch.inputs),
@@ -141,15 +141,15 @@ def test_a_bad_gradient_never_reaches_the_weights(setup, precision):
     before, updates = weights(run), run.updater.updates
     scale = run.updater.scaler.get_scale() if precision == "fp16" else None
     steps = adam_steps(run)
-    good = run.stepper.feed.teacher_logits
-    run.stepper.feed.teacher_logits = np.full_like(good, np.nan)
+    good = run.stepper.loader.teacher_logits
+    run.stepper.loader.teacher_logits = np.full_like(good, np.nan)
     report = run.stepper.run(3, np.arange(8))
     assert report.skipped
     assert torch.equal(weights(run), before)
     assert run.updater.updates == updates and adam_steps(run) == steps
     if precision == "fp16":  # which is not to blame
         assert run.updater.scaler.get_scale() == scale and run.updater.overflows == 0
-    run.stepper.feed.teacher_logits = good
+    run.stepper.loader.teacher_logits = good
     report = run.stepper.run(4, np.arange(8))
     assert not report.skipped
     assert report.lr == learning_rate(1e-3, updates, 10, 0.2)
@@ -226,7 +226,7 @@ def refuse_above(run, max_tokens, error):
     """Raises `error` amid the backward pass of the first layer, however often, above a budget."""
 
     def hook(gradient):
-        if run.stepper.rule.parts is None and run.stepper.rule.max_tokens > max_tokens:
+        if run.stepper.policy.parts is None and run.stepper.policy.max_tokens > max_tokens:
             raise error
 
     run.model.reader.base_model.encoder.layer[0].output.dense.weight.register_hook(hook)
@@ -245,8 +245,8 @@ def test_a_step_that_runs_out_of_memory_is_run_again_in_smaller_parts(setup, err
     refuse_above(run, 300, OUT_OF_MEMORY[error])
     run.stepper.run(0, np.arange(12))
     report = run.stepper.run(1, np.arange(12))
-    assert run.stepper.rule.max_tokens <= 300 and report.micro_batches > 2
-    other = setup(dropout=0.3, max_tokens_per_micro_batch=run.stepper.rule.max_tokens)
+    assert run.stepper.policy.max_tokens <= 300 and report.micro_batches > 2
+    other = setup(dropout=0.3, max_tokens_per_micro_batch=run.stepper.policy.max_tokens)
     other.stepper.run(0, np.arange(12))
     assert other.stepper.run(1, np.arange(12)) == report
     assert torch.equal(weights(run), weights(other))
@@ -271,8 +271,8 @@ def test_equal_parts_are_doubled_where_memory_does_not_suffice(setup):
     tried = []
 
     def hook(gradient):
-        tried.append(run.stepper.rule.parts)
-        if run.stepper.rule.parts < 8:
+        tried.append(run.stepper.policy.parts)
+        if run.stepper.policy.parts < 8:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
     run.model.reader.base_model.encoder.layer[0].output.dense.weight.register_hook(hook)
@@ -297,12 +297,12 @@ def test_compiled_for_any_shape_in_a_handful_of_compilations(setup):
     run = setup(dtype=torch.float64, torch_compile=True)
     compiled = CompileCounter()
     run.stepper.forward = run.model.compiled(compiled)
-    run.stepper.feed.multiple = run.stepper.multiple = load.COMPILED_WIDTH
+    run.stepper.loader.multiple = run.stepper.multiple = load.COMPILED_WIDTH
     everything = np.arange(len(run.windows))
-    eager = run.stepper.feed
+    eager = run.stepper.loader
     shapes = set()
     for max_tokens in (1, 100, 200, 300, 400, 700, 2000):
-        run.stepper.rule = replace(run.stepper.rule, max_tokens=max_tokens)
+        run.stepper.policy = replace(run.stepper.policy, max_tokens=max_tokens)
         cuts = run.stepper.cut(everything)
         shapes |= {batch.inputs["input_ids"].shape for batch in eager.micro_batches(cuts)}
         ours, _ = gradient(run, cuts)
