@@ -45,7 +45,8 @@ class Progress:
 
     steps: attempted so far. evaluated: steps before the last evaluation. best_f1: of the
     evaluations so far on `validation` (Validation.key), or None. policy: how its steps are cut,
-    None before the first. clock: Clock.sums of all steps. starts: the steps at which it was started.
+    None before the first. clock: Clock.sums of all steps. starts: the steps at which it was
+    started.
     """
 
     steps: int = 0

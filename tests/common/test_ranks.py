@@ -10,7 +10,7 @@ import torch.distributed as dist
 from kdfast.common import ranks
 from kdfast.common.errors import UserError
 from kdfast.common.ranks import Ranks
-from kdfast.data.batches import MicroBatchPolicy, deal
+from kdfast.data.batches import MicroBatchPolicy, shard
 from kdfast.data.read import read_examples
 from kdfast.evaluation import scoring
 from kdfast.teachers import cache
@@ -111,13 +111,13 @@ def test_shares_balance_and_hold_every_window_once():
     draw = np.random.default_rng(0)
     rule = MicroBatchPolicy(768, 1e-3, 1e-4, 2e-7)
     lengths, windows = draw.integers(30, 385, 80), draw.permutation(1000)[:80]
-    shares = deal(windows, lengths, 7, rule)
+    shares = shard(windows, lengths, 7, rule)
     assert sorted(np.concatenate(shares)) == sorted(windows)
     of = dict(zip(windows, lengths, strict=True))
     loads = [sum(of[w] * (1e-4 + 2e-7 * of[w]) for w in share) for share in shares]
     assert max(loads) < 1.05 * min(loads)
-    assert [len(share) for share in deal(windows[:3], lengths[:3], 4, rule)] == [1, 1, 1, 0]
-    again = deal(windows, lengths, 7, rule)
+    assert [len(share) for share in shard(windows[:3], lengths[:3], 4, rule)] == [1, 1, 1, 0]
+    again = shard(windows, lengths, 7, rule)
     assert all(map(np.array_equal, shares, again))
 
 
