@@ -138,6 +138,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["kdfast", "kdfast.*"]),
     package_data={
+        "kdfast": ["py.typed"],
         "kdfast.demo": ["*.yaml", "domains/*.yaml", "teacher/*"],
         "kdfast.recipes": ["*.yaml"],
         "kdfast.cards": ["templates/*"],
@@ -166,6 +167,9 @@ setup(
             "pytest-benchmark>=5.0",
             "hypothesis>=6.100",
             "ruff>=0.12",
+            "mypy>=1.15",
+            "types-PyYAML>=6.0",
+            "types-tqdm>=4.66",
             "matplotlib>=3.8",
             "nltk>=3.8",
             "pybind11>=2.12",  # what setup.py itself needs: a test builds the package
