@@ -72,7 +72,7 @@ def test_the_rank_with_the_least_memory_decides_for_all(setup):
     indices = np.arange(12)
 
     def hook(gradient):
-        if run.stepper.ranks.rank == 1 and run.stepper.rule.max_tokens > 200:
+        if run.stepper.ranks.rank == 1 and run.stepper.policy.max_tokens > 200:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
     run.model.reader.base_model.encoder.layer[0].output.dense.weight.register_hook(hook)
@@ -80,7 +80,7 @@ def test_the_rank_with_the_least_memory_decides_for_all(setup):
     def rank_step(rank):
         with Ranks.join() as run.stepper.ranks:
             gradient, report = step_of(run, indices)
-            return gradient.tolist(), report.max_tokens, run.stepper.rule.max_tokens
+            return gradient.tolist(), report.max_tokens, run.stepper.policy.max_tokens
 
     found = forks.run(2, rank_step)
     gradient, _ = step_of(run, indices)
