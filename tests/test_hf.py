@@ -166,8 +166,8 @@ def test_averaged_rows_are_refused_at_another_temperature(world, data):
             trainer(replace(config, **change))
 
 
-def test_the_example_of_the_readme(world, monkeypatch):
-    text = (Path(__file__).parents[1] / "README.md").read_text()
+def test_the_example_of_the_documents(world, monkeypatch):
+    text = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
     (code,) = re.findall(
         r"```python\n(import torch\nfrom kdfast\.hf import.*?)```", text, re.DOTALL
     )
@@ -182,7 +182,7 @@ def test_the_example_of_the_readme(world, monkeypatch):
     monkeypatch.setenv("HOME", str(world.path))
     student(world).half().save_pretrained(world.student)  # as many are published
     names = {}
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(code, "training.md", "exec"), names)
     assert {each.dtype for each in names["trainer"].model.parameters()} == {torch.float32}
     saved = world.path / "distilled-hf"
     assert (saved / "model.safetensors").is_file()
