@@ -3,17 +3,26 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test setup lint bench haystack clean
+.PHONY: train quick test test-all setup lint bench haystack clean
 
 train: setup
 	$(BIN)/python -m kdfast.train
 
+# pyproject.toml describes the markers. One thread a worker: the tests work on small tensors.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
+
+quick: setup
+	$(PYTEST) -m "not slow and not program"
+
 test: setup .transformers4
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow"
+
+test-all: setup .transformers4
+	$(PYTEST)
 
 setup: $(VENV)/.installed
 
-# Made anew when what it installs changes; else there is nothing to do.
+# Made again when what it installs changes; else there is nothing to do.
 $(VENV)/.installed: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --upgrade pip

@@ -165,6 +165,7 @@ setup(
         "test": [
             "pytest>=8.0",
             "pytest-benchmark>=5.0",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "ruff>=0.12",
             "mypy>=1.15",

@@ -1,3 +1,4 @@
+import collections
 import shutil
 import types
 from functools import partial
@@ -19,6 +20,22 @@ KILLS = (28, 252)
 def pytest_addoption(parser):
     text = f"kill runs {KILLS[1]} times instead of {KILLS[0]}, and train for thousands of steps"
     parser.addoption("--long", action="store_true", help=text)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items):
+    """Give out the markers `program` and, in matrices, `slow`: pyproject.toml describes them."""
+    seen = collections.Counter()
+    for item in items:
+        if {"world", "finished"} & set(item.fixturenames):
+            item.add_marker("program")
+        if sample := item.get_closest_marker("sample"):
+            (every,) = sample.args
+            row, column = divmod(seen[item.function], every)
+            seen[item.function] += 1
+            # Diagonal, so that no value of a parameter is always left out.
+            if column != row % every:
+                item.add_marker("slow")
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ FAULTS = {
         {"resume_from_checkpoint": "last", "allow_changes": "temperature"},
         "names temperature, which may not change within a run",
     ),
-    "layers not there": ({"student_layers": "0,7"}, "has layers 0 to 1"),
+    "layer after the last": ({"student_layers": "0,2"}, "has layers 0 to 1"),
     "too long": ({"max_seq_length": 600}, "reads 512 tokens"),
     "stride": ({"doc_stride": 300}, "--doc_stride 300"),
     "no file": ({"train_file": "nowhere.json"}, "nowhere.json"),
