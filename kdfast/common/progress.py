@@ -34,6 +34,6 @@ def training_bar(done: int, total: int, is_first: bool) -> tqdm:
 
 
 def reading_bar(what: str) -> Callable[[Iterable[Item]], Iterable[Item]]:
-    """The `progress` of features.prepare. Any rank may be the one that prepares."""
+    """The `progress` of prepare_windows. Any rank may be the one that prepares."""
     desc = f"features of {what}"
     return partial(tqdm, desc=desc, unit="question", leave=False, dynamic_ncols=True, disable=None)

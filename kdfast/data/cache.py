@@ -1,8 +1,7 @@
-"""The files of windows: one flat array each, mapped; a header that says what they hold."""
+"""The files of a set of windows: one .npy for each array, opened mapped, and a header.json."""
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,52 +10,14 @@ import numpy as np
 
 from kdfast.common.errors import UserError
 
+FORMAT = 5  # of the files, and part of their folder's name: raise it when one of them changes
 HEADER = "header.json"
+_AT_ONCE = 1 << 20  # values that are copied in one go
 
-
-class MappedFile(NamedTuple):
-    """A file that is mapped whole as an array, the way an array is pickled."""
-
-    path: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @classmethod
-    def of(cls, value: Any) -> Any:
-        """The file of an array that is a whole mapped file; any other value itself."""
-        root = value
-        while isinstance(root, np.ndarray) and isinstance(root.base, np.ndarray):
-            root = root.base
-        if not isinstance(root, np.memmap) or root.offset:
-            return value
-        is_whole = value.flags.c_contiguous and value.nbytes == root.nbytes
-        if not is_whole or value.__array_interface__["data"] != root.__array_interface__["data"]:
-            return value
-        return cls(str(root.filename), value.dtype.str, value.shape)
-
-    def open(self) -> np.ndarray:
-        return np.memmap(self.path, self.dtype, "r", shape=self.shape).view(np.ndarray)
-
-
-class PickledByPath:
-    """Pickles as the paths of the files that its arrays are mapped from."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: MappedFile.of(value) for name, value in vars(self).items()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value.open() if isinstance(value, MappedFile) else value)
-
-    def __copy__(self):
-        other = object.__new__(type(self))
-        vars(other).update(vars(self))
-        return other
-
-
-# name -> types, the first of which that holds every value is used. One file each, raw values in
-# this machine's byte order. What there is for every token is what a cache's size is made of.
-ARRAYS = {
+Kinds = tuple[type[np.generic], ...]
+# Each array's types: it is stored as the first of them that holds all of its values. The arrays
+# with an entry for every token make up nearly all of a cache.
+ARRAYS: dict[str, Kinds] = {
     "input_ids": (np.uint16, np.int32),
     "window_start": (np.int64,),
     "lengths": (np.int32,),
@@ -79,62 +40,102 @@ ARRAYS = {
 }
 
 
-def narrowest(values: np.ndarray, kinds: tuple[type, ...]) -> type:
-    """The first of `kinds`, or the last one, that holds all of `values`."""
-    if len(kinds) > 1 and values.size:
-        low, high = values.min(), values.max()
-        for kind in kinds[:-1]:
-            if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max:
-                return kind
-        return kinds[-1]
-    return kinds[0]
+class MappedFile(NamedTuple):
+    """An array that is mapped from a file: what is pickled in place of its values."""
+
+    path: str
+    dtype: str
+    offset: int
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, value: Any) -> Any:
+        """The file of an array that was mapped and is all there; any other value itself."""
+        root = value
+        while isinstance(root, np.ndarray) and isinstance(root.base, np.ndarray):
+            root = root.base
+        if not isinstance(root, np.memmap):
+            return value
+        is_whole = value.flags.c_contiguous and value.nbytes == root.nbytes
+        if not is_whole or value.__array_interface__["data"] != root.__array_interface__["data"]:
+            return value
+        return cls(str(root.filename), value.dtype.str, root.offset, value.shape)
+
+    def open(self) -> np.ndarray:
+        return np.memmap(self.path, self.dtype, "r", self.offset, self.shape).view(np.ndarray)
+
+
+class PickledByPath:
+    """Pickles as the paths of the files that its arrays are mapped from."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: MappedFile.of(value) for name, value in vars(self).items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value.open() if isinstance(value, MappedFile) else value)
+
+
+def narrowest(values: np.ndarray, kinds: Kinds) -> type[np.generic]:
+    """The first of `kinds` that holds all of `values`; the last one where none does."""
+    if len(kinds) == 1 or not values.size:
+        return kinds[0]
+    low, high = values.min(), values.max()
+    holds = (k for k in kinds[:-1] if np.iinfo(k).min <= low and high <= np.iinfo(k).max)
+    return next(holds, kinds[-1])
 
 
 class ArrayFile:
-    """A file in which an array grows, in the narrowest of `kinds` for all that it holds so far."""
+    """A .npy file in which an array of one dimension grows.
 
-    def __init__(self, path: Path, kinds: tuple[type, ...]):
+    It has the narrowest of `kinds` for what it holds so far.
+    """
+
+    def __init__(self, path: Path, kinds: Kinds):
         self.path = path
         self.kinds = kinds
-        self.file = path.open("wb")
+        self._start()
 
     def append(self, values: np.ndarray) -> None:
         kind = narrowest(values, self.kinds)
         if kind is not self.kinds[0]:
             self._widen(kind)
-        self.file.write(values.astype(self.kinds[0], order="C").tobytes())
+        self.file.write(values.astype(self.kinds[0]).tobytes())
+        self.length += len(values)
 
-    def _widen(self, kind: type) -> None:
-        """Writes anew, as `kind`, what is there. Rare: once or twice for a file, if at all."""
-        self.file.close()
-        narrow = self.path.with_suffix(".narrow")
-        self.path.rename(narrow)
-        self.file = self.path.open("wb")
-        with narrow.open("rb") as old:
-            while chunk := old.read(1 << 20):
-                self.file.write(np.frombuffer(chunk, self.kinds[0]).astype(kind).tobytes())
-        narrow.unlink()
-        self.kinds = self.kinds[self.kinds.index(kind) :]
-
-    def close(self) -> None:
+    def finish(self) -> None:
         """Closes the file, once it is durable."""
+        self._write_header()
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
 
-    def abandon(self) -> None:
-        """Closes the file, if it is open, as it is."""
-        self.file.close()
+    def _start(self) -> None:
+        self.file = self.path.open("wb")
+        self.length = 0
+        self._write_header()
+
+    def _write_header(self) -> None:
+        # 128 bytes whatever the length, so that it can be replaced when the length is known.
+        descr = np.lib.format.dtype_to_descr(np.dtype(self.kinds[0]))
+        header = {"descr": descr, "fortran_order": False, "shape": (self.length,)}
+        self.file.seek(0)
+        np.lib.format.write_array_header_1_0(self.file, header)
+
+    def _widen(self, kind: type[np.generic]) -> None:
+        """Writes what is there again, as `kind`. Rare: once or twice for a file, if at all."""
+        self.finish()
+        narrow = np.load(self.path, mmap_mode="r")
+        self.path.unlink()  # the map of it stays
+        self.kinds = self.kinds[self.kinds.index(kind) :]
+        self._start()
+        for begin in range(0, len(narrow), _AT_ONCE):
+            self.append(narrow[begin : begin + _AT_ONCE])
 
 
-def write_header(folder: Path, header: dict[str, Any], files: dict[str, ArrayFile]) -> None:
-    """Completes a folder of closed array files: records their types and sizes, durably."""
-    types = {name: np.dtype(file.kinds[0]).name for name, file in files.items()}
-    sizes = {name: file.path.stat().st_size for name, file in files.items()}
-    with (folder / HEADER).open("w", encoding="utf-8") as file:
-        json.dump({**header, "types": types, "bytes": sizes}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+def cache_folder(cache_dir: Path | str, key: str) -> Path:
+    """Where the windows of this key are, or would be."""
+    return Path(cache_dir).expanduser() / "features" / f"{key}-{FORMAT}"
 
 
 def damaged(folder: Path, why: str) -> UserError:
@@ -142,43 +143,16 @@ def damaged(folder: Path, why: str) -> UserError:
     return UserError(f"{folder}: a damaged cache ({why}): delete this folder and run again")
 
 
-def _kind(name: str, told: str) -> np.dtype:
-    """The type that a header tells. Raises ValueError for one that the array cannot have."""
-    for kind in ARRAYS[name]:
-        if np.dtype(kind).name == told:
-            return np.dtype(kind)
-    raise ValueError(f"{name} is never {told}")
-
-
-def open_arrays(folder: Path, key: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Maps the arrays of a finished folder; reads nothing but the header. Returns both.
-
-    Raises UserError where the folder is not what `write_header` left: a file missing, shortened or
-    of another key.
-    """
+def open_array(folder: Path, name: str, kinds: Kinds) -> np.ndarray:
+    """Maps the array in `folder`/`name`.npy. Raises UserError unless it is one of `kinds`."""
+    path = folder / f"{name}.npy"
     try:
-        header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
-        kinds = {name: _kind(name, header["types"][name]) for name in ARRAYS}
-        sizes, found = dict(header["bytes"]), header["key"]
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError as error:
-        raise damaged(folder, f"{HEADER}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise damaged(folder, f"{HEADER} is not a header") from None
-    if found != key:
-        raise damaged(folder, f"{HEADER} belongs to {found}")
-    arrays = {}
-    for name, kind in kinds.items():
-        path = folder / f"{name}.bin"
-        try:
-            size = path.stat().st_size
-            if size != sizes.get(name):
-                raise damaged(folder, f"{path.name} has {size} bytes, not {sizes.get(name)}")
-            if size % kind.itemsize:
-                raise damaged(folder, f"{path.name} has {size} bytes, no whole number of values")
-            # An empty file cannot be mapped.
-            flat = np.memmap(path, dtype=kind, mode="r") if size else np.empty(0, dtype=kind)
-        except OSError as error:
-            raise damaged(folder, f"{path.name}: {error.strerror}") from None
-        # A plain view: what is gathered from it is then an ordinary array.
-        arrays[name] = flat.view(np.ndarray)
-    return arrays, header
+        raise damaged(folder, f"{path.name}: {error.strerror or error}") from None
+    except Exception:  # numpy raises a dozen kinds for a made-up header
+        raise damaged(folder, f"{path.name} is no whole .npy file") from None
+    if not isinstance(array, np.memmap) or array.ndim != 1 or array.dtype not in kinds:
+        raise damaged(folder, f"{path.name} holds no list of {kinds[-1].__name__} or narrower")
+    # A plain view: what is gathered from it is then an ordinary array.
+    return array.view(np.ndarray)

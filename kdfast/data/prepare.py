@@ -9,49 +9,38 @@ import shutil
 import tempfile
 from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kdfast.common.errors import UserError
-from kdfast.common.files import fault_in, sync, write_sums
-from kdfast.data.cache import ARRAYS, HEADER, ArrayFile, narrowest, write_header
+from kdfast.common.files import fault_in, sync, write_json, write_sums
+from kdfast.data.cache import (
+    ARRAYS,
+    FORMAT,
+    HEADER,
+    ArrayFile,
+    Kinds,
+    cache_folder,
+    damaged,
+    narrowest,
+)
 from kdfast.data.examples import Example
 from kdfast.data.read import fingerprint, iter_examples
 from kdfast.data.windowing import Cutter
 from kdfast.data.windows import Windows, open_windows
-from kdfast.tokenizers.template import Template, backend_text
+from kdfast.tokenizers.template import Template, tokenizer_key
 
-FORMAT = 4  # part of every key: raise it when files or meaning change
+CONTENT = 4  # part of Windows.key: raise it when other windows are made of the same source
 # Up to this size together, the files of a cache are read once and compared with their sums when it
 # is opened: some seconds. Larger ones are taken as they are.
 VERIFIED_BYTES = 4 * 2**30
-FILES = (HEADER, *(f"{name}.bin" for name in ARRAYS))
 # Arrays of Windows by name, each of them in parts.
 Parts = Generator[dict[str, np.ndarray], None, None]
 
 
-def tokenizer_key(tokenizer: Any) -> str:
-    """The sha256, in hex, of all that decides a tokenizer's output: its backend with truncation
-    and padding off, the special tokens it puts around a pair, and its padding token.
-
-    Raises UserError as `Template.learn` does.
-    """
-    template = Template.learn(tokenizer)
-    return hashlib.sha256(f"{backend_text(tokenizer)}\n{template}".encode()).hexdigest()
-
-
-def same_tokens(tokenizer: Any, other: Any) -> bool:
-    """Whether two tokenizers make the same tokens, whatever their models read of token types."""
-    kept, others = (Template.learn(each) for each in (tokenizer, other))
-    return backend_text(tokenizer) == backend_text(other) and kept == replace(
-        others, uses_token_types=kept.uses_token_types
-    )
-
-
-def prepare(
+def prepare_windows(
     source: str,
     tokenizer: Any,
     *,
@@ -70,9 +59,9 @@ def prepare(
     progress: what shows how far the questions of a source without a cache have been read, such as
     tqdm.
 
-    The cache is cache_dir/features/KEY, KEY being a sha256 over the content of the source, the
-    tokenizer and the settings; a hit maps files and parses nothing. It is written beside, made
-    durable and then renamed, by one process at a time: others that want it wait.
+    The cache is a folder of cache_dir/features, named by a sha256 over the content of the source,
+    the tokenizer and the settings; a hit maps files and parses nothing. It is written under another
+    name, made durable and then renamed, by one process at a time: others that want it wait.
 
     Raises UserError for a bad source, tokenizer or setting, for a damaged cache, and for a folder
     that cannot be written or is full.
@@ -84,7 +73,7 @@ def prepare(
     }
     template = Template.learn(tokenizer)
     _check(settings, template)
-    parts = [FORMAT, fingerprint(source, split=split), tokenizer_key(tokenizer), settings]
+    parts = [CONTENT, fingerprint(source, split=split), tokenizer_key(tokenizer), settings]
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     cutter = Cutter(tokenizer, template, **settings)
 
@@ -93,36 +82,39 @@ def prepare(
             examples = iter_examples(source, split=split, tally=cutter.tally)
             yield from cutter.arrays(progress(examples))
 
-    return stored(cache_dir, key, arrays, lambda: _header(key, settings, cutter))
+    return cached_windows(cache_dir, key, arrays, lambda: _header(key, settings, cutter))
 
 
-def stored(
+def cached_windows(
     cache_dir: Path | str,
     key: str,
     arrays: Callable[[Path], Parts],
     header: Callable[[], dict[str, Any]],
+    more: dict[str, Kinds] | None = None,
 ) -> Windows:
-    """The windows of cache_dir/features/KEY, written first where they are not there.
+    """The windows of this key in the cache, written first where they are not there.
 
     arrays: called with the folder that is being written. header: called when all is written.
-    Raises UserError for a damaged cache, and for a folder that cannot be written or is full.
+    more: arrays besides those of Windows, and their types. Raises UserError for a damaged cache,
+    and for a folder that cannot be written or is full.
     """
-    home = Path(cache_dir).expanduser() / "features"
-    folder = home / key
-    if not folder.is_dir():
-        try:
-            home.mkdir(parents=True, exist_ok=True)
-            with (home / f"{key}.lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                if not folder.is_dir():  # unless another process wrote it meanwhile
-                    _write(folder, arrays, header)
-        except OSError as error:
-            raise UserError(
-                f"--cache_dir {cache_dir}: features cannot be written there "
-                f"({error.strerror or error}): make room or give another folder"
-            ) from None
-    if fault := fault_in(folder, FILES, VERIFIED_BYTES):
-        raise UserError(f"{folder}: a damaged cache ({fault}): delete this folder and run again")
+    folder = cache_folder(cache_dir, key)
+    kinds = {**ARRAYS, **(more or {})}
+    if folder.is_dir():
+        if fault := fault_in(folder, _files(kinds), VERIFIED_BYTES):
+            raise damaged(folder, fault)
+        return open_windows(folder, key)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.is_dir():  # unless another process wrote it meanwhile
+                _write(folder, kinds, arrays, header)
+    except OSError as error:
+        raise UserError(
+            f"--cache_dir {cache_dir}: features cannot be written there "
+            f"({error.strerror or error}): make room or give another folder"
+        ) from None
     return open_windows(folder, key)
 
 
@@ -135,7 +127,7 @@ def windows_of(
     doc_stride: int = 128,
     overlap: int | None = None,
 ) -> Windows:
-    """As `prepare`, for examples at hand, in memory and without a cache (key "").
+    """As `prepare_windows`, for examples at hand, in memory and without a cache (key "").
 
     overlap: instead of doc_stride, the context tokens that two neighbouring windows share; half of
     those that fit, where a question leaves no room for more. One that leaves none at all raises
@@ -194,25 +186,32 @@ def _header(key: str, settings: dict[str, int], cutter: Cutter) -> dict[str, Any
     }
 
 
+def _files(arrays: Iterable[str]) -> tuple[str, ...]:
+    return (HEADER, *(f"{name}.npy" for name in arrays))
+
+
 def _write(
-    folder: Path, arrays: Callable[[Path], Parts], header: Callable[[], dict[str, Any]]
+    folder: Path,
+    kinds: dict[str, Kinds],
+    arrays: Callable[[Path], Parts],
+    header: Callable[[], dict[str, Any]],
 ) -> None:
-    """Writes all files beside `folder`, then renames; the caller holds the key's lock."""
+    """Writes all files next to `folder`, then renames; the caller holds the key's lock."""
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
     partial.mkdir()
     try:
         with ExitStack() as stack:
-            files = {name: ArrayFile(partial / f"{name}.bin", ARRAYS[name]) for name in ARRAYS}
-            for file in files.values():
-                stack.callback(file.abandon)
+            files = {name: ArrayFile(partial / f"{name}.npy", kinds[name]) for name in kinds}
+            for each in files.values():
+                stack.callback(lambda each=each: each.file.close())
             for part in stack.enter_context(closing(arrays(partial))):
                 for name, array in part.items():
                     files[name].append(array)
-            for file in files.values():
-                file.close()
-        write_header(partial, header(), files)
-        write_sums(partial, FILES)
+            for each in files.values():
+                each.finish()
+        write_json(partial / HEADER, header())
+        write_sums(partial, _files(kinds))
         sync(partial)
         partial.rename(folder)
         sync(folder.parent)

@@ -1,8 +1,7 @@
-"""Whether the arrays and the header of Windows fit together, whoever wrote them."""
+"""Whether the arrays and the header of Windows fit together, no matter who wrote them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -27,35 +26,24 @@ STARTS = {
     "context_token_start": "context_char_start",
     "question_id_start": "question_id_bytes",
 }
-BLOCK = 1 << 20  # entries looked at in one go
 
 
 def fault_of(arrays: dict[str, np.ndarray]) -> str | None:
     """What is wrong with the arrays of Windows, by name as there; None where nothing is.
 
-    Whether a token is in a vocabulary is not looked at, except that none is below 0. Everything is
-    read once, in blocks, so that a set of any size takes little memory.
+    Of the tokens it is only looked at whether one is below 0: the vocabulary is not known here.
     """
     if fault := _fault_of_sizes(arrays):
         return fault
     for name, data in STARTS.items():
         starts, total = arrays[name], len(arrays[data])
-        rises = all(_all(starts[at][1:] >= starts[at][:-1]) for at in _blocks(starts))
-        if starts[0] != 0 or starts[-1] != total or not rises:
+        if starts[0] != 0 or starts[-1] != total or (starts[1:] < starts[:-1]).any():
             return f"{name} does not rise from 0 to {total}"
-    questions = len(arrays["question_id_start"]) - 1
-    if arrays["question"][0] != 0 or arrays["question"][-1] != questions - 1:
-        return f"question does not rise from 0 to {questions - 1}"
-    for at in _blocks(arrays["lengths"]):
-        if fault := _fault_of_windows(arrays, at):
-            return fault
-    starts, data = arrays["question_id_start"], arrays["question_id_bytes"]
-    if not all(_is_text(data, starts[at]) for at in _blocks(starts)):
+    if fault := _fault_of_windows(arrays):
+        return fault
+    if not _is_text(arrays["question_id_bytes"], arrays["question_id_start"]):
         return "question_id_bytes is not UTF-8"
-    ids = arrays["input_ids"]
-    if not all(_all(ids[at] >= 0) for at in _blocks(ids)):
-        return "input_ids holds a number below 0"
-    return None
+    return "input_ids holds a number below 0" if arrays["input_ids"].min() < 0 else None
 
 
 def _fault_of_sizes(arrays: dict[str, np.ndarray]) -> str | None:
@@ -65,44 +53,53 @@ def _fault_of_sizes(arrays: dict[str, np.ndarray]) -> str | None:
         return "no window"
     sizes = dict.fromkeys(PER_WINDOW, windows)
     sizes |= {"window_start": windows + 1, "question_token_start": questions + 1}
-    sizes |= {
-        f"{name}_char_count": len(arrays[f"{name}_char_start"]) for name in ("question", "context")
-    }
+    for each in ("question", "context"):
+        sizes[f"{each}_char_count"] = len(arrays[f"{each}_char_start"])
     for name, size in sizes.items():
         if len(arrays[name]) != size:
             return f"{name} has {len(arrays[name])} entries, not {size}"
     return None
 
 
-def _fault_of_windows(arrays: dict[str, np.ndarray], at: slice) -> str | None:
-    """Of some windows, whose starts and the number of questions are known to be sound."""
-    lengths, count, prefix, first = (
-        arrays[name][at].astype(np.int64) for name in ("lengths", "count", "prefix", "first_token")
+def _fault_of_windows(arrays: dict[str, np.ndarray]) -> str | None:
+    """Of what each window states, where all sizes and starts are known to be sound."""
+    lengths, count, prefix, first, question = (
+        arrays[name].astype(np.int64)
+        for name in ("lengths", "count", "prefix", "first_token", "question")
     )
-    begins = arrays["window_start"][at.start : at.stop + 1]
-    if not _all(np.diff(begins) == lengths[: len(begins) - 1]) or not _all(lengths > 0):
+    if (np.diff(arrays["window_start"]) != lengths).any() or (lengths <= 0).any():
         return "lengths are not those of window_start, or 0"
-    if not _all((prefix > 0) & (count >= 0) & (prefix + count <= lengths)):
+    if ((prefix <= 0) | (count < 0) | (prefix + count > lengths)).any():
         return "prefix and count lead out of their window"
-    if not _all(np.isin(np.diff(arrays["question"][at]), (0, 1))):
-        return "question does not rise in steps of 0 or 1"
-    context, begins = arrays["context"][at], arrays["context_token_start"]
-    if not _all((context >= 0) & (context < len(begins) - 1)):
+    last = len(arrays["question_id_start"]) - 2
+    if question[0] != 0 or question[-1] != last or not np.isin(np.diff(question), (0, 1)).all():
+        return f"question does not rise from 0 to {last} in steps of 0 or 1"
+    context, begins = arrays["context"], arrays["context_token_start"]
+    if ((context < 0) | (context >= len(begins) - 1)).any():
         return "context holds a number that is no context's"
-    if not _all((first >= 0) & (first + count <= begins[context + 1] - begins[context])):
+    if ((first < 0) | (first + count > begins[context + 1] - begins[context])).any():
         return "first_token and count lead out of their context"
-    start, end = arrays["start_positions"][at], arrays["end_positions"][at]
+    start, end = arrays["start_positions"], arrays["end_positions"]
     unlabelled = (start == UNLABELLED) & (end == UNLABELLED)
-    if not _all(unlabelled | ((start >= 0) & (start <= end) & (end < lengths))):
+    if not (unlabelled | ((start >= 0) & (start <= end) & (end < lengths))).all():
         return "start_positions or end_positions hold a label that is not in its window"
     return None
+
+
+def _is_text(data: np.ndarray, starts: np.ndarray) -> bool:
+    """Whether each run of bytes from one start to the next is UTF-8."""
+    try:
+        data.tobytes().decode()
+    except UnicodeDecodeError:
+        return False
+    # No run begins inside a character.
+    return bool(((data[starts[starts < len(data)]] & 0xC0) != 0x80).all())
 
 
 def fault_of_header(header: dict[str, Any]) -> str | None:
     """What is wrong with the entries of a header that Windows reads; None where nothing is."""
     counts = header.get("counts")
-    names = ("questions", *COUNTED)
-    if not isinstance(counts, dict) or not counts.keys() >= set(names):
+    if not isinstance(counts, dict) or not counts.keys() >= {"questions", *COUNTED}:
         return "no counts"
     if not all(type(count) is int for count in counts.values()):
         return "counts that are no numbers"
@@ -118,24 +115,3 @@ def fault_of_header(header: dict[str, Any]) -> str | None:
     if not isinstance(header.get("uses_token_types"), bool):
         return "no uses_token_types"
     return None
-
-
-def _all(condition: np.ndarray) -> bool:
-    return bool(condition.all())
-
-
-def _blocks(array: np.ndarray) -> Iterator[slice]:
-    """Slices of BLOCK entries, each with the first entry of the next one, for what lies between."""
-    for begin in range(0, len(array), BLOCK):
-        yield slice(begin, min(begin + BLOCK + 1, len(array)))
-
-
-def _is_text(data: np.ndarray, starts: np.ndarray) -> bool:
-    """Whether each run of bytes from one start to the next is UTF-8."""
-    data = data[starts[0] : starts[-1]]
-    try:
-        data.tobytes().decode()
-    except UnicodeDecodeError:
-        return False
-    inside = starts[starts < starts[-1]] - starts[0]
-    return _all((data[inside] & 0xC0) != 0x80)  # no run begins amid a character

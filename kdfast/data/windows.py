@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kdfast.data.cache import ARRAYS, PickledByPath, damaged, open_arrays
+from kdfast.common.files import read_json_object
+from kdfast.data.cache import ARRAYS, HEADER, PickledByPath, damaged, open_array
 from kdfast.data.tally import Tally
 from kdfast.data.validate import fault_of, fault_of_header
 
@@ -95,8 +95,8 @@ class Windows(PickledByPath):
 
     def with_token_types(self, used: bool) -> Windows:
         """The same windows for a model that reads the tokenizer's token types, or all 0."""
-        others = copy.copy(self)
-        others.uses_token_types = used
+        others = Windows.__new__(Windows)
+        vars(others).update(vars(self), uses_token_types=used)
         return others
 
     def padded(self, indices: Any, width: int | None = None) -> dict[str, np.ndarray]:
@@ -157,10 +157,14 @@ class Windows(PickledByPath):
 def open_windows(folder: Path, key: str) -> Windows:
     """The windows in a finished folder, mapped.
 
-    The arrays are read once: whatever they hold, no index that is made of them leads out of them,
-    and no label out of its window. Raises UserError where one does, and as open_arrays does.
+    The arrays are read once: no index that is made of what they hold leads out of them, and no
+    label out of its window. Raises UserError where one would, and for a file that is missing,
+    shortened or of another key.
     """
-    arrays, header = open_arrays(folder, key)
+    header = read_json_object(folder / HEADER)
+    if header.get("key") != key:
+        raise damaged(folder, f"{HEADER} is not that of {key}")
+    arrays = {name: open_array(folder, name, kinds) for name, kinds in ARRAYS.items()}
     if fault := fault_of_header(header) or fault_of(arrays):
         raise damaged(folder, fault)
     return Windows(arrays, header)

@@ -13,8 +13,9 @@ from kdfast.common.files import read_json_object
 from kdfast.common.flag_values import LARGEST
 from kdfast.common.progress import reading_bar
 from kdfast.common.ranks import Ranks
-from kdfast.data import prepare
+from kdfast.data.prepare import prepare_windows
 from kdfast.data.read import Example, read_examples
+from kdfast.data.windows import Windows
 from kdfast.evaluation import latency, metrics, scoring, tables
 from kdfast.evaluation.settings import EvaluateConfig
 from kdfast.evaluation.suites import EvaluationSet
@@ -34,7 +35,7 @@ class Answered:
 
     evaluation: scoring.Evaluation
     scores: metrics.QuestionScores
-    windows: prepare.Windows
+    windows: Windows
     null_threshold: float
 
     def question_lines(self) -> dict[str, dict[str, Any]]:
@@ -153,9 +154,9 @@ class Contender:
             },
         }
 
-    def _windows(self, source: str) -> prepare.Windows:
+    def _windows(self, source: str) -> Windows:
         config = self.config
-        windows = prepare.prepare(
+        windows = prepare_windows(
             source,
             self.tokenizer,
             split="validation",

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForQuestionAnswering
 
 from kdfast.common.errors import UserError
-from kdfast.data.prepare import Windows
+from kdfast.data.windows import Windows
 
 # Model types whose span head is a Linear `qa_outputs` over the base model's last hidden states
 # and whose first token stands for "no answer". Each has a test.

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from kdfast.data.prepare import Windows
+from kdfast.data.windows import Windows
 
 # Of a GPU's free memory, what the uploaded data may take.
 RESIDENT_SHARE = 0.25

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from kdfast.common.errors import UserError
 from kdfast.common.files import even_modes, sync_folder
-from kdfast.data.prepare import same_tokens
 from kdfast.models.load import Loaded, SpanModel, first_line, load_reader
+from kdfast.tokenizers.template import same_tokens
 
 REHEARSAL = ".rehearsal"  # the folder of rehearse_saving, within the run's
 RUN_FILE = "run.json"  # of a training run, beside its model

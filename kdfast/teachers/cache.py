@@ -36,7 +36,7 @@ from kdfast.common.files import (
 )
 from kdfast.common.ranks import Ranks
 from kdfast.data.batches import cut_by_tokens
-from kdfast.data.prepare import Windows
+from kdfast.data.windows import Windows
 from kdfast.models.inference import forward_windows
 from kdfast.models.load import SpanModel
 from kdfast.models.loader import flat_positions
@@ -66,7 +66,7 @@ class Source(Identity):
     """The logits of one teacher."""
 
     weights: str  # weights_key of the teacher's folder
-    tokenizer: str  # features.tokenizer_key
+    tokenizer: str  # tokenizer_key of the teacher's
     windows: str  # Windows.key
     precision: str  # "no", "fp16" or "bf16"
     kind: str = "raw"  # logits of one teacher on its own windows

@@ -14,7 +14,6 @@ from torch import nn
 
 from kdfast.common.errors import UserError
 from kdfast.config import TrainConfig
-from kdfast.data import prepare
 from kdfast.models import load
 from kdfast.models.checks import nonfinite_weight
 from kdfast.models.load import SpanModel
@@ -23,7 +22,7 @@ from kdfast.models.precision import AUTOCAST
 from kdfast.teachers import cache
 from kdfast.teachers.layer_losses import AttentionCapture, AttentionTerm, RelationTerm, hidden_term
 from kdfast.tokenizers.load import has_token_types, load_tokenizer
-from kdfast.tokenizers.template import Template
+from kdfast.tokenizers.template import Template, same_tokens
 from kdfast.training.step import Stepper
 
 
@@ -139,7 +138,7 @@ def find_teacher(config: TrainConfig, student: load.Loaded) -> str:
     name = config.teacher[0]
     folder = load.local_folder(name, "--teacher")
     own = load_tokenizer(folder, "--teacher")
-    if not prepare.same_tokens(own, student.tokenizer):
+    if not same_tokens(own, student.tokenizer):
         raise UserError(
             f"--stage layers: --teacher {name} has another tokenizer than the student, and hidden "
             "states are compared token by token: give a teacher with the student's tokenizer, or "

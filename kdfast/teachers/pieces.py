@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from kdfast.common.errors import UserError
-from kdfast.data import prepare as features
+from kdfast.data.cache import Kinds, cache_folder, damaged, open_array
 from kdfast.data.examples import Example
+from kdfast.data.prepare import Parts, cached_windows, prepare_windows
 from kdfast.data.windows import Windows
 from kdfast.teachers.rewindow import Recutter
-from kdfast.tokenizers.template import Template
+from kdfast.tokenizers.template import Template, tokenizer_key
 
 FORMAT = 1  # part of every key: raise it when files or meaning change
 # Settings under which every question is one window, with the whole of its context.
 WHOLE = {"max_seq_length": 1 << 30, "max_query_length": 1 << 29, "doc_stride": 1}
-FIRST_FILE = "first_piece.bin"
+FIRST: dict[str, Kinds] = {"first_piece": (np.int64,)}
 
 
 @dataclass(frozen=True)
@@ -56,24 +55,19 @@ def prepare(
     and loses the rest; windows.counts["truncated_questions"] says how many do.
 
     The cache is a folder of cache_dir/features, keyed by the student's windows, the tokenizer and
-    the settings. Raises UserError as features.prepare does.
+    the settings. Raises UserError as prepare_windows does.
     """
     template = Template.learn(tokenizer)
     settings = {"max_seq_length": max_seq_length, "doc_stride": doc_stride}
-    parts = [FORMAT, "pieces", student.key, features.tokenizer_key(tokenizer), settings]
+    parts = [FORMAT, "pieces", student.key, tokenizer_key(tokenizer), settings]
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     recutter = Recutter(student, template, **settings)
 
-    def arrays(folder: Path) -> features.Parts:
-        whole = features.prepare(
+    def arrays(folder: Path) -> Parts:
+        whole = prepare_windows(
             source, tokenizer, **WHOLE, cache_dir=cache_dir, split=split, progress=progress
         )
-        with (folder / FIRST_FILE).open("wb") as first:
-            for part in recutter.arrays(whole):
-                first.write(part.pop("first_piece", np.empty(0, np.int64)).tobytes())
-                yield part
-            first.flush()
-            os.fsync(first.fileno())
+        yield from recutter.arrays(whole)
 
     def header() -> dict[str, Any]:
         return {
@@ -86,10 +80,9 @@ def prepare(
             "first": {},
         }
 
-    windows = features.stored(cache_dir, key, arrays, header)
-    path = Path(cache_dir).expanduser() / "features" / key / FIRST_FILE
-    if not path.is_file() or path.stat().st_size != 8 * (len(student) + 1):
-        raise UserError(
-            f"{path.parent}: a damaged cache ({path.name}): delete this folder and run again"
-        )
-    return Pieces(windows, np.memmap(path, dtype=np.int64, mode="r").view(np.ndarray))
+    windows = cached_windows(cache_dir, key, arrays, header, more=FIRST)
+    folder = cache_folder(cache_dir, key)
+    first = open_array(folder, "first_piece", FIRST["first_piece"])
+    if len(first) != len(student) + 1:
+        raise damaged(folder, f"first_piece has {len(first)} entries, not {len(student) + 1}")
+    return Pieces(windows, first)

@@ -12,7 +12,6 @@ from kdfast.common.errors import UserError
 from kdfast.common.progress import passing_bar, reading_bar
 from kdfast.common.ranks import Ranks
 from kdfast.config import TrainConfig
-from kdfast.data import prepare
 from kdfast.data.windows import Windows
 from kdfast.models import load
 from kdfast.models.inference import forward_tokens
@@ -20,7 +19,7 @@ from kdfast.teachers import cache, pieces
 from kdfast.teachers.alignment import Carrier, softened
 from kdfast.teachers.mixture import Probabilities
 from kdfast.tokenizers.load import load_tokenizer
-from kdfast.tokenizers.template import Template
+from kdfast.tokenizers.template import Template, same_tokens, tokenizer_key
 
 
 @dataclass(frozen=True)
@@ -41,14 +40,14 @@ class Teacher:
     ) -> Probabilities:
         """Its softened distributions over the student's tokens. logits: own_logits."""
 
-        def same_tokens(begin: int, end: int) -> np.ndarray:
+        def softened_own(begin: int, end: int) -> np.ndarray:
             starts = student.window_start[begin : end + 1]
             return softened(logits[starts[0] : starts[-1]], starts - starts[0], temperature)
 
         def carried(begin: int, end: int) -> np.ndarray:
             return self.carrier.probabilities(logits, begin, end, temperature)
 
-        return same_tokens if self.carrier is None else carried
+        return softened_own if self.carrier is None else carried
 
 
 def find(
@@ -65,9 +64,9 @@ def find(
     """
     folder = load.local_folder(name, "--teacher")
     tokenizer = load_tokenizer(folder, "--teacher")
-    key = prepare.tokenizer_key(tokenizer)
+    key = tokenizer_key(tokenizer)
     weights = cache.weights_key(folder)
-    if prepare.same_tokens(tokenizer, student.tokenizer):
+    if same_tokens(tokenizer, student.tokenizer):
         source = cache.Source(weights, key, windows.key, kind)
         windows = windows.with_token_types(Template.learn(tokenizer).uses_token_types)
         return Teacher(name, source, windows, config.max_seq_length, None)

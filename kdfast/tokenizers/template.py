@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kdfast.common.errors import UserError
@@ -91,3 +92,21 @@ class Template:
             uses_types,
             tokenizer.pad_token_id,
         )
+
+
+def tokenizer_key(tokenizer: Any) -> str:
+    """The sha256, in hex, of all that decides a tokenizer's output: its backend with truncation
+    and padding off, the special tokens it puts around a pair, and its padding token.
+
+    Raises UserError as `Template.learn` does.
+    """
+    template = Template.learn(tokenizer)
+    return hashlib.sha256(f"{backend_text(tokenizer)}\n{template}".encode()).hexdigest()
+
+
+def same_tokens(tokenizer: Any, other: Any) -> bool:
+    """Whether two tokenizers make the same tokens, whatever their models read of token types."""
+    kept, others = (Template.learn(each) for each in (tokenizer, other))
+    return backend_text(tokenizer) == backend_text(other) and kept == replace(
+        others, uses_token_types=kept.uses_token_types
+    )

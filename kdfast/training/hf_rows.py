@@ -14,7 +14,7 @@ from kdfast.common.ranks import Ranks
 from kdfast.config import TrainConfig
 from kdfast.config_checks import check_teachers
 from kdfast.data.cache import PickledByPath
-from kdfast.data.prepare import Windows
+from kdfast.data.windows import Windows
 from kdfast.models import load
 from kdfast.models.precision import pick_device, resolve
 from kdfast.tokenizers.load import FolderTokenizer, load_tokenizer

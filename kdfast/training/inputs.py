@@ -13,8 +13,9 @@ from kdfast.common.errors import UserError
 from kdfast.common.progress import reading_bar
 from kdfast.common.ranks import Ranks
 from kdfast.config import TrainConfig
-from kdfast.data import prepare as features
 from kdfast.data import read, tally
+from kdfast.data.prepare import prepare_windows
+from kdfast.data.windows import Windows
 from kdfast.evaluation import metrics, scoring, suites
 from kdfast.models import load
 from kdfast.models.checks import check_windows
@@ -64,9 +65,9 @@ def load_student(config: TrainConfig, ranks: Ranks) -> load.Loaded:
 
 def prepare(
     config: TrainConfig, student: load.Loaded, source: str, split: str, ranks: Ranks
-) -> features.Windows:
+) -> Windows:
     """The windows of a data source, from the cache where they are there; says what was found."""
-    windows = features.prepare(
+    windows = prepare_windows(
         source,
         student.tokenizer,
         split=split,
@@ -85,7 +86,7 @@ def prepare(
 
 def find_targets(
     config: TrainConfig,
-    windows: features.Windows,
+    windows: Windows,
     student: load.Loaded,
     device: torch.device,
     precision: str,
@@ -112,7 +113,7 @@ def find_targets(
 def teacher_logits(
     config: TrainConfig,
     taught: TeacherTargets | None,
-    windows: features.Windows,
+    windows: Windows,
     device: torch.device,
     ranks: Ranks,
 ) -> np.ndarray | None:
@@ -139,7 +140,7 @@ def teacher_logits(
     return logits
 
 
-def trained_windows(config: TrainConfig, windows: features.Windows, ranks: Ranks) -> np.ndarray:
+def trained_windows(config: TrainConfig, windows: Windows, ranks: Ranks) -> np.ndarray:
     """The windows that teach something: unlabelled ones only where there is a teacher."""
     keep = np.array(windows.trainable)
     unlabelled = keep & (windows.start_positions == -100)
@@ -169,7 +170,7 @@ def validation_set(config: TrainConfig) -> suites.EvaluationSet | None:
     return found.scored_by(config.metric, config.language if by_language else None)
 
 
-def question_counts(windows: features.Windows, chosen: np.ndarray) -> dict[str, Any]:
+def question_counts(windows: Windows, chosen: np.ndarray) -> dict[str, Any]:
     """What run.json holds of the training questions: read, trained, left_out by reason.
 
     chosen: the windows that are trained on.

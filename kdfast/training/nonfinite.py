@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from kdfast.common.errors import UserError
-from kdfast.data.prepare import Windows
+from kdfast.data.windows import Windows
 from kdfast.models.checks import nonfinite_weight
 from kdfast.models.loader import MicroBatch
 from kdfast.models.save import kept_models

@@ -10,10 +10,11 @@ from kdfast.common.errors import UserError
 from kdfast.common.machine import code_key
 from kdfast.common.ranks import Ranks
 from kdfast.config import CHANGEABLE, CUTS, OBJECTIVE, TrainConfig
-from kdfast.data.prepare import Windows, tokenizer_key
+from kdfast.data.windows import Windows
 from kdfast.models import load
 from kdfast.models.save import mend_model
 from kdfast.teachers import cache
+from kdfast.tokenizers.template import tokenizer_key
 from kdfast.training import checkpoint
 from kdfast.training.optimizer import Updater
 

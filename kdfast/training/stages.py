@@ -13,12 +13,12 @@ from kdfast.common.flag_values import LARGEST
 from kdfast.common.ranks import Ranks
 from kdfast.config import TrainConfig
 from kdfast.data import read
-from kdfast.data.prepare import same_tokens
 from kdfast.evaluation import metrics
 from kdfast.models import load
 from kdfast.models.save import RUN_FILE
 from kdfast.teachers import targets
 from kdfast.tokenizers.load import load_tokenizer
+from kdfast.tokenizers.template import same_tokens
 from kdfast.train_flags import of_stage
 from kdfast.training.checkpoint import list_checkpoints
 from kdfast.training.log import LOG_FILE

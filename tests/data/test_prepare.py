@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from kdfast.common.errors import UserError
-from kdfast.data import cache as array_files
-from kdfast.data import prepare as features
-from kdfast.data import windowing
-from kdfast.data.prepare import prepare, tokenizer_key, windows_of
+from kdfast.data import prepare, windowing
+from kdfast.data.cache import FORMAT, HEADER, cache_folder
+from kdfast.data.prepare import prepare_windows, windows_of
 from kdfast.data.read import Answer, Example, read_examples
+from kdfast.tokenizers.template import tokenizer_key
 from tests.corpora import shared
 from tests.data.made_up import (
     SMALL,
@@ -39,18 +39,18 @@ def names(cache):
 def test_a_hit_maps_and_parses_nothing(tmp_path, source, monkeypatch):
     tokenizer = of_family("roberta")
     cache = tmp_path / "cache"
-    first = prepare(source, tokenizer, cache_dir=cache, **SMALL)
+    first = prepare_windows(source, tokenizer, cache_dir=cache, **SMALL)
     assert_same_windows(windows_of(random_examples(7), tokenizer, **SMALL), first)
-    assert names(cache) == [first.key, f"{first.key}.lock"]
+    assert names(cache) == [f"{first.key}-{FORMAT}", f"{first.key}-{FORMAT}.lock"]
 
     def never(*args, **options):
         raise AssertionError("parsed")
 
-    monkeypatch.setattr(features, "iter_examples", never)
+    monkeypatch.setattr(prepare, "iter_examples", never)
     monkeypatch.setattr(windowing.Cutter, "arrays", never)
     copy = tmp_path / "copy.json"  # the name does not matter, the content does
     shutil.copy(source, copy)
-    again = prepare(str(copy), FAMILIES["roberta"](), cache_dir=str(cache), **SMALL)
+    again = prepare_windows(str(copy), FAMILIES["roberta"](), cache_dir=str(cache), **SMALL)
     assert_same_windows(first, again)
     assert (again.key, again.settings) == (first.key, SMALL)
     base = again.input_ids
@@ -63,14 +63,14 @@ def test_a_hit_maps_and_parses_nothing(tmp_path, source, monkeypatch):
 def test_the_key_follows_data_tokenizer_and_settings(tmp_path, source):
     cache = tmp_path / "cache"
     roberta = of_family("roberta")
-    keys = {prepare(source, roberta, cache_dir=cache, **SMALL).key}
+    keys = {prepare_windows(source, roberta, cache_dir=cache, **SMALL).key}
     other = write_source(tmp_path / "other.json", random_examples(8))
-    keys.add(prepare(other, roberta, cache_dir=cache, **SMALL).key)
+    keys.add(prepare_windows(other, roberta, cache_dir=cache, **SMALL).key)
     for name in SMALL:
         changed = {**SMALL, name: SMALL[name] - 1}
-        keys.add(prepare(source, roberta, cache_dir=cache, **changed).key)
+        keys.add(prepare_windows(source, roberta, cache_dir=cache, **changed).key)
     for tokenizer in (of_family("bert"), FAMILIES["roberta"](399)):
-        keys.add(prepare(source, tokenizer, cache_dir=cache, **SMALL).key)
+        keys.add(prepare_windows(source, tokenizer, cache_dir=cache, **SMALL).key)
     assert len(keys) == 7
 
 
@@ -90,9 +90,9 @@ def test_tokenizer_key_survives_saving(tmp_path, family):
 def test_a_torn_cache_is_refused(tmp_path, source, damage):
     cache = tmp_path / "cache"
     tokenizer = of_family("bert")
-    key = prepare(source, tokenizer, cache_dir=cache, **SMALL).key
-    folder = cache / "features" / key
-    array, header = folder / "input_ids.bin", folder / array_files.HEADER
+    key = prepare_windows(source, tokenizer, cache_dir=cache, **SMALL).key
+    folder = cache_folder(cache, key)
+    array, header = folder / "input_ids.npy", folder / HEADER
     if damage == "short":
         array.write_bytes(array.read_bytes()[:-4])
     elif damage == "long":
@@ -106,7 +106,7 @@ def test_a_torn_cache_is_refused(tmp_path, source, damage):
     else:
         header.write_text(header.read_text().replace(key, "0" * 64))
     with pytest.raises(UserError, match=r"a damaged cache .*: delete this folder") as caught:
-        prepare(source, tokenizer, cache_dir=cache, **SMALL)
+        prepare_windows(source, tokenizer, cache_dir=cache, **SMALL)
     assert str(folder) in str(caught.value)
 
 
@@ -121,31 +121,31 @@ def test_a_killed_preparation_leaves_nothing_that_is_read(tmp_path, source, monk
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(features, "write_header", die)
-        patch.setattr(features.shutil, "rmtree", lambda *a, **k: None)  # nobody cleans up
+        patch.setattr(prepare, "write_sums", die)
+        patch.setattr(prepare.shutil, "rmtree", lambda *a, **k: None)  # nobody cleans up
         with pytest.raises(Killed):
-            prepare(source, tokenizer, cache_dir=cache, **SMALL)
+            prepare_windows(source, tokenizer, cache_dir=cache, **SMALL)
     (left,) = [n for n in names(cache) if n.endswith(".partial")]
-    (cache / "features" / left / "input_ids.bin").write_bytes(b"rubbish")
-    w = prepare(source, tokenizer, cache_dir=cache, **SMALL)
+    (cache / "features" / left / "input_ids.npy").write_bytes(b"rubbish")
+    w = prepare_windows(source, tokenizer, cache_dir=cache, **SMALL)
     assert_same_windows(windows_of(random_examples(7), tokenizer, **SMALL), w)
-    assert names(cache) == [w.key, f"{w.key}.lock"]
+    assert names(cache) == [f"{w.key}-{FORMAT}", f"{w.key}-{FORMAT}.lock"]
 
 
 def test_two_at_once_write_once(tmp_path, source, monkeypatch):
     cache = tmp_path / "cache"
     writes, found = [], []
-    real = features._write
+    real = prepare._write
 
     def slow(*args):
         writes.append(threading.get_ident())
         time.sleep(0.2)
         real(*args)
 
-    monkeypatch.setattr(features, "_write", slow)
+    monkeypatch.setattr(prepare, "_write", slow)
 
     def work(tokenizer):
-        found.append(prepare(source, tokenizer, cache_dir=cache, **SMALL))
+        found.append(prepare_windows(source, tokenizer, cache_dir=cache, **SMALL))
 
     threads = [threading.Thread(target=work, args=(FAMILIES["roberta"](),)) for _ in range(3)]
     for thread in threads:
@@ -160,7 +160,7 @@ def test_a_fault_in_the_data_leaves_nothing(tmp_path, source):
     Path(source).write_text("\n".join(map(json.dumps, json.loads(Path(source).read_text()))) + "{")
     cache = tmp_path / "cache"
     with pytest.raises(UserError, match="not JSON"):
-        prepare(source, of_family("bert"), cache_dir=cache, **SMALL)
+        prepare_windows(source, of_family("bert"), cache_dir=cache, **SMALL)
     assert [n for n in names(cache) if not n.endswith(".lock")] == []
 
 
@@ -173,19 +173,19 @@ def test_a_full_disk(tmp_path, source):
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # a real write that really fails
     try:
         with pytest.raises(UserError) as caught:
-            prepare(source, tokenizer, cache_dir=cache, **SMALL)
+            prepare_windows(source, tokenizer, cache_dir=cache, **SMALL)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert str(cache) in str(caught.value)
     assert "cannot be written there" in str(caught.value)
     assert [n for n in names(cache) if not n.endswith(".lock")] == []
-    assert len(prepare(source, tokenizer, cache_dir=cache, **SMALL)) > 0
+    assert len(prepare_windows(source, tokenizer, cache_dir=cache, **SMALL)) > 0
 
 
 def test_a_cache_folder_that_cannot_be(tmp_path, source):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--cache_dir .*file/cache: features cannot be written"):
-        prepare(source, of_family("bert"), cache_dir=tmp_path / "file" / "cache", **SMALL)
+        prepare_windows(source, of_family("bert"), cache_dir=tmp_path / "file" / "cache", **SMALL)
 
 
 def stored_per_token(cache, windows):
@@ -205,7 +205,7 @@ def test_bytes_on_disk(tmp_path, vocabulary):
     asked = f"{added[-1]} "
     once = [Example(e.id, e.title, asked + e.question, c, ()) for c, e in contexts.items()]
     source = write_source(tmp_path / "once.json", once)
-    w = prepare(source, tokenizer, cache_dir=tmp_path / "cache")
+    w = prepare_windows(source, tokenizer, cache_dir=tmp_path / "cache")
     assert w.input_ids.dtype == (np.uint16 if vocabulary < 1 << 16 else np.int32)
     assert w.counts["windows"] == w.counts["questions"] == w.counts["contexts"]
     assert stored_per_token(tmp_path / "cache", w) <= 12
@@ -223,7 +223,7 @@ def test_arrays_widen_where_values_ask_for_it(tmp_path, monkeypatch):
     examples += [replace(e, id=f"{e.id}-again") for e in random_examples(6, 2)]
     monkeypatch.setattr(windowing, "_BATCH_QUESTIONS", 8)
     source = write_source(tmp_path / "source.json", examples)
-    w = prepare(source, tokenizer, cache_dir=tmp_path / "cache", **SMALL)
+    w = prepare_windows(source, tokenizer, cache_dir=tmp_path / "cache", **SMALL)
     assert_same_windows(windows_of(examples, tokenizer, **SMALL), w)
     for name in ("input_ids", "context_char_start", "context_char_count"):
         assert getattr(w, name).dtype == np.int32
@@ -234,7 +234,7 @@ def test_arrays_widen_where_values_ask_for_it(tmp_path, monkeypatch):
     assert long[first:past] == "Rollo"
     assert max(past for i in at for _, past in characters(w, i)) == len(long)
     assert w.padded(at[:1])["input_ids"][0, 1] == len(tokenizer) - 1
-    narrow = prepare(
+    narrow = prepare_windows(
         write_source(tmp_path / "narrow.json", random_examples(6)),
         tokenizer,
         cache_dir=tmp_path / "cache",
@@ -257,7 +257,7 @@ def test_arrays_widen_where_values_ask_for_it(tmp_path, monkeypatch):
 )
 def test_settings_that_leave_gaps(tmp_path, source, settings, part):
     for call in (
-        lambda **s: prepare(source, of_family("bert"), cache_dir=tmp_path / "c", **s),
+        lambda **s: prepare_windows(source, of_family("bert"), cache_dir=tmp_path / "c", **s),
         lambda **s: windows_of([], of_family("bert"), **s),
     ):
         with pytest.raises(UserError) as caught:
@@ -279,7 +279,7 @@ def test_tokenizers_that_are_refused(tmp_path, source):
             return list(text)
 
     with pytest.raises(UserError, match="Slow: a slow tokenizer"):
-        prepare(source, Slow(), cache_dir=tmp_path)
+        prepare_windows(source, Slow(), cache_dir=tmp_path)
 
     def wrapped(**special):
         backend = tokenizers.Tokenizer.from_str(of_family("bert").backend_tokenizer.to_str())
@@ -287,9 +287,9 @@ def test_tokenizers_that_are_refused(tmp_path, source):
         return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special)
 
     with pytest.raises(UserError, match="no padding token"):
-        prepare(source, wrapped(), cache_dir=tmp_path)
+        prepare_windows(source, wrapped(), cache_dir=tmp_path)
     with pytest.raises(UserError, match="no token in front"):
-        prepare(source, wrapped(pad_token="[PAD]"), cache_dir=tmp_path)
+        prepare_windows(source, wrapped(pad_token="[PAD]"), cache_dir=tmp_path)
     turned = FAMILIES["bert"]()
     turned.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         pair="[CLS]:1 $A:1 [SEP]:1 $B:0 [SEP]:0",

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdfast.common.errors import UserError
-from kdfast.data import prepare
+from kdfast.data.prepare import windows_of
 from kdfast.data.read import read_examples
 from kdfast.evaluation import answers, metrics, predictions
 from kdfast.training.log import read_log
@@ -28,7 +28,7 @@ def read_to_the_end(path):
     """From the file to scored answers; returns whether it was taken."""
     try:
         found = read_examples(str(path))
-        windows = prepare.windows_of(
+        windows = windows_of(
             found,
             small_tokenizers.of_family("bert"),
             max_seq_length=60,

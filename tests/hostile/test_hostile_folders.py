@@ -4,7 +4,9 @@ Each is read as a run reads it and then used for one step: that works, or ends i
 Checksums are left out: who makes a folder up makes them too.
 """
 
+import io
 import json
+import pickle
 import types
 from functools import partial
 from pathlib import Path
@@ -16,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdfast.common.errors import UserError
-from kdfast.data import validate
+from kdfast.data.cache import cache_folder
 from kdfast.data.read import read_examples
 from kdfast.data.windows import open_windows
 from kdfast.evaluation import scoring
@@ -43,7 +45,7 @@ def ground(tmp_path_factory):
     run = steppers.make(home, precision="fp16", max_tokens_per_micro_batch=400)
     for step in range(2):
         run.stepper.run(step, np.arange(8))
-    progress = checkpoint.Progress(steps=2, best_f1=10.0, rule=run.stepper.rule)
+    progress = checkpoint.Progress(steps=2, best_f1=10.0, policy=run.stepper.policy)
     identity = {"mixed_precision": "fp16", "seed": 42}
     saved = checkpoint.save_checkpoint(
         home, run.model, run.loaded.tokenizer, run.updater, progress, identity, 1
@@ -58,7 +60,7 @@ def ground(tmp_path_factory):
         checkpoint=saved,
         source=source,
         student=home / "student",
-        features=home / "cache" / "features" / run.windows.key,
+        features=cache_folder(home / "cache", run.windows.key),
         teacher=home / "cache" / "teacher" / source.key,
         examples=read_examples(run.stepper.config.train_file),
     )
@@ -117,11 +119,11 @@ def test_a_checkpoint(ground, data):
 
         def load():
             progress = checkpoint.load_checkpoint(ground.checkpoint, run.model, run.updater)
-            run.stepper.rule = progress.rule or run.stepper.rule
+            run.stepper.policy = progress.policy or run.stepper.policy
 
-        rule = run.stepper.rule
+        policy = run.stepper.policy
         used(ground, run.windows, run.stepper.loader.teacher_logits, load)
-        run.stepper.rule = rule
+        run.stepper.policy = policy
         run.updater.optimizer.state.clear()
 
 
@@ -225,19 +227,64 @@ def test_headers_that_claim_more_than_there_is(ground):
     with Damaged(path, json.dumps(header).encode()), unlike:
         cache.open_cache(ground.home / "cache", ground.source, tokens, verify=False)
 
-    path = ground.features / "header.json"
-    header = json.loads(path.read_text())
-    header["bytes"]["input_ids"] = 4 * 10**15
-    unlike = pytest.raises(UserError, match=r"input_ids\.bin has")
-    with Damaged(path, json.dumps(header).encode()), unlike:
-        open_windows(ground.features, run.windows.key)
+
+def npy_of(header: str, data: bytes = bytes(4096)) -> bytes:
+    text = header.encode()
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + data
+
+
+def npy_header(descr="'<u2'", order="False", shape="(9,)") -> bytes:
+    return npy_of(f"{{'descr': {descr}, 'fortran_order': {order}, 'shape': {shape}, }}\n")
+
+
+def zipped() -> bytes:
+    file = io.BytesIO()
+    np.savez(file, np.zeros(9, np.uint16))
+    return file.getvalue()
+
+
+NPY = {
+    "more than there is": npy_header(shape="(1000000000000000,)"),
+    "less than nothing": npy_header(shape="(-9,)"),
+    "too large a number": npy_header(shape=f"({'9' * 400},)"),
+    "no number": npy_header(shape="('9',)"),
+    "a table": npy_header(shape="(3, 3)"),
+    "a single value": npy_header(shape="()"),
+    "other bytes first": npy_header("'>u2'"),
+    "fractions": npy_header("'<f4'"),
+    "fields": npy_header("[('a', '<u2')]"),
+    "objects": npy_header("'|O'"),
+    "no type": npy_header("'what'"),
+    "no header": npy_of(""),
+    "an open bracket": npy_of("{'descr': ("),
+    "an indent": npy_of("  1\n 2"),
+    "deep": npy_of("(" * 9000 + ")" * 900),
+    "many signs": npy_of("-" * 9000 + "1"),
+    "nothing": b"",
+    "another version": b"\x93NUMPY\x09\x00",
+    "a zip archive": zipped(),
+    "a broken zip archive": b"PK\x03\x04",
+    "a pickle": pickle.dumps([1]),
+}
+
+
+@pytest.mark.parametrize("name", NPY)
+def test_a_feature_file_that_is_no_such_array(ground, name):
+    """One sentence that names the file, whatever numpy makes of it."""
+    with (
+        Damaged(ground.features / "input_ids.npy", NPY[name]),
+        pytest.raises(UserError, match=r"a damaged cache \(input_ids\.npy .*delete this folder"),
+    ):
+        open_windows(ground.features, ground.run.windows.key)
 
 
 def edit(ground, name, change):
-    path = ground.features / f"{name}.bin"
-    array = np.frombuffer(path.read_bytes(), dtype=getattr(ground.run.windows, name).dtype).copy()
+    path = ground.features / f"{name}.npy"
+    array = np.load(path)
     change(array)
-    return Damaged(path, array.tobytes())
+    file = io.BytesIO()
+    np.save(file, array)
+    return Damaged(path, file.getvalue())
 
 
 LABELS = {
@@ -285,9 +332,7 @@ def test_nan_in_a_teacher_cache_is_caught_at_the_step(ground):
         run.stepper.loader = kept
 
 
-def test_arrays_of_many_blocks_are_looked_through_to_the_end(ground, monkeypatch):
-    monkeypatch.setattr(validate, "BLOCK", 3)
-    open_windows(ground.features, ground.run.windows.key)
+def test_each_window_is_looked_at(ground):
     for name, entry in (("end_positions", 10**6), ("context", -1), ("question", 10**6)):
         for place in range(len(ground.run.windows)):
             change = partial(setitem, place=place, entry=entry)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from kdfast.common.errors import UserError
-from kdfast.data import prepare
 from kdfast.data.batches import cut_by_tokens
+from kdfast.data.prepare import prepare_windows
 from kdfast.models import load
 from kdfast.models.inference import forward_windows
 from kdfast.models.loader import HostLoader, flat_positions
@@ -33,7 +33,7 @@ def pass_(tmp_path):
             readers.save(self.folder)
             self.model = load.load_reader(str(self.folder), "--teacher").model
             tokenizer = load_tokenizer(self.folder, "--teacher")
-            self.windows = prepare.prepare(
+            self.windows = prepare_windows(
                 corpora.write(tmp_path / "train.json"),
                 tokenizer,
                 max_seq_length=200,

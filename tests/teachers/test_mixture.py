@@ -7,7 +7,7 @@ import pytest
 
 from kdfast.common.errors import UserError
 from kdfast.common.ranks import Ranks
-from kdfast.data import prepare
+from kdfast.data.prepare import prepare_windows
 from kdfast.data.windows import Windows
 from kdfast.teachers import cache
 from kdfast.teachers import mixture as derived
@@ -22,7 +22,7 @@ def windows(tmp_path, monkeypatch):
     blocks = Windows.question_blocks
     monkeypatch.setattr(Windows, "question_blocks", lambda self: blocks(self, 5))
     source = corpora.write(tmp_path / "train.json")
-    return prepare.prepare(source, of_family("bert"), cache_dir=tmp_path / "cache")
+    return prepare_windows(source, of_family("bert"), cache_dir=tmp_path / "cache")
 
 
 def distributions(windows, seed):

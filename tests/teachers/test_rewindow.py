@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from kdfast.common.errors import UserError
-from kdfast.data import prepare
+from kdfast.data.cache import cache_folder
+from kdfast.data.prepare import prepare_windows, windows_of
 from kdfast.data.read import read_examples
 from kdfast.data.windows import Windows
 from kdfast.teachers import pieces, rewindow
@@ -22,7 +23,7 @@ def made(tmp_path):
     def make(student, teacher, examples, *, length=60, stride=20, **changes):
         source = str(tmp_path / "asked.json")
         write(source, [(each.id, each.question, each.context) for each in examples])
-        student = prepare.prepare(
+        student = prepare_windows(
             source, student, **{**SMALL, **changes}, cache_dir=tmp_path / "cache"
         )
         settings = {"max_seq_length": length, "doc_stride": stride, "cache_dir": tmp_path / "cache"}
@@ -32,7 +33,7 @@ def made(tmp_path):
 
 
 def windows_of_whole(tokenizer, examples):
-    return prepare.windows_of(examples, tokenizer, **pieces.WHOLE)
+    return windows_of(examples, tokenizer, **pieces.WHOLE)
 
 
 def assert_same_characters(student, found, tokenizer, examples):
@@ -135,10 +136,11 @@ def test_the_cache_is_used_and_keyed(made, monkeypatch, tmp_path):
     np.testing.assert_array_equal(again.first, first)
     np.testing.assert_array_equal(again.windows.input_ids, found.windows.input_ids)
 
-    (tmp_path / "cache" / "features" / found.windows.key / pieces.FIRST_FILE).write_bytes(b"\0" * 8)
+    folder = cache_folder(tmp_path / "cache", found.windows.key)
+    np.save(folder / "first_piece.npy", first[:-1])
     with pytest.raises(UserError, match="damaged cache"):
         made(student, teacher, examples)
-    shutil.rmtree(tmp_path / "cache" / "features" / found.windows.key)
+    shutil.rmtree(folder)
     monkeypatch.undo()
     np.testing.assert_array_equal(made(student, teacher, examples)[1].first, first)
 

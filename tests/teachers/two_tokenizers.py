@@ -13,7 +13,7 @@ import tokenizers
 import transformers
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
-from kdfast.data import prepare
+from kdfast.data.prepare import prepare_windows
 from kdfast.teachers import pieces
 from kdfast.teachers.alignment import Carrier
 from kdfast.tokenizers.template import Template
@@ -70,7 +70,7 @@ def carrier(
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         source = os.path.join(folder, "asked.json")
         write(source, [(str(i), *pair) for i, pair in enumerate(asked)])
-        windows = prepare.prepare(
+        windows = prepare_windows(
             source,
             student,
             max_seq_length=max_seq_length,
