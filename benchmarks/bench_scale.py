@@ -100,9 +100,9 @@ def measure(folder: Path, windows: int, steps: int, *, start_again: bool) -> Fig
     if start_again:
         phases["again"] = watched_run([*arguments, "--max_steps", "1"], cache, LIMIT)["train"]
         assert all(path.stat().st_mtime_ns == stat.st_mtime_ns for path, stat in files.items())
-    logits = next(path for path in files if path.name == "logits.bin")
+    logits = next(path for path in files if path.name == "logits.npy")
     stored = sum(stat.st_size for stat in files.values())
-    return Figures(windows, files[logits].st_size // 4, stored, phases)
+    return Figures(windows, len(np.load(logits, mmap_mode="r")), stored, phases)
 
 
 def gate(figures: Figures) -> None:

@@ -20,7 +20,7 @@ from kdfast.data.windows import Windows
 from kdfast.models.inference import forward_tokens
 from kdfast.models.load import SpanModel
 from kdfast.models.precision import AUTOCAST
-from kdfast.teachers.cache import Source, fill_cache
+from kdfast.teachers.cache import Source, TeacherPass, fill_cache
 from kdfast.training.micro_batches import matmul_rate
 
 from .bert_reader import FORMULA, bert_reader, forward_operations
@@ -86,7 +86,7 @@ def cached_pass(
     """
     source = Source(weights=name, tokenizer="", windows="", precision=precision)
     own = SpanModel(copy.deepcopy(model))
-    return fill_cache(folder, source, own, windows, CPU, forward_tokens(CPU))
+    return fill_cache(folder, TeacherPass(source, own, windows, CPU, forward_tokens(CPU)))
 
 
 def kl(one: np.ndarray, other: np.ndarray) -> float:

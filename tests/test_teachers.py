@@ -34,7 +34,7 @@ def run(world, **changes):
 def cached(world, key):
     """The logits and the header of a cache."""
     home = world.path / "cache" / "teacher" / key
-    logits = np.fromfile(home / "logits.bin", dtype=np.float16).reshape(-1, 2)
+    logits = np.load(home / "logits.npy")
     return logits, json.loads((home / "header.json").read_text())
 
 
@@ -227,11 +227,11 @@ def test_a_source_that_does_not_match_is_refused(world, capsys):
     changes = {"teacher": [world.teacher, world.student]}
     record = run(world, **changes)
     source = cached(world, record["teacher_cache"])[1]["sources"][1]
-    path = world.path / "cache" / "teacher" / source / "logits.bin"
+    path = world.path / "cache" / "teacher" / source / "logits.npy"
     path.write_bytes(path.read_bytes()[:-4])
     flags = {**LENGTHS, **changes, "temperature": 2.0, "output_dir": world.path / "other"}
     assert world.run(**flags) == 2
-    assert "does not match this run in size of logits.bin" in capsys.readouterr().err
+    assert "is damaged (logits.npy is not what was written)" in capsys.readouterr().err
 
 
 def test_a_teacher_that_gives_no_offsets_is_refused(world, capsys):

@@ -19,18 +19,18 @@ FLAGS = {"max_steps": 5, "save_steps": 1, "save_total_limit": 9, "eval_steps": 2
 
 def spoil(world, windows=(30,)):
     """NaN in the teacher's cached logits of some windows, as if it had been made so."""
-    (cache,) = (world.path / "cache" / "teacher").glob("*/logits.bin")
+    (cache,) = (world.path / "cache" / "teacher").glob("*/logits.npy")
     (starts,) = (
         path
         for path in (world.path / "cache" / "features").glob("*/window_start.npy")
         if json.loads((path.parent / "header.json").read_text())["counts"]["questions"] == 40
     )
     starts = np.load(starts)
-    logits = np.memmap(cache, dtype=np.float16, mode="r+")
+    logits = np.load(cache, mmap_mode="r+")
     for window in windows if windows else range(len(starts) - 1):
-        logits[2 * starts[window]] = np.nan
+        logits[starts[window], 0] = np.nan
     logits.flush()
-    write_sums(cache.parent, ("logits.bin", "header.json"))
+    write_sums(cache.parent, ("logits.npy", "header.json"))
 
 
 def sentence(capsys):

@@ -99,6 +99,10 @@ class Ranks:
         """The texts of all ranks, in their order, at every rank."""
         return [self.share(text, source) for source in range(self.count)]
 
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on at least one rank."""
+        return bool(self.sum_array(torch.tensor(int(flag))))
+
     def assert_same_on_all_ranks(self, facts: dict[str, object]) -> None:
         """Raise UserError, naming the rank and the fact, unless all ranks hold the same facts."""
         if self.count == 1:

@@ -1,25 +1,24 @@
 """The teacher's logits: computed once, cached on disk, memory-mapped.
 
-A cache is a folder `teacher/KEY` with two files. `logits.bin` holds fp16 (tokens, 2), the raw
-start and end logits of every real token of every window, flat in the order of Windows.input_ids.
-`header.json` says whose they are, and SHA256SUMS what both files hold. A pass writes into
-`KEY.partial` and renames it when all is on the disk, so that a half-written cache is never read;
-`done.bin` in there has a byte for each micro-batch, 1 where it is safe, so that a killed pass goes
-on where it stopped, with as many ranks as there are then.
+docs/formats.md describes the files. A cache is written into `KEY.partial`, which gets its name when
+all of it is on the disk, so that nobody opens half of one. In there `done.bin` has a byte for each
+micro-batch, 1 once its logits are on the disk: a killed pass goes on where it stopped, with as many
+ranks as there are then.
 """
 
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import shutil
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -42,11 +41,11 @@ from kdfast.models.load import SpanModel
 from kdfast.models.loader import flat_positions
 from kdfast.models.precision import AUTOCAST
 
-FORMAT = 3
-# Up to this size a finished cache is read once and compared with its sums when it is opened: some
-# seconds. A larger one is taken as it is.
-VERIFIED_BYTES = 4 * 2**30
-FILES = ("header.json", "logits.bin")
+FORMAT = 3  # part of every key
+VERIFIED_BYTES = 4 * 2**30  # a larger cache is not compared with its sums: that takes too long
+HEADER = "header.json"
+LOGITS = "logits.npy"
+RAW_LOGITS = "logits.bin"  # of earlier versions: the same values without the header of a .npy
 PROGRESS_FILE = "done.bin"
 SECONDS_BETWEEN_SAVES = 10.0
 
@@ -57,7 +56,7 @@ class Identity:
 
     @property
     def key(self) -> str:
-        text = json.dumps([FORMAT, self.__dict__], sort_keys=True)
+        text = json.dumps([FORMAT, asdict(self)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -72,6 +71,20 @@ class Source(Identity):
     kind: str = "raw"  # logits of one teacher on its own windows
 
 
+@dataclass(frozen=True)
+class TeacherPass:
+    """A pass of a teacher over all of its windows, longest first.
+
+    max_tokens: padded tokens in one forward pass.
+    """
+
+    source: Source
+    model: SpanModel
+    windows: Windows
+    device: torch.device
+    max_tokens: int
+
+
 def weights_key(folder: Path) -> str:
     """sha256 over config.json and the safetensors files of a model folder."""
     digest = hashlib.sha256()
@@ -84,70 +97,83 @@ def weights_key(folder: Path) -> str:
 def open_cache(
     cache_dir: Path, source: Identity, tokens: int, verify: bool = True
 ) -> np.ndarray | None:
-    """The finished cache of `source` as fp16 (tokens, 2), memory-mapped; None where there is none.
+    """Open a finished cache.
 
-    verify: read all of it, up to VERIFIED_BYTES, and compare it with its sums.
-    Raises UserError for a folder of that key whose header, size or content is not what it must be.
+    Args:
+        cache_dir: The folder of all caches.
+        source: What determines the cache's content.
+        tokens: How many tokens its windows have.
+        verify: Read all of it, up to VERIFIED_BYTES, and compare it with its sums.
+
+    Returns:
+        fp16 (tokens, 2), memory-mapped; None where there is no such cache.
+
+    Raises:
+        UserError: The folder's header is of something else, or its files are damaged.
     """
     folder = cache_dir / "teacher" / source.key
     if not folder.is_dir():
         return None
-    header = read_json_object(folder / "header.json")
+    header = read_json_object(folder / HEADER)
     expected = _header(source, tokens)
-    wrong = [name for name in expected if header.get(name) != expected[name]]
-    path = folder / "logits.bin"
-    if not wrong and (not path.is_file() or path.stat().st_size != tokens * 4):
-        wrong = ["size of logits.bin"]
-    if wrong:
+    if wrong := [name for name in expected if header.get(name) != expected[name]]:
         raise UserError(
             f"Teacher cache {folder} does not match this run in {', '.join(wrong)}: "
-            "delete that folder, and it is made anew."
+            "delete that folder, and it is made again."
         )
-    if verify and (fault := fault_in(folder, FILES, VERIFIED_BYTES)):
-        raise UserError(
-            f"Teacher cache {folder} is damaged ({fault}): delete that folder, and it is made anew."
-        )
-    return np.memmap(path, dtype=np.float16, mode="r", shape=(tokens, 2))
+    fault = fault_in(folder, _files(folder), VERIFIED_BYTES) if verify else None
+    if fault is None:
+        try:
+            return map_logits(folder, tokens, "r")
+        except Exception as error:  # numpy raises many kinds for a damaged header
+            fault = str(error)
+    raise UserError(
+        f"Teacher cache {folder} is damaged ({fault}): delete that folder, and it is made again."
+    )
 
 
 def open_shared(cache_dir: Path, source: Identity, tokens: int, ranks: Ranks) -> np.ndarray | None:
     """As open_cache, but what rank 0 finds is there, or not there, for all."""
-    cached = ranks.is_first and open_cache(cache_dir, source, tokens) is not None
-    if ranks.share(str(cached)) == "True":
+    if ranks.any(ranks.is_first and open_cache(cache_dir, source, tokens) is not None):
         return open_cache(cache_dir, source, tokens, verify=False)
     return None
 
 
 def fill_cache(
     cache_dir: Path,
-    source: Source,
-    model: SpanModel,
-    windows: Windows,
-    device: torch.device,
-    max_tokens: int,
-    progress: Callable[[int], None] = lambda windows_done: None,
+    teacher: TeacherPass,
+    progress: Callable[[int], object] = lambda windows_done: None,
     ranks: Ranks | None = None,
 ) -> np.ndarray:
-    """Run the teacher over all windows, longest first, and return open_cache's array.
+    """Run a teacher over its windows, or the rest of them where an earlier pass was killed.
 
-    max_tokens: padded tokens in one forward pass; an interrupted pass goes on with its own.
-    progress: called with the number of windows that all ranks are taken to have done since the
-    last call. ranks: who share the pass; cache_dir is one folder for all of them.
-    Raises UserError for a logit that is not finite in fp16, naming the question, and for a disk
-    that is full; what was safe before stays for the next start.
+    Args:
+        cache_dir: One folder for all ranks.
+        teacher: The pass. One that goes on keeps the max_tokens that it began with.
+        progress: Called with the number of windows that all ranks, as far as this one can tell,
+            have done since the last call.
+        ranks: Who share the pass.
+
+    Returns:
+        open_cache's array.
+
+    Raises:
+        UserError: A logit is not finite in fp16, or the disk is full. What was on the disk before
+            stays for the next start.
     """
     ranks = ranks or Ranks()
 
     def start(partial: Path) -> None:
-        _start(partial, source, windows, max_tokens)
+        _start(partial, teacher)
 
     def fill(partial: Path) -> None:
-        _fill(partial, source, model, windows, device, progress, ranks)
+        _fill(partial, teacher, progress, ranks)
 
-    return made_once(cache_dir, source, len(windows.input_ids), start, fill, ranks)
+    tokens = len(teacher.windows.input_ids)
+    return make_once(cache_dir, teacher.source, tokens, start, fill, ranks)
 
 
-def made_once(
+def make_once(
     cache_dir: Path,
     source: Identity,
     tokens: int,
@@ -155,16 +181,28 @@ def made_once(
     fill: Callable[[Path], None],
     ranks: Ranks,
 ) -> np.ndarray:
-    """open_cache's array, made where it is not there.
+    """Open a cache, after it has been made where it is not there.
 
-    start: called by rank 0 with the folder to write into, while no other run makes the same cache.
-    fill: called by all ranks; flushes what it has written, and no cache is there before all have.
-    Raises UserError for a folder that cannot be written, or a disk that is full.
+    Args:
+        cache_dir: One folder for all ranks.
+        source: What determines the cache's content.
+        tokens: How many tokens its windows have.
+        start: Called by rank 0 with the folder to write into. No other run makes the same cache
+            meanwhile.
+        fill: Called by all ranks with that folder. It flushes what it has written. There is no
+            cache before all of them have returned.
+        ranks: Who make it.
+
+    Returns:
+        open_cache's array.
+
+    Raises:
+        UserError: The folder cannot be written, or the disk is full.
     """
     partial = cache_dir / "teacher" / f"{source.key}.partial"
     try:
         with ExitStack() as stack:
-            is_needed = True
+            is_needed = False
             if ranks.is_first:
                 partial.parent.mkdir(parents=True, exist_ok=True)
                 # Another run that makes the same cache is waited for, and its cache taken.
@@ -173,11 +211,11 @@ def made_once(
                 is_needed = open_cache(cache_dir, source, tokens) is None
                 if is_needed:
                     start(partial)
-            if ranks.share(str(is_needed)) == "True":
+            if ranks.any(is_needed):
                 fill(partial)
                 ranks.barrier()
                 if ranks.is_first:
-                    write_sums(partial, FILES)
+                    write_sums(partial, _files(partial))
                     finished = partial.with_suffix("")
                     os.replace(partial, finished)
                     sync(finished.parent)
@@ -190,28 +228,62 @@ def made_once(
     return cached
 
 
-def _fill(
-    partial: Path,
-    source: Source,
-    model: SpanModel,
-    windows: Windows,
-    device: torch.device,
-    progress: Callable[[int], None],
-    ranks: Ranks,
+def map_logits(folder: Path, tokens: int, mode: Literal["r", "r+"]) -> np.memmap:
+    """The fp16 (tokens, 2) of a cache, or of the folder that start_folder made."""
+    if (folder / RAW_LOGITS).is_file():
+        return np.memmap(folder / RAW_LOGITS, np.float16, mode, shape=(tokens, 2))
+    logits = np.lib.format.open_memmap(folder / LOGITS, mode)
+    if logits.dtype != np.float16 or logits.shape != (tokens, 2):
+        raise ValueError(f"{LOGITS} holds {logits.dtype} {logits.shape}")
+    return logits
+
+
+def start_folder(
+    partial: Path, source: Identity, tokens: int, micro_batches: int = 0, **more: Any
 ) -> None:
-    """This rank's part of the pass, into `partial`."""
-    batches = _cuts(windows, read_json_object(partial / "header.json")["max_tokens"])
-    logits = writable_logits(partial, len(windows.input_ids))
+    """Create the folder to write a cache into: logits of 0, what is done of a pass, the header.
+
+    more: what the header holds besides the fields of `source`.
+    """
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    npy_header = io.BytesIO()
+    array = {"descr": "<f2", "fortran_order": False, "shape": (tokens, 2)}
+    np.lib.format.write_array_header_1_0(npy_header, array)
+    reserve(partial / LOGITS, npy_header.tell() + tokens * 4)
+    with (partial / LOGITS).open("r+b") as file:
+        file.write(npy_header.getvalue())
+    reserve(partial / PROGRESS_FILE, micro_batches)
+    write_json(partial / HEADER, {**_header(source, tokens), **more})
+
+
+def _start(partial: Path, teacher: TeacherPass) -> None:
+    """Create the folder of a pass, or take over one that a killed pass left."""
+    source, windows, max_tokens = teacher.source, teacher.windows, teacher.max_tokens
+    tokens = len(windows.input_ids)
+    header = read_json_object(partial / HEADER)
+    if any(header.get(name) != value for name, value in _header(source, tokens).items()):
+        micro_batches = len(_cuts(windows, max_tokens))
+        start_folder(partial, source, tokens, micro_batches, max_tokens=max_tokens)
+
+
+def _fill(
+    partial: Path, teacher: TeacherPass, progress: Callable[[int], object], ranks: Ranks
+) -> None:
+    """This rank's part of a pass, into `partial`."""
+    windows = teacher.windows
+    batches = _cuts(windows, read_json_object(partial / HEADER)["max_tokens"])
+    logits = map_logits(partial, len(windows.input_ids), "r+")
     done = np.memmap(partial / PROGRESS_FILE, dtype=np.uint8, mode="r+", shape=(len(batches),))
     progress(sum(len(batches[number]) for number in np.flatnonzero(done)))
     mine = np.flatnonzero(done == 0)[ranks.rank :: ranks.count]
     ranks.barrier()  # until all have read what is left
-    if source.precision != "no":
-        model.cast_linear_layers(AUTOCAST[source.precision])
+    dtype = AUTOCAST[teacher.source.precision]
+    if dtype is not None:
+        teacher.model.cast_linear_layers(dtype)
     saved_at, unsaved = time.monotonic(), []
-    passes = forward_windows(
-        model, windows, [batches[number] for number in mine], device, AUTOCAST[source.precision]
-    )
+    cuts = [batches[number] for number in mine]
+    passes = forward_windows(teacher.model, windows, cuts, teacher.device, dtype)
     for number, (indices, rows) in zip(mine, passes, strict=True):
         with np.errstate(over="ignore"):
             half = rows.astype(np.float16)
@@ -225,40 +297,16 @@ def _fill(
     _save_progress(logits, done, unsaved)
 
 
-def writable_logits(partial: Path, tokens: int) -> np.memmap:
-    """The fp16 (tokens, 2) of a folder that `start_folder` made."""
-    return np.memmap(partial / "logits.bin", dtype=np.float16, mode="r+", shape=(tokens, 2))
+def _files(folder: Path) -> tuple[str, str]:
+    return HEADER, RAW_LOGITS if (folder / RAW_LOGITS).is_file() else LOGITS
 
 
 def _cuts(windows: Windows, max_tokens: int) -> list[np.ndarray]:
     return cut_by_tokens(np.arange(len(windows.lengths)), windows.lengths, max_tokens)
 
 
-def _header(source: Identity, tokens: int) -> dict:
-    return {"format": FORMAT, "tokens": tokens, "dtype": "float16", **source.__dict__}
-
-
-def _start(partial: Path, source: Source, windows: Windows, max_tokens: int) -> None:
-    """Create the partial folder, or take over one that a killed pass left."""
-    tokens = len(windows.input_ids)
-    header = read_json_object(partial / "header.json")
-    if any(header.get(name) != value for name, value in _header(source, tokens).items()):
-        sizes = {PROGRESS_FILE: len(_cuts(windows, max_tokens))}
-        start_folder(partial, source, tokens, sizes, {"max_tokens": max_tokens})
-
-
-def start_folder(
-    partial: Path, source: Identity, tokens: int, sizes: dict[str, int], more: dict[str, Any]
-) -> None:
-    """Create the partial folder anew: logits.bin, files of these sizes in bytes, and the header.
-
-    more: what the header holds beside the fields of `source`.
-    """
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name, size in {"logits.bin": tokens * 4, **sizes}.items():
-        reserve(partial / name, size)
-    write_json(partial / "header.json", {**_header(source, tokens), **more})
+def _header(source: Identity, tokens: int) -> dict[str, Any]:
+    return {"format": FORMAT, "tokens": tokens, "dtype": "float16", **asdict(source)}
 
 
 def _check_finite(half: np.ndarray, windows: Windows, indices: np.ndarray) -> None:
@@ -273,7 +321,7 @@ def _check_finite(half: np.ndarray, windows: Windows, indices: np.ndarray) -> No
 
 
 def _save_progress(logits: np.memmap, done: np.memmap, batches: list[int]) -> None:
-    """Mark micro-batches as safe, after their logits are."""
+    """Mark micro-batches as done, after their logits are on the disk."""
     logits.flush()
     done[batches] = 1
     done.flush()

@@ -48,7 +48,7 @@ def fill_cache(
     """Average the shares, block by block, and return the cache's array, fp16 (tokens, 2).
 
     windows: the student's. shares: in the order of mixture.weights.
-    Raises UserError for a temperature that fp16 has no room for, and as teacher.made_once does.
+    Raises UserError for a temperature that fp16 has no room for, and as teacher.make_once does.
     """
     hottest = float(np.finfo(np.float16).max) / FLOOR
     if mixture.temperature > hottest:
@@ -59,10 +59,10 @@ def fill_cache(
     tokens = len(windows.input_ids)
 
     def start(partial: Path) -> None:
-        cache.start_folder(partial, mixture, tokens, {}, {})
+        cache.start_folder(partial, mixture, tokens)
 
     def fill(partial: Path) -> None:
-        logits = cache.writable_logits(partial, tokens)
+        logits = cache.map_logits(partial, tokens, "r+")
         mine = islice(windows.question_blocks(), ranks.rank, None, ranks.count)
         for begin, end in mine:
             weighted = zip(mixture.weights, shares, strict=True)
@@ -72,7 +72,7 @@ def fill_cache(
             logits[starts[0] : starts[-1]] = logits_of(mean, local, mixture.temperature)
         logits.flush()
 
-    return cache.made_once(cache_dir, mixture, tokens, start, fill, ranks)
+    return cache.make_once(cache_dir, mixture, tokens, start, fill, ranks)
 
 
 def logits_of(probabilities: np.ndarray, starts: np.ndarray, temperature: float) -> np.ndarray:

@@ -115,15 +115,7 @@ def own_logits(config: TrainConfig, one: Teacher, device: torch.device, ranks: R
     load.check_fits(loaded, one.max_seq_length, one.name)
     for note in loaded.notes:
         ranks.log(note)
-    total = len(one.windows)
-    with passing_bar("teacher", "window", total, ranks.is_first) as bar:
-        return cache.fill_cache(
-            config.cache_path,
-            one.source,
-            loaded.model.to(device),
-            one.windows,
-            device,
-            forward_tokens(device),
-            bar.update,
-            ranks,
-        )
+    model, max_tokens = loaded.model.to(device), forward_tokens(device)
+    teacher = cache.TeacherPass(one.source, model, one.windows, device, max_tokens)
+    with passing_bar("teacher", "window", len(one.windows), ranks.is_first) as bar:
+        return cache.fill_cache(config.cache_path, teacher, bar.update, ranks)

@@ -127,9 +127,8 @@ def test_one_cache_is_written_by_many(setup, tmp_path, count):
     source = cache.Source("weights", "tokenizer", run.windows.key, "no")
 
     def fill(folder, ranks_=None, progress=lambda done: None):
-        return np.array(
-            cache.fill_cache(folder, source, run.model, run.windows, CPU, 150, progress, ranks_)
-        )
+        teacher = cache.TeacherPass(source, run.model, run.windows, CPU, 150)
+        return np.array(cache.fill_cache(folder, teacher, progress, ranks_))
 
     def rank_fill(rank):
         with Ranks.join() as group:
@@ -141,7 +140,7 @@ def test_one_cache_is_written_by_many(setup, tmp_path, count):
     assert sorted(path.name for path in (tmp_path / "many/teacher" / source.key).iterdir()) == [
         "SHA256SUMS",
         "header.json",
-        "logits.bin",
+        "logits.npy",
     ]
 
 
@@ -149,7 +148,7 @@ def test_a_pass_that_many_began_is_ended_by_one(setup, tmp_path, monkeypatch):
     run = setup()
     source = cache.Source("weights", "tokenizer", run.windows.key, "no")
     monkeypatch.setattr(cache, "SECONDS_BETWEEN_SAVES", 0.0)
-    arguments = (tmp_path, source, run.model, run.windows, CPU, 150)
+    teacher = cache.TeacherPass(source, run.model, run.windows, CPU, 150)
 
     def rank_fill(rank):
         calls = []
@@ -160,7 +159,7 @@ def test_a_pass_that_many_began_is_ended_by_one(setup, tmp_path, monkeypatch):
                 os.kill(os.getpid(), signal.SIGKILL)
 
         with Ranks.join() as group:
-            cache.fill_cache(*arguments, progress, group)
+            cache.fill_cache(tmp_path, teacher, progress, group)
 
     processes, _, keeper = forks.start(2, rank_fill)
     for process in processes:
@@ -168,9 +167,9 @@ def test_a_pass_that_many_began_is_ended_by_one(setup, tmp_path, monkeypatch):
     keeper.kill()
     assert {process.exitcode for process in processes} == {-signal.SIGKILL}
     counted = []
-    ended = np.array(cache.fill_cache(*arguments, counted.append))
+    ended = np.array(cache.fill_cache(tmp_path, teacher, counted.append))
     assert counted[0] > 0 and sum(counted) == len(run.windows)
-    whole = cache.fill_cache(tmp_path / "whole", *arguments[1:])
+    whole = cache.fill_cache(tmp_path / "whole", teacher)
     assert np.array_equal(ended, whole)
 
 

@@ -51,8 +51,8 @@ def ground(tmp_path_factory):
         home, run.model, run.loaded.tokenizer, run.updater, progress, identity, 1
     )
     source = cache.Source("weights", "tokenizer", run.windows.key, "no")
-    device = torch.device("cpu")
-    cache.fill_cache(home / "cache", source, run.model, run.windows, device, 400)
+    teacher = cache.TeacherPass(source, run.model, run.windows, torch.device("cpu"), 400)
+    cache.fill_cache(home / "cache", teacher)
     return types.SimpleNamespace(
         home=home,
         run=run,
@@ -153,7 +153,7 @@ def test_a_feature_cache(ground, data):
 @given(data=st.data())
 def test_a_teacher_cache(ground, data):
     run = ground.run
-    with spoiled(data, ground.teacher / data.draw(st.sampled_from(["header.json", "logits.bin"]))):
+    with spoiled(data, ground.teacher / data.draw(st.sampled_from(["header.json", "logits.npy"]))):
         try:
             tokens = len(run.windows.input_ids)
             logits = cache.open_cache(ground.home / "cache", ground.source, tokens, verify=False)
@@ -321,9 +321,11 @@ def test_a_token_that_the_model_does_not_know(ground):
 def test_nan_in_a_teacher_cache_is_caught_at_the_step(ground):
     run = ground.run
     start = run.windows.window_start
-    logits = np.frombuffer((ground.teacher / "logits.bin").read_bytes(), dtype=np.float16).copy()
-    logits[2 * start[5] + 4] = np.nan
-    with Damaged(ground.teacher / "logits.bin", logits.tobytes()):
+    logits = np.load(ground.teacher / "logits.npy")
+    logits[start[5] + 2, 0] = np.nan
+    content = io.BytesIO()
+    np.save(content, logits)
+    with Damaged(ground.teacher / "logits.npy", content.getvalue()):
         tokens = len(run.windows.input_ids)
         cached = cache.open_cache(ground.home / "cache", ground.source, tokens, verify=False)
         run.stepper.loader, kept = loader.HostLoader(run.windows, cached), run.stepper.loader

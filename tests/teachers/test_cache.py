@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kdfast.common.errors import UserError
+from kdfast.common.files import write_sums
 from kdfast.data.batches import cut_by_tokens
 from kdfast.data.prepare import prepare_windows
 from kdfast.models import load
@@ -46,14 +47,11 @@ def pass_(tmp_path):
             self.home = self.cache / "teacher" / self.source.key
 
         def fill(self, **arguments):
-            return teacher.fill_cache(
-                self.cache,
-                self.source,
-                self.model,
-                self.windows,
-                CPU,
-                **{"max_tokens": 300, **arguments},
-            )
+            return teacher.fill_cache(self.cache, self.teacher(), **arguments)
+
+        def teacher(self, max_tokens=300, precision="no"):
+            source = replace(self.source, precision=precision)
+            return teacher.TeacherPass(source, self.model, self.windows, CPU, max_tokens)
 
     return Pass()
 
@@ -81,11 +79,23 @@ def test_cache_holds_the_raw_logits_of_every_real_token(pass_):
     assert np.std(filled.astype(float)) > 0.1
     again = teacher.open_cache(pass_.cache, pass_.source, pass_.tokens)
     assert isinstance(again, np.memmap) and np.array_equal(again, filled)
-    assert (pass_.home / "logits.bin").stat().st_size == 4 * pass_.tokens
+    np.testing.assert_array_equal(np.load(pass_.home / "logits.npy"), filled)
 
 
 class Killed(Exception):
     pass
+
+
+def killed_after(count):
+    """The progress of a pass that ends when it is called so many times."""
+    calls = []
+
+    def progress(windows):
+        calls.append(windows)
+        if len(calls) == count:
+            raise Killed
+
+    return progress
 
 
 def test_a_killed_pass_goes_on_with_its_own_cuts(pass_, monkeypatch):
@@ -93,15 +103,8 @@ def test_a_killed_pass_goes_on_with_its_own_cuts(pass_, monkeypatch):
     shutil.rmtree(pass_.home)
 
     monkeypatch.setattr(teacher, "SECONDS_BETWEEN_SAVES", 0.0)
-    calls = []
-
-    def progress(windows):
-        calls.append(windows)
-        if len(calls) == 4:
-            raise Killed
-
     with pytest.raises(Killed):
-        pass_.fill(progress=progress)
+        pass_.fill(progress=killed_after(4))
     assert teacher.open_cache(pass_.cache, pass_.source, pass_.tokens) is None
 
     ran = []
@@ -114,7 +117,7 @@ def test_a_killed_pass_goes_on_with_its_own_cuts(pass_, monkeypatch):
         ),
     )
     # Another budget would cut otherwise: the header's one holds.
-    resumed = pass_.fill(max_tokens=10_000)
+    resumed = teacher.fill_cache(pass_.cache, pass_.teacher(max_tokens=10_000))
     assert np.array_equal(resumed, whole)
     assert 0 < sum(map(len, ran)) < len(pass_.windows)
     assert max(map(len, ran)) * 10 < 10_000
@@ -127,15 +130,13 @@ def test_a_partial_folder_of_something_else_is_not_taken_over(pass_):
     partial.mkdir(parents=True)
     (partial / "header.json").write_text(json.dumps({"format": 0}))
     (partial / teacher.PROGRESS_FILE).write_bytes(b"\1" * 99)
-    (partial / "logits.bin").write_bytes(b"\0" * 4 * pass_.tokens)
+    np.save(partial / "logits.npy", np.zeros((pass_.tokens, 2), np.float16))
     np.testing.assert_allclose(pass_.fill(), direct(pass_), rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize(
     ("spoil", "word"),
     [
-        (lambda home: (home / "logits.bin").write_bytes(b"\0" * 8), "size of logits.bin"),
-        (lambda home: (home / "logits.bin").unlink(), "size of logits.bin"),
         (lambda home: (home / "header.json").write_text("{}"), "format"),
         (lambda home: (home / "header.json").write_text("nothing"), "format"),
         (lambda home: _change(home, "windows", "others"), "windows"),
@@ -147,6 +148,67 @@ def test_a_cache_that_does_not_match_is_refused_with_the_reason(pass_, spoil, wo
     spoil(pass_.home)
     with pytest.raises(UserError, match=f"does not match this run in .*{word}"):
         teacher.open_cache(pass_.cache, pass_.source, pass_.tokens)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda path: path.write_bytes(b"\0" * 8),
+        lambda path: path.write_bytes(path.read_bytes()[:-4]),
+        lambda path: path.unlink(),
+        lambda path: np.save(path, np.load(path).astype(np.float32)),
+        lambda path: np.save(path, np.load(path)[:-1]),
+    ],
+)
+def test_damaged_logits_are_refused(pass_, spoil, verify):
+    pass_.fill()
+    spoil(pass_.home / "logits.npy")
+    with pytest.raises(UserError, match=r"is damaged \(.+\): delete that folder"):
+        teacher.open_cache(pass_.cache, pass_.source, pass_.tokens, verify)
+
+
+def as_before(folder):
+    """Make a cache, or what a killed pass left, one of the earlier layout: logits.bin."""
+    path = folder / "logits.npy"
+    (folder / "logits.bin").write_bytes(np.load(path).tobytes())
+    path.unlink()
+
+
+def test_a_cache_of_the_earlier_layout_is_read(pass_):
+    filled = np.array(pass_.fill())
+    as_before(pass_.home)
+    write_sums(pass_.home, ("header.json", "logits.bin"))
+    found = teacher.open_cache(pass_.cache, pass_.source, pass_.tokens)
+    assert found.dtype == np.float16
+    np.testing.assert_array_equal(found, filled)
+    with (pass_.home / "logits.bin").open("r+b") as file:
+        file.write(b"\1")
+    with pytest.raises(UserError, match=r"damaged \(logits.bin is not what was written\)"):
+        teacher.open_cache(pass_.cache, pass_.source, pass_.tokens)
+
+
+def test_the_key_and_the_header_are_those_of_earlier_versions(pass_):
+    source = teacher.Source("weights", "tokenizer", "windows", "bf16")
+    assert source.key == "338c3ffde66a22bf86851062203fa645"
+    pass_.fill()
+    header = json.loads((pass_.home / "header.json").read_text())
+    assert header["format"] == 3 and header["max_tokens"] == 300
+    assert header["tokens"] == pass_.tokens and header["weights"] == pass_.source.weights
+
+
+def test_a_pass_that_an_earlier_version_began_goes_on(pass_, monkeypatch):
+    whole = np.array(pass_.fill())
+    shutil.rmtree(pass_.home)
+    monkeypatch.setattr(teacher, "SECONDS_BETWEEN_SAVES", 0.0)
+    with pytest.raises(Killed):
+        pass_.fill(progress=killed_after(4))
+    as_before(pass_.home.with_name(f"{pass_.source.key}.partial"))
+    counted = []
+    np.testing.assert_array_equal(pass_.fill(progress=counted.append), whole)
+    assert counted[0] > 0 and (pass_.home / "logits.bin").is_file()
+    found = teacher.open_cache(pass_.cache, pass_.source, pass_.tokens)
+    np.testing.assert_array_equal(found, whole)
 
 
 def _change(home, name, value):
@@ -210,13 +272,10 @@ def test_a_folder_that_cannot_be_written(pass_):
 
 
 def test_a_teacher_in_half_precision_has_the_bits_of_autocast(pass_):
-    source = replace(pass_.source, precision="bf16")
     batches = cut_by_tokens(np.arange(len(pass_.windows)), pass_.windows.lengths, 300)
     plain = np.zeros((pass_.tokens, 2), np.float16)
     for indices, rows in forward_windows(pass_.model, pass_.windows, batches, CPU, torch.bfloat16):
         plain[flat_positions(pass_.windows, indices)] = rows
-    filled = teacher.fill_cache(
-        pass_.cache, source, pass_.model, pass_.windows, CPU, max_tokens=300
-    )
+    filled = teacher.fill_cache(pass_.cache, pass_.teacher(precision="bf16"))
     assert torch.bfloat16 in {each.dtype for each in pass_.model.parameters()}
     np.testing.assert_array_equal(filled, plain)
