@@ -107,7 +107,7 @@ def test_callers_that_meet_change_no_bit():
 
 IN_A_CHILD = """
 import os, signal, sys, torch
-from kdfast.kernels.backends import native
+from kdfast.kernels import native
 logits, at = torch.randn(2, 64, 4096, 2), torch.zeros(64, dtype=torch.long)
 def forward():
     tensors = (logits[0], None, logits[1], None, at, at, None)
