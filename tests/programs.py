@@ -1,12 +1,13 @@
 """A small run of kdfast.train: its files, its flags, and what it logged."""
 
 import json
+import sys
 from dataclasses import fields
 from pathlib import Path
 
 from kdfast import train
 from kdfast.training.log import Speed
-from tests import corpora, readers
+from tests import corpora, forks, readers
 
 
 class World:
@@ -46,6 +47,21 @@ class World:
 
     def run(self, **changes) -> int:
         return train.main(self.flags(**changes))
+
+
+def ranks_of(world, count, **changes):
+    """Exit statuses of the program at `count` ranks, and what each printed to stderr."""
+    world.path.joinpath("said").mkdir(exist_ok=True)
+
+    def rank(number):
+        said = (world.path / "said" / str(number)).open("w")
+        sys.stderr, sys.stdout = said, said
+        status = train.main(world.flags(**changes))
+        said.close()
+        return status
+
+    statuses = forks.run(count, rank)
+    return statuses, [(world.path / "said" / str(n)).read_text() for n in range(count)]
 
 
 def log_of(folder: Path) -> list[dict]:

@@ -51,3 +51,12 @@ def save(folder: Path, name: str = "bert", **arguments) -> str:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def ids_of(model, lengths=(23, 17)):
+    """Random token ids padded to the longest, and the mask of the real ones."""
+    draw = torch.Generator().manual_seed(1)
+    width = max(lengths)
+    ids = torch.randint(5, model.config.vocab_size, (len(lengths), width), generator=draw)
+    mask = torch.arange(width) < torch.tensor(lengths)[:, None]
+    return ids.masked_fill(~mask, model.config.pad_token_id), mask

@@ -8,18 +8,20 @@ import pytest
 from tests.examples import BLOCK, ROOT
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
+DOCUMENTS = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "tests/README.md")), *PAGES]
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)")
 CODE = re.compile(r"`([^`\n]+)`")
 TREE = re.compile(r"^```\n(kdfast/\n.*?)^```", re.MULTILINE | re.DOTALL)
 # Where a path begins that a document names.
-HOMES = (ROOT, ROOT / "kdfast", ROOT / "csrc", ROOT / "kdfast/kernels", ROOT / "tests/golden")
+HOMES = ("", "kdfast", "csrc", "kdfast/kernels", "tests", "tests/golden")
 ENDS = (".py", ".cpp", ".cu", ".h", ".xz")
 # Of other projects, and what stands for any file of a kind.
 OTHERS = {"run_squad_w_distillation.py", "run_qa.py", "recipes/NAME.yaml", "make_*.py"}
 UNMADE = (".transformers4", ".venv", "../shared")
 
-each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+each_document = pytest.mark.parametrize(
+    "document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT))
+)
 
 
 def headings(text):
@@ -48,7 +50,7 @@ def missing_paths(text):
         is_path = word.endswith(ENDS) or ("/" in word and word.split("/")[0] in folders())
         if not is_path or word in OTHERS or word.startswith(UNMADE):
             continue
-        if not any(path for home in HOMES for path in home.glob(word.rstrip("/"))):
+        if not any(path for home in HOMES for path in (ROOT / home).glob(word.rstrip("/"))):
             yield word
 
 

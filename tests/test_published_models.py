@@ -14,7 +14,7 @@ import kdfast
 from kdfast import evaluate
 from kdfast.models import checks, load
 from tests import published, readers
-from tests.models.test_load import ids_of
+from tests.readers import ids_of
 
 
 def test_every_supported_type_is_here():

@@ -11,8 +11,7 @@ from transformers import AutoModelForQuestionAnswering
 
 from kdfast.common.files import write_sums
 from kdfast.training.optimizer import Updater
-from tests.programs import log_of
-from tests.test_train_ranks import ranks_of
+from tests.programs import log_of, ranks_of
 
 FLAGS = {"max_steps": 5, "save_steps": 1, "save_total_limit": 9, "eval_steps": 2}
 

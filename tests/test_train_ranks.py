@@ -12,23 +12,7 @@ from safetensors.torch import load_file
 from kdfast import train
 from kdfast.teachers import cache
 from tests import forks
-from tests.programs import log_of
-
-
-def ranks_of(world, count, **changes):
-    """Exit statuses of the program at `count` ranks, and what each printed to stderr."""
-    world.path.joinpath("said").mkdir(exist_ok=True)
-
-    def rank(number):
-        said = (world.path / "said" / str(number)).open("w")
-        sys.stderr, sys.stdout = said, said
-        status = train.main(world.flags(**changes))
-        said.close()
-        return status
-
-    statuses = forks.run(count, rank)
-    return statuses, [(world.path / "said" / str(n)).read_text() for n in range(count)]
-
+from tests.programs import log_of, ranks_of
 
 NO_DROPOUT = {"embeds_dropout_prob": 0.0, "eval_steps": 3, "save_steps": 3}
 

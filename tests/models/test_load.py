@@ -7,15 +7,7 @@ from transformers import AutoModelForQuestionAnswering
 from kdfast.common.errors import UserError
 from kdfast.models import checks, load
 from tests import readers
-
-
-def ids_of(model, lengths=(23, 17)):
-    """Random token ids padded to the longest, and the mask of the real ones."""
-    draw = torch.Generator().manual_seed(1)
-    width = max(lengths)
-    ids = torch.randint(5, model.config.vocab_size, (len(lengths), width), generator=draw)
-    mask = torch.arange(width) < torch.tensor(lengths)[:, None]
-    return ids.masked_fill(~mask, model.config.pad_token_id), mask
+from tests.readers import ids_of
 
 
 @pytest.mark.parametrize("model_type", checks.SUPPORTED)

@@ -14,8 +14,7 @@ from kdfast.common.files import SUMS_FILE, write_sums
 from kdfast.teachers import layers
 from kdfast.training.checkpoint import OPTIMIZER_FILE
 from tests import readers
-from tests.programs import config_of, log_of
-from tests.test_train_ranks import ranks_of
+from tests.programs import config_of, log_of, ranks_of
 
 LAYERS = {"stage": "layers", "validation_file": None}
 
