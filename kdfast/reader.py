@@ -19,7 +19,7 @@ from kdfast.data.batches import cut_by_tokens
 from kdfast.data.examples import Example
 from kdfast.data.prepare import windows_of
 from kdfast.data.questions import Pair, pair_of, pairs_of
-from kdfast.data.windows import Windows
+from kdfast.data.windows import Windows, WindowSettings
 from kdfast.evaluation.pipeline_answers import pipeline_answers
 from kdfast.evaluation.reader_settings import ReaderSettings
 from kdfast.models import load
@@ -28,7 +28,7 @@ from kdfast.models.loader import flat_positions
 from kdfast.models.precision import AUTOCAST, device_of, resolve
 from kdfast.tokenizers.load import load_tokenizer
 from kdfast.tokenizers.template import Template
-from kdfast.tokenizers.word_offsets import Words
+from kdfast.tokenizers.word_offsets import WordOffsets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -209,7 +209,7 @@ class Reader:
             windows,
             logits,
             contexts,
-            Words.encode(self.tokenizer, list(number)),
+            WordOffsets.encode(self.tokenizer, list(number)),
             np.array([number[context] for context in contexts]),
             top_k=settings.top_k,
             handle_impossible_answer=settings.handle_impossible_answer,
@@ -225,8 +225,7 @@ class Reader:
             # An error about a question names its id.
             (Example(question[:80], "", question, context, None) for question, context in chunk),
             self.tokenizer,
-            max_seq_length=size,
-            max_query_length=settings.max_question_len,
+            WindowSettings(size, settings.max_question_len),
             overlap=min(size // 2, 128) if shared is None else shared,
         )
         if shared is not None:

@@ -8,6 +8,7 @@ import torch
 
 from kdfast.config import TrainConfig
 from kdfast.data.prepare import prepare_windows
+from kdfast.data.windows import WindowSettings
 from kdfast.models import load, loader
 from kdfast.models.dropout import speed_up_dropout
 from kdfast.models.precision import AUTOCAST
@@ -51,7 +52,7 @@ def make(
     config = TrainConfig(**settings)
     loaded = load.load_reader(name, "--student", embeds_dropout_prob=config.embeds_dropout_prob)
     windows = prepare_windows(
-        source, loaded.tokenizer, max_seq_length=200, cache_dir=path / "cache"
+        source, loaded.tokenizer, WindowSettings(200), cache_dir=path / "cache"
     )
     model = loaded.model.to(dtype)
     if not config.torch_compile:

@@ -11,6 +11,7 @@ from transformers import AutoModelForQuestionAnswering
 from kdfast.common.errors import UserError
 from kdfast.config import TrainConfig
 from kdfast.data.prepare import prepare_windows
+from kdfast.data.windows import WindowSettings
 from kdfast.hf import kd_dataset
 from kdfast.teachers import cache as teacher
 from kdfast.teachers import pieces
@@ -41,7 +42,9 @@ def cached(world, key):
 def student_windows(world, student=None):
     tokenizer = load_tokenizer(Path(student or world.student), "it")
     cache = world.path / "cache"
-    return prepare_windows(world.train_file, tokenizer, **LENGTHS, cache_dir=cache, split="train")
+    return prepare_windows(
+        world.train_file, tokenizer, WindowSettings(**LENGTHS), cache_dir=cache, split="train"
+    )
 
 
 def softmax(logits, temperature=TEMPERATURE):

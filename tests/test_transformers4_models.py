@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 from kdfast import Reader
 from kdfast.data.examples import Example
 from kdfast.data.prepare import windows_of
+from kdfast.data.windows import WindowSettings
 from kdfast.models.load import load_reader
 from kdfast.models.save import save_model
 from kdfast.tokenizers.load import load_tokenizer
@@ -79,7 +80,7 @@ def test_ids(folders, name):
 def test_windows_hold_these_ids(folders, name):
     tokenizer = load_tokenizer(folders / name, "--student")
     examples = [Example(text, "", *pair, None) for text, pair in TEXTS.items()]
-    windows = windows_of(examples, tokenizer, max_seq_length=2000, max_query_length=500)
+    windows = windows_of(examples, tokenizer, WindowSettings(2000, 500))
     used = "token_type_ids" in tokenizer.model_input_names
     for index, (text, pair) in enumerate(TEXTS.items()):
         row = windows.padded([index])

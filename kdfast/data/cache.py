@@ -12,6 +12,7 @@ from kdfast.common.errors import UserError
 
 FORMAT = 5  # of the files, and part of their folder's name: raise it when one of them changes
 HEADER = "header.json"
+UNLABELLED = -100  # in start_positions and end_positions
 _AT_ONCE = 1 << 20  # values that are copied in one go
 
 Kinds = tuple[type[np.generic], ...]
@@ -80,9 +81,8 @@ def narrowest(values: np.ndarray, kinds: Kinds) -> type[np.generic]:
     """The first of `kinds` that holds all of `values`; the last one where none does."""
     if len(kinds) == 1 or not values.size:
         return kinds[0]
-    low, high = values.min(), values.max()
-    holds = (k for k in kinds[:-1] if np.iinfo(k).min <= low and high <= np.iinfo(k).max)
-    return next(holds, kinds[-1])
+    ends = [np.min_scalar_type(end) for end in (values.min(), values.max())]
+    return next((k for k in kinds if all(np.can_cast(end, k) for end in ends)), kinds[-1])
 
 
 class ArrayFile:
@@ -108,6 +108,10 @@ class ArrayFile:
         self._write_header()
         self.file.flush()
         os.fsync(self.file.fileno())
+        self.file.close()
+
+    def close(self) -> None:
+        """Closes the file as it is."""
         self.file.close()
 
     def _start(self) -> None:

@@ -96,10 +96,10 @@ def locate(context: str, answer: Answer) -> Place | Lost:
         )
         if found:
             return found
-    for found in (written, folded):
-        if len(found) == 1:
-            return found[0]
-        if found:
+    for places in (written, folded):
+        if len(places) == 1:
+            return places[0]
+        if places:
             return Lost.AMBIGUOUS
     return Lost.ABSENT
 

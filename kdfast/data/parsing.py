@@ -12,8 +12,8 @@ from typing import Any
 
 from kdfast.common.errors import UserError
 from kdfast.data.examples import Answer, Example
+from kdfast.data.records import integer_of, is_true, kind_of, text_of, unwritable, usable
 from kdfast.data.tally import Tally
-from kdfast.data.values import integer_of, is_true, kind_of, text_of, unwritable, usable
 
 # Keys under which a thing stands, the usual one first.
 IDS = ("qid", "id", "guid", "question_id", "query_id")  # MRQA's figures go by qid where it has both
@@ -137,7 +137,8 @@ class Parser:
         impossible = is_true(node.get("is_impossible"))
         if raw is None and detected is None:
             return () if impossible else None
-        found, empty, strange = [], 0, None
+        found: list[Answer] = []
+        empty, strange = 0, None
         for text, start in [
             *_detected(detected, context),
             *_pairs(raw, context, _of(node, STARTS)),
@@ -145,7 +146,7 @@ class Parser:
             written = text_of(text)
             if written is None and text is not None:
                 strange = text
-            elif not (written or "").strip():
+            elif written is None or not written.strip():
                 empty += 1
             else:
                 answer = Answer(written, integer_of(start))
@@ -203,13 +204,14 @@ def _detected(raw: Any, context: str) -> Iterator[tuple[Any, Any]]:
             spans = list(zip(*(_list(spans.get(key)) for key in ("start", "end")), strict=False))
         for span in _list(spans) or [()]:
             bounds = [integer_of(each) for each in span] if isinstance(span, (list, tuple)) else []
-            if len(bounds) != 2 or None in bounds or not isinstance(text, str):
-                yield text, bounds[0] if bounds else None
+            first, last = bounds if len(bounds) == 2 else ((*bounds, None)[0], None)
+            if first is None or last is None or not isinstance(text, str):
+                yield text, first
                 continue
             # The text may be one that is equal to the span but for case and blanks.
-            found = context[max(bounds[0], 0) : max(bounds[1] + 1, 0)]
+            found = context[max(first, 0) : max(last + 1, 0)]
             is_same = found.casefold().split() == text.casefold().split()
-            yield found if is_same else text, bounds[0]
+            yield found if is_same else text, first
 
 
 def _decoded(text: str) -> Any:

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,9 +28,12 @@ from kdfast.data.cache import (
 )
 from kdfast.data.examples import Example
 from kdfast.data.read import fingerprint, iter_examples
-from kdfast.data.windowing import Cutter
-from kdfast.data.windows import Windows, open_windows
+from kdfast.data.windowing import WindowBuilder
+from kdfast.data.windows import Windows, WindowSettings, open_windows
 from kdfast.tokenizers.template import Template, tokenizer_key
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 CONTENT = 4  # part of Windows.key: raise it when other windows are made of the same source
 # Up to this size together, the files of a cache are read once and compared with their sums when it
@@ -38,51 +41,52 @@ CONTENT = 4  # part of Windows.key: raise it when other windows are made of the 
 VERIFIED_BYTES = 4 * 2**30
 # Arrays of Windows by name, each of them in parts.
 Parts = Generator[dict[str, np.ndarray], None, None]
+USUAL = WindowSettings()
 
 
 def prepare_windows(
     source: str,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    settings: WindowSettings = USUAL,
     *,
-    max_seq_length: int = 384,
-    max_query_length: int = 64,
-    doc_stride: int = 128,
     cache_dir: Path | str,
     split: str | None = None,
     progress: Callable[[Iterable[Example]], Iterable[Example]] = iter,
 ) -> Windows:
-    """Windows of all questions of `source` (see records.iter_examples), from the cache if there.
+    """The windows of all questions of a source, from the cache if they are there.
 
-    A question is cut at max_query_length tokens. Windows of a context of n tokens begin at its
-    tokens 0, doc_stride, 2 doc_stride, … and end with the first one that reaches token n.
-
-    progress: what shows how far the questions of a source without a cache have been read, such as
-    tqdm.
+    Windows of a context of n tokens begin at its tokens 0, doc_stride, 2 doc_stride, … and end with
+    the first one that reaches token n.
 
     The cache is a folder of cache_dir/features, named by a sha256 over the content of the source,
     the tokenizer and the settings; a hit maps files and parses nothing. It is written under another
     name, made durable and then renamed, by one process at a time: others that want it wait.
 
-    Raises UserError for a bad source, tokenizer or setting, for a damaged cache, and for a folder
-    that cannot be written or is full.
+    Args:
+        source: a file or a dataset, see `iter_examples`.
+        tokenizer: a fast one.
+        settings: how the windows are cut.
+        cache_dir: made where it is not there.
+        split: of a dataset whose name gives none.
+        progress: what shows how many questions have been read, such as tqdm. Only called where
+            there is no cache yet.
+
+    Raises:
+        UserError: for a bad source, tokenizer or setting, for a damaged cache, and for a folder
+            that cannot be written or is full.
     """
-    settings = {
-        "max_seq_length": max_seq_length,
-        "max_query_length": max_query_length,
-        "doc_stride": doc_stride,
-    }
     template = Template.learn(tokenizer)
-    _check(settings, template)
-    parts = [CONTENT, fingerprint(source, split=split), tokenizer_key(tokenizer), settings]
-    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-    cutter = Cutter(tokenizer, template, **settings)
+    settings.check(template)
+    content = [CONTENT, fingerprint(source, split=split), tokenizer_key(tokenizer), vars(settings)]
+    key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    builder = WindowBuilder(tokenizer, template, settings)
 
     def arrays(folder: Path) -> Parts:
-        with tempfile.TemporaryFile(dir=folder) as cutter.spool:
-            examples = iter_examples(source, split=split, tally=cutter.tally)
-            yield from cutter.arrays(progress(examples))
+        with tempfile.TemporaryFile(dir=folder) as builder.spool:
+            examples = iter_examples(source, split=split, tally=builder.tally)
+            yield from builder.arrays(progress(examples))
 
-    return cached_windows(cache_dir, key, arrays, lambda: _header(key, settings, cutter))
+    return cached_windows(cache_dir, key, arrays, lambda: _header(key, builder))
 
 
 def cached_windows(
@@ -94,9 +98,15 @@ def cached_windows(
 ) -> Windows:
     """The windows of this key in the cache, written first where they are not there.
 
-    arrays: called with the folder that is being written. header: called when all is written.
-    more: arrays besides those of Windows, and their types. Raises UserError for a damaged cache,
-    and for a folder that cannot be written or is full.
+    Args:
+        cache_dir: made where it is not there.
+        key: names the content.
+        arrays: called with the folder that is being written.
+        header: called when all arrays are written.
+        more: arrays besides those of Windows, and their types.
+
+    Raises:
+        UserError: for a damaged cache, and for a folder that cannot be written or is full.
     """
     folder = cache_folder(cache_dir, key)
     kinds = {**ARRAYS, **(more or {})}
@@ -120,69 +130,48 @@ def cached_windows(
 
 def windows_of(
     examples: Iterable[Example],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    settings: WindowSettings = USUAL,
     *,
-    max_seq_length: int = 384,
-    max_query_length: int = 64,
-    doc_stride: int = 128,
     overlap: int | None = None,
 ) -> Windows:
     """As `prepare_windows`, for examples at hand, in memory and without a cache (key "").
 
-    overlap: instead of doc_stride, the context tokens that two neighbouring windows share; half of
-    those that fit, where a question leaves no room for more. One that leaves none at all raises
-    UserError.
+    Args:
+        examples: in the order that the windows have.
+        tokenizer: a fast one.
+        settings: how the windows are cut.
+        overlap: in place of settings.doc_stride, the context tokens that two neighbouring windows
+            share; half of those that fit, where a question leaves no room for more.
+
+    Raises:
+        UserError: for a tokenizer or a setting that is refused, and where a question leaves no
+            token to its context.
     """
-    settings = {
-        "max_seq_length": max_seq_length,
-        "max_query_length": max_query_length,
-        "doc_stride": doc_stride,
-    }
     template = Template.learn(tokenizer)
     if overlap is None:
-        _check(settings, template)
-    cutter = Cutter(tokenizer, template, **settings, overlap=overlap)
+        settings.check(template)
+    builder = WindowBuilder(tokenizer, template, settings, overlap)
     parts: dict[str, list[np.ndarray]] = {name: [] for name in ARRAYS}
-    for arrays in cutter.arrays(examples):
+    for arrays in builder.arrays(examples):
         for name, array in arrays.items():
             parts[name].append(array)
-    joined = {}
+    joined: dict[str, np.ndarray] = {}
     for name, kinds in ARRAYS.items():
         whole = np.concatenate(parts.pop(name) or [np.empty(0, dtype=np.int64)])
         joined[name] = whole.astype(narrowest(whole, kinds))
-    return Windows(joined, _header("", settings, cutter))
+    return Windows(joined, _header("", builder))
 
 
-def _check(settings: dict[str, int], template: Template) -> None:
-    """Refuses settings under which some token of a context would be in no window."""
-    for name, value in settings.items():
-        if value < 1:
-            raise UserError(f"--{name} {value}: give a positive number")
-    room = settings["max_seq_length"] - settings["max_query_length"] - template.size
-    if room < 1:
-        raise UserError(
-            f"--max_seq_length {settings['max_seq_length']}: a question of --max_query_length "
-            f"{settings['max_query_length']} and {template.size} special tokens leave no room for "
-            "a context: change one of them"
-        )
-    if settings["doc_stride"] > room:
-        raise UserError(
-            f"--doc_stride {settings['doc_stride']}: more than the {room} tokens that "
-            f"--max_seq_length {settings['max_seq_length']} leaves for the context beside a "
-            f"question of --max_query_length {settings['max_query_length']} and "
-            f"{template.size} special tokens, so that windows would leave gaps: change one of them"
-        )
-
-
-def _header(key: str, settings: dict[str, int], cutter: Cutter) -> dict[str, Any]:
+def _header(key: str, builder: WindowBuilder) -> dict[str, Any]:
     return {
         "key": key,
         "format": FORMAT,
-        "settings": settings,
-        "pad_token_id": cutter.template.pad_token_id,
-        "uses_token_types": cutter.template.uses_token_types,
-        "counts": cutter.tally.counts,
-        "first": cutter.tally.first,
+        "settings": vars(builder.settings),
+        "pad_token_id": builder.template.pad_token_id,
+        "uses_token_types": builder.template.uses_token_types,
+        "counts": builder.tally.counts,
+        "first": builder.tally.first,
     }
 
 
@@ -202,14 +191,15 @@ def _write(
     partial.mkdir()
     try:
         with ExitStack() as stack:
-            files = {name: ArrayFile(partial / f"{name}.npy", kinds[name]) for name in kinds}
-            for each in files.values():
-                stack.callback(lambda each=each: each.file.close())
+            files = {
+                name: stack.enter_context(closing(ArrayFile(partial / f"{name}.npy", each)))
+                for name, each in kinds.items()
+            }
             for part in stack.enter_context(closing(arrays(partial))):
                 for name, array in part.items():
                     files[name].append(array)
-            for each in files.values():
-                each.finish()
+            for file in files.values():
+                file.finish()
         write_json(partial / HEADER, header())
         write_sums(partial, _files(kinds))
         sync(partial)

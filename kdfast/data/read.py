@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from kdfast.common.errors import UserError
-from kdfast.data.data_files import file_items
 from kdfast.data.examples import Answer, Example
 from kdfast.data.parsing import Parser
+from kdfast.data.records import file_items
 from kdfast.data.tally import Tally
 
 __all__ = ["Answer", "Example", "check_ids", "fingerprint", "iter_examples", "read_examples"]

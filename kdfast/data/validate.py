@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from kdfast.data.cache import UNLABELLED
 from kdfast.data.tally import COUNTED
 
-UNLABELLED = -100
 PER_WINDOW = (
     "question",
     "context",

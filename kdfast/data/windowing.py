@@ -6,17 +6,21 @@ import hashlib
 import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
 from kdfast.common.errors import UserError
+from kdfast.data.cache import UNLABELLED
 from kdfast.data.examples import Example, Lost, first_place
 from kdfast.data.tally import COUNTED, Tally
+from kdfast.data.windows import WindowSettings
 from kdfast.tokenizers.encode import Tokens, ragged, starts_of
 from kdfast.tokenizers.template import Template, whole_texts
 
-UNLABELLED = -100
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 # Of the contexts of a batch; of all its questions' contexts, which its windows grow with.
 _BATCH_CHARACTERS = 1 << 19
 _BATCH_CHARACTERS_ASKED = 1 << 22
@@ -24,7 +28,7 @@ _BATCH_QUESTIONS = 4096
 
 
 @dataclass(frozen=True)
-class Batch:
+class _Batch:
     """Questions and the contexts that they are about.
 
     texts: the contexts that no earlier batch had, in their order, numbered from `first_new` on.
@@ -40,12 +44,12 @@ class Batch:
 
 
 @dataclass
-class Cutter:
+class WindowBuilder:
     """Cuts windows out of examples.
 
     tokenizer: a fast one of transformers.
 
-    overlap: where given, doc_stride counts for nothing, and each window begins with the last
+    overlap: where given, it replaces settings.doc_stride: each window begins with the last
     `overlap` context tokens of the one before it, or with half a window where a question leaves no
     room for more.
 
@@ -53,11 +57,9 @@ class Cutter:
     comes back later is not tokenised again; what it holds is of no use afterwards.
     """
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerFast
     template: Template
-    max_seq_length: int
-    max_query_length: int
-    doc_stride: int
+    settings: WindowSettings
     overlap: int | None = None
     spool: BinaryIO = field(default_factory=io.BytesIO)
     tally: Tally = field(default_factory=Tally)
@@ -85,11 +87,11 @@ class Cutter:
                 plan = self._plan(batch)
                 asked = [example.question for example in batch]
                 # One token more than is kept tells which questions were cut.
-                questions = Tokens.encode(backend, asked, self.max_query_length + 1)
+                questions = Tokens.encode(backend, asked, self.settings.max_query_length + 1)
                 contexts = Tokens.encode(backend, plan.texts).exact(plan.texts)
                 yield self._batch(plan, contexts, questions.exact(asked))
 
-    def _plan(self, examples: list[Example]) -> Batch:
+    def _plan(self, examples: list[Example]) -> _Batch:
         """Tells new contexts from known ones."""
         first_new = len(self._known)
         places: dict[int, int] = {}  # of contexts, in the order in which they are met
@@ -107,9 +109,9 @@ class Cutter:
         old = [number for number in places if number < first_new]
         order = {number: i for i, number in enumerate(old, len(texts))}
         local = [n - first_new if n >= first_new else order[n] for n in met]
-        return Batch(examples, texts, first_new, old, np.array(local))
+        return _Batch(examples, texts, first_new, old, np.array(local))
 
-    def _with_recalled(self, batch: Batch, new: Tokens) -> Tokens:
+    def _with_recalled(self, batch: _Batch, new: Tokens) -> Tokens:
         """The tokens of all contexts of a batch, from those of its new ones, which are kept."""
         self._spooled.extend((self._spooled[-1] + new.starts[1:]).tolist())
         self.spool.seek(0, io.SEEK_END)
@@ -129,8 +131,8 @@ class Cutter:
         self.spool.seek(12 * start)
         return np.frombuffer(self.spool.read(12 * (end - start)), dtype=np.int32).reshape(-1, 3)
 
-    def _batch(self, plan: Batch, new: Tokens, questions: Tokens) -> dict[str, np.ndarray]:
-        counts, template, limit = self.counts, self.template, self.max_query_length
+    def _batch(self, plan: _Batch, new: Tokens, questions: Tokens) -> dict[str, np.ndarray]:
+        counts, template, limit = self.counts, self.template, self.settings.max_query_length
         batch, local, fresh = plan.examples, plan.local, len(plan.texts)
         numbers = np.array([*range(plan.first_new, plan.first_new + fresh), *plan.old])
         contexts = self._with_recalled(plan, new)
@@ -142,7 +144,7 @@ class Cutter:
         first, last, trainable = self._labels(batch, contexts, local)
 
         size = np.diff(contexts.starts)[local]
-        room = self.max_seq_length - template.size - asked
+        room = self.settings.max_seq_length - template.size - asked
         step = self._steps(batch, size, room)
         per_question = 1 + -(-np.maximum(size - room, 0) // step)
         q = np.repeat(np.arange(len(batch)), per_question)
@@ -206,12 +208,13 @@ class Cutter:
         takes all of the room, half of it is shared. Raises UserError where there is no room.
         """
         if self.overlap is None:
-            return np.full(len(batch), self.doc_stride)
+            return np.full(len(batch), self.settings.doc_stride)
         full = np.flatnonzero((size > room) & (room < 1))
         if len(full):
             raise UserError(
-                f"the question {batch[full[0]].question[:80]!r} leaves 0 of {self.max_seq_length} "
-                "tokens for its context: give a smaller max_question_len or a larger max_seq_len"
+                f"the question {batch[full[0]].question[:80]!r} leaves 0 of "
+                f"{self.settings.max_seq_length} tokens for its context: give a smaller "
+                "max_question_len or a larger max_seq_len"
             )
         step = room - self.overlap
         return np.maximum(np.where(step < 1, room - room // 2, step), 1)
@@ -262,8 +265,8 @@ class Cutter:
         lost = answered & ~((first >= 0) & (first <= last))
         trainable[lost] = False
         answered &= ~lost
-        for i in np.flatnonzero(lost):
-            self.tally.add("no_token", batch[i].id)
+        for unheld in np.flatnonzero(lost):
+            self.tally.add("no_token", batch[unheld].id)
         self.counts["unlabelled"] += int((~labelled).sum())
         self.counts["unanswerable"] += int((labelled & ~answered & trainable).sum())
         none = np.where(labelled, -1, UNLABELLED)

@@ -15,7 +15,7 @@ from kdfast.common.progress import reading_bar
 from kdfast.common.ranks import Ranks
 from kdfast.data.prepare import prepare_windows
 from kdfast.data.read import Example, read_examples
-from kdfast.data.windows import Windows
+from kdfast.data.windows import Windows, WindowSettings
 from kdfast.evaluation import latency, metrics, scoring, tables
 from kdfast.evaluation.settings import EvaluateConfig
 from kdfast.evaluation.suites import EvaluationSet
@@ -159,10 +159,10 @@ class Contender:
         windows = prepare_windows(
             source,
             self.tokenizer,
+            WindowSettings(**self.windows),
             split="validation",
             cache_dir=config.cache_path,
             progress=reading_bar(source),
-            **self.windows,
         )
         longest = self.windows["max_seq_length"]
         check_windows(self.model.reader, windows, longest, config.cache_path)

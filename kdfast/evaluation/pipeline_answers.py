@@ -14,7 +14,7 @@ from kdfast.data.windows import Windows
 from kdfast.evaluation.answers import check_logits
 from kdfast.evaluation.spans import top_spans
 from kdfast.tokenizers.encode import ragged, starts_of
-from kdfast.tokenizers.word_offsets import Words
+from kdfast.tokenizers.word_offsets import WordOffsets
 
 # The answer to a question whose context has no token at all.
 NOTHING = {"score": 0.0, "start": 0, "end": 0, "answer": ""}
@@ -24,7 +24,7 @@ def pipeline_answers(
     windows: Windows,
     logits: np.ndarray,
     contexts: list[str],
-    words: Words,
+    words: WordOffsets,
     text_of: np.ndarray,
     *,
     top_k: int,

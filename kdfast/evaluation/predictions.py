@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from kdfast.common.errors import UserError
-from kdfast.data.data_files import file_items
 from kdfast.data.examples import Example
 from kdfast.data.parsing import IDS, first_of
-from kdfast.data.values import text_of
+from kdfast.data.records import file_items, text_of
 
 # Where a record of one question holds its answer, or its odds.
 ANSWERS = ("prediction_text", "answer", "prediction", "text")

@@ -14,13 +14,13 @@ import numpy as np
 from kdfast.data.cache import Kinds, cache_folder, damaged, open_array
 from kdfast.data.examples import Example
 from kdfast.data.prepare import Parts, cached_windows, prepare_windows
-from kdfast.data.windows import Windows
+from kdfast.data.windows import Windows, WindowSettings
 from kdfast.teachers.rewindow import Recutter
 from kdfast.tokenizers.template import Template, tokenizer_key
 
 FORMAT = 1  # part of every key: raise it when files or meaning change
 # Settings under which every question is one window, with the whole of its context.
-WHOLE = {"max_seq_length": 1 << 30, "max_query_length": 1 << 29, "doc_stride": 1}
+WHOLE = WindowSettings(max_seq_length=1 << 30, max_query_length=1 << 29, doc_stride=1)
 FIRST: dict[str, Kinds] = {"first_piece": (np.int64,)}
 
 
@@ -65,7 +65,7 @@ def prepare(
 
     def arrays(folder: Path) -> Parts:
         whole = prepare_windows(
-            source, tokenizer, **WHOLE, cache_dir=cache_dir, split=split, progress=progress
+            source, tokenizer, WHOLE, cache_dir=cache_dir, split=split, progress=progress
         )
         yield from recutter.arrays(whole)
 

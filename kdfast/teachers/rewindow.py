@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kdfast.data.windowing import UNLABELLED
+from kdfast.data.cache import UNLABELLED
 from kdfast.data.windows import Windows
 from kdfast.teachers.characters import spans_of
 from kdfast.tokenizers.encode import ragged, starts_of

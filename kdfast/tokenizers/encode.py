@@ -5,9 +5,14 @@ from __future__ import annotations
 import unicodedata
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tokenizers import Tokenizer
 
 _BLANK, _MARK = 1, 2
 
@@ -19,7 +24,7 @@ def ragged(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.repeat(starts - (ends - lengths), lengths) + np.arange(total)
 
 
-def starts_of(lengths: Any) -> np.ndarray:
+def starts_of(lengths: np.ndarray | Sequence[int]) -> np.ndarray:
     """Offsets of runs of the given lengths: int64, one more than lengths."""
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
@@ -34,7 +39,7 @@ class Tokens:
     offsets: np.ndarray
 
     @classmethod
-    def encode(cls, backend: Any, texts: list[str], limit: int | None = None) -> Tokens:
+    def encode(cls, backend: Tokenizer, texts: list[str], limit: int | None = None) -> Tokens:
         """The first `limit` tokens of each text, or all.
 
         backend: a `tokenizers` object, its truncation and padding off; it uses threads of its own.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,15 @@ from kdfast.tokenizers.template import backend_text
 
 FILE = "tokenizer.json"
 MODEL_INPUTS = ("input_ids", "token_type_ids", "attention_mask")
-SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
-SPECIAL += ("mask_token",)
+SPECIAL = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
 # Further settings that a tokenizer keeps when it is written; all others tell of a class, which is
 # in tokenizer.json by then, or of the machine that wrote them.
 KEPT = ("padding_side", "truncation_side", "clean_up_tokenization_spaces", "split_special_tokens")
@@ -46,7 +54,9 @@ class FolderTokenizer(PreTrainedTokenizerFast):
     read: bytes | None = None
     read_as: str = ""
 
-    def save_pretrained(self, save_directory: str | Path, **_: Any) -> tuple[str, ...]:
+    def save_pretrained(
+        self, save_directory: str | PathLike[Any], *_: Any, **__: Any
+    ) -> tuple[str, ...]:
         """Write tokenizer.json and tokenizer_config.json, which transformers 4 and 5 both read.
 
         Returns the paths of the two. Of transformers' keywords none is used: it gives some itself.
@@ -198,7 +208,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _class_name(model: dict[str, Any], settings: dict[str, Any]) -> str:
     """The slow class that the folder names, or transformers 4 chose for its model."""
     named = settings.get("tokenizer_class") or model.get("tokenizer_class")
-    return (named or BY_MODEL_TYPE.get(model.get("model_type"), "")).removesuffix("Fast")
+    return (named or BY_MODEL_TYPE.get(str(model.get("model_type")), "")).removesuffix("Fast")
 
 
 def _special_tokens(

@@ -6,13 +6,17 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from kdfast.common.errors import UserError
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
 
 @contextmanager
-def whole_texts(backend: Any) -> Iterator[Any]:
+def whole_texts(backend: Tokenizer) -> Iterator[Tokenizer]:
     """The `tokenizers` object with truncation and padding off, and as it was afterwards."""
     truncation, padding = backend.truncation, backend.padding
     backend.no_truncation()
@@ -26,7 +30,7 @@ def whole_texts(backend: Any) -> Iterator[Any]:
             backend.enable_padding(**padding)
 
 
-def backend_text(tokenizer: Any) -> str:
+def backend_text(tokenizer: PreTrainedTokenizerFast) -> str:
     """All that decides a fast tokenizer's output for one text, as JSON."""
     with whole_texts(tokenizer.backend_tokenizer) as backend:
         return backend.to_str()
@@ -47,7 +51,7 @@ class Template:
         return len(self.before) + len(self.between) + len(self.after)
 
     @classmethod
-    def learn(cls, tokenizer: Any) -> Template:
+    def learn(cls, tokenizer: PreTrainedTokenizerFast) -> Template:
         """Learns it from the encoding of a pair.
 
         Raises UserError for a tokenizer without a Rust backend, without a padding token, without a
@@ -94,7 +98,7 @@ class Template:
         )
 
 
-def tokenizer_key(tokenizer: Any) -> str:
+def tokenizer_key(tokenizer: PreTrainedTokenizerFast) -> str:
     """The sha256, in hex, of all that decides a tokenizer's output: its backend with truncation
     and padding off, the special tokens it puts around a pair, and its padding token.
 
@@ -104,7 +108,7 @@ def tokenizer_key(tokenizer: Any) -> str:
     return hashlib.sha256(f"{backend_text(tokenizer)}\n{template}".encode()).hexdigest()
 
 
-def same_tokens(tokenizer: Any, other: Any) -> bool:
+def same_tokens(tokenizer: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> bool:
     """Whether two tokenizers make the same tokens, whatever their models read of token types."""
     kept, others = (Template.learn(each) for each in (tokenizer, other))
     return backend_text(tokenizer) == backend_text(other) and kept == replace(

@@ -9,7 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from tokenizers import Tokenizer
-from transformers.convert_slow_tokenizer import SLOW_TO_FAST_CONVERTERS, SpmConverter
+from transformers.convert_slow_tokenizer import (
+    SLOW_TO_FAST_CONVERTERS,
+    Converter,
+    SpmConverter,
+)
 
 from kdfast.common.errors import UserError
 
@@ -65,7 +69,7 @@ def convert(
             f"has no tokenizer: neither tokenizer.json nor {' and '.join(FILES[name])}: "
             "save the model's tokenizer into that folder."
         )
-    kind = SLOW_TO_FAST_CONVERTERS[name]
+    kind: type[Converter] = SLOW_TO_FAST_CONVERTERS[name]
     if issubclass(kind, SpmConverter):
         slow = SlowTokenizer(
             str(files[0]),

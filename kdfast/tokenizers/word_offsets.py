@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kdfast.tokenizers.encode import starts_of
 from kdfast.tokenizers.template import whole_texts
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 
 @dataclass(frozen=True)
-class Words:
+class WordOffsets:
     """The tokens of several texts after one another.
 
     starts int64 (texts + 1,): where each text's tokens begin
@@ -27,7 +30,7 @@ class Words:
     last: np.ndarray
 
     @classmethod
-    def encode(cls, tokenizer: Any, texts: list[str]) -> Words:
+    def encode(cls, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> WordOffsets:
         """The words of `texts`. tokenizer: a fast one of transformers."""
         with whole_texts(tokenizer.backend_tokenizer) as backend:
             encodings = backend.encode_batch(texts, add_special_tokens=False)
@@ -39,7 +42,7 @@ class Words:
             part = slice(begin, begin + len(encoding.ids))
             offsets[part] = np.array(encoding.offsets, dtype=np.int32).reshape(-1, 2)
             # Only the special tokens that are put around a pair are of no word.
-            number[part] = encoding.word_ids
+            number[part] = np.array(encoding.word_ids, dtype=np.int64)
         opens = np.ones(tokens, dtype=bool)
         opens[1:] = number[1:] != number[:-1]
         opens[starts[:-1][starts[:-1] < tokens]] = True

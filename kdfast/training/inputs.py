@@ -15,7 +15,7 @@ from kdfast.common.ranks import Ranks
 from kdfast.config import TrainConfig
 from kdfast.data import read, tally
 from kdfast.data.prepare import prepare_windows
-from kdfast.data.windows import Windows
+from kdfast.data.windows import Windows, WindowSettings
 from kdfast.evaluation import metrics, scoring, suites
 from kdfast.models import load
 from kdfast.models.checks import check_windows
@@ -70,10 +70,8 @@ def prepare(
     windows = prepare_windows(
         source,
         student.tokenizer,
+        WindowSettings(config.max_seq_length, config.max_query_length, config.doc_stride),
         split=split,
-        max_seq_length=config.max_seq_length,
-        max_query_length=config.max_query_length,
-        doc_stride=config.doc_stride,
         cache_dir=config.cache_path,
         progress=reading_bar(source),
     )

@@ -7,8 +7,9 @@ import numpy as np
 
 from kdfast.data.cache import ARRAYS
 from kdfast.data.read import Answer, Example
+from kdfast.data.windows import WindowSettings
 
-SMALL = {"max_seq_length": 48, "max_query_length": 24, "doc_stride": 7}
+SMALL = WindowSettings(max_seq_length=48, max_query_length=24, doc_stride=7)
 
 TEXT = (
     "the Normans were people who in the 10th century gave their name to Normandy , a region in "

@@ -7,6 +7,7 @@ import pytest
 
 from kdfast.data.prepare import windows_of
 from kdfast.data.read import Answer, Example, read_examples
+from kdfast.data.windows import WindowSettings
 from tests.corpora import shared
 from tests.data.made_up import SMALL, characters, random_examples
 from tests.small_tokenizers import FAMILIES, of_family
@@ -43,7 +44,7 @@ def expected_labels(example, spans):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_labels_by_definition(family):
     examples = random_examples(2, contexts=40)
-    w = windows_of(examples, of_family(family), **SMALL)
+    w = windows_of(examples, of_family(family), SMALL)
     tokens = {}  # of each question's context, from all its windows
     for i in range(len(w)):
         for t, span in enumerate(characters(w, i).tolist()):
@@ -85,8 +86,8 @@ def test_labels_at_the_edges_of_a_window():
     starts = [i for i in range(len(text)) if text[i] != " " and (i == 0 or text[i - 1] == " ")]
     answers = [Answer(text[s:].split(" ")[0], s) for s in starts]
     examples = [Example(str(i), "", "who", text, (a,)) for i, a in enumerate(answers)]
-    settings = {"max_seq_length": 24, "max_query_length": 4, "doc_stride": 5}
-    w = windows_of(examples, tokenizer, **settings)
+    settings = WindowSettings(24, 4, 5)
+    w = windows_of(examples, tokenizer, settings)
     room = 24 - 3 - len(tokenizer("who", add_special_tokens=False).input_ids)
     first = list(range(0, length - room + 5, 5))
     assert w.first_token[w.question == 0].tolist() == first
@@ -195,16 +196,16 @@ def test_kinds_of_gold():
 def test_an_answer_that_no_window_holds_is_left_out_and_its_flags_are_named():
     words = [f"{letter}{n}" for letter in "abcd" for n in range(10)]
     context = " ".join(words)
-    settings = {"max_seq_length": 23, "max_query_length": 4, "doc_stride": 7}
+    settings = WindowSettings(23, 4, 7)
     tokenizer = of_family("bert")
-    room = windows_of([Example("a", "", "who", context, ())], tokenizer, **settings).count[0]
+    room = windows_of([Example("a", "", "who", context, ())], tokenizer, settings).count[0]
     heads = [Example(f"{n}", "", "who", " ".join(words[:n]), ()) for n in range(1, 20)]
     longest = int((windows_of(heads, tokenizer).count <= room).sum())
     assert 1 < longest < 19
     examples = []
     for n in (1, longest, longest + 1, len(words)):
         examples.append(Example(f"{n}", "", "who", context, (Answer(" ".join(words[:n]), 0),)))
-    w = windows_of(examples, tokenizer, **settings)
+    w = windows_of(examples, tokenizer, settings)
     kept = {name: bool(w.trainable[w.question == q].all()) for q, name in enumerate(w.question_ids)}
     assert list(kept.values()) == [True, True, False, False]
     assert not w.trainable[w.question >= 2].any() and not w.start_positions[w.question >= 2].any()

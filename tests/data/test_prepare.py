@@ -4,7 +4,7 @@ import json
 import shutil
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,20 +39,20 @@ def names(cache):
 def test_a_hit_maps_and_parses_nothing(tmp_path, source, monkeypatch):
     tokenizer = of_family("roberta")
     cache = tmp_path / "cache"
-    first = prepare_windows(source, tokenizer, cache_dir=cache, **SMALL)
-    assert_same_windows(windows_of(random_examples(7), tokenizer, **SMALL), first)
+    first = prepare_windows(source, tokenizer, cache_dir=cache, settings=SMALL)
+    assert_same_windows(windows_of(random_examples(7), tokenizer, SMALL), first)
     assert names(cache) == [f"{first.key}-{FORMAT}", f"{first.key}-{FORMAT}.lock"]
 
     def never(*args, **options):
         raise AssertionError("parsed")
 
     monkeypatch.setattr(prepare, "iter_examples", never)
-    monkeypatch.setattr(windowing.Cutter, "arrays", never)
+    monkeypatch.setattr(windowing.WindowBuilder, "arrays", never)
     copy = tmp_path / "copy.json"  # the name does not matter, the content does
     shutil.copy(source, copy)
-    again = prepare_windows(str(copy), FAMILIES["roberta"](), cache_dir=str(cache), **SMALL)
+    again = prepare_windows(str(copy), FAMILIES["roberta"](), cache_dir=str(cache), settings=SMALL)
     assert_same_windows(first, again)
-    assert (again.key, again.settings) == (first.key, SMALL)
+    assert (again.key, again.settings) == (first.key, asdict(SMALL))
     base = again.input_ids
     while isinstance(base, np.ndarray) and not isinstance(base, np.memmap):
         base = base.base
@@ -63,14 +63,14 @@ def test_a_hit_maps_and_parses_nothing(tmp_path, source, monkeypatch):
 def test_the_key_follows_data_tokenizer_and_settings(tmp_path, source):
     cache = tmp_path / "cache"
     roberta = of_family("roberta")
-    keys = {prepare_windows(source, roberta, cache_dir=cache, **SMALL).key}
+    keys = {prepare_windows(source, roberta, cache_dir=cache, settings=SMALL).key}
     other = write_source(tmp_path / "other.json", random_examples(8))
-    keys.add(prepare_windows(other, roberta, cache_dir=cache, **SMALL).key)
-    for name in SMALL:
-        changed = {**SMALL, name: SMALL[name] - 1}
-        keys.add(prepare_windows(source, roberta, cache_dir=cache, **changed).key)
+    keys.add(prepare_windows(other, roberta, cache_dir=cache, settings=SMALL).key)
+    for name, value in asdict(SMALL).items():
+        changed = replace(SMALL, **{name: value - 1})
+        keys.add(prepare_windows(source, roberta, cache_dir=cache, settings=changed).key)
     for tokenizer in (of_family("bert"), FAMILIES["roberta"](399)):
-        keys.add(prepare_windows(source, tokenizer, cache_dir=cache, **SMALL).key)
+        keys.add(prepare_windows(source, tokenizer, cache_dir=cache, settings=SMALL).key)
     assert len(keys) == 7
 
 
@@ -90,7 +90,7 @@ def test_tokenizer_key_survives_saving(tmp_path, family):
 def test_a_torn_cache_is_refused(tmp_path, source, damage):
     cache = tmp_path / "cache"
     tokenizer = of_family("bert")
-    key = prepare_windows(source, tokenizer, cache_dir=cache, **SMALL).key
+    key = prepare_windows(source, tokenizer, cache_dir=cache, settings=SMALL).key
     folder = cache_folder(cache, key)
     array, header = folder / "input_ids.npy", folder / HEADER
     if damage == "short":
@@ -106,7 +106,7 @@ def test_a_torn_cache_is_refused(tmp_path, source, damage):
     else:
         header.write_text(header.read_text().replace(key, "0" * 64))
     with pytest.raises(UserError, match=r"a damaged cache .*: delete this folder") as caught:
-        prepare_windows(source, tokenizer, cache_dir=cache, **SMALL)
+        prepare_windows(source, tokenizer, cache_dir=cache, settings=SMALL)
     assert str(folder) in str(caught.value)
 
 
@@ -124,11 +124,11 @@ def test_a_killed_preparation_leaves_nothing_that_is_read(tmp_path, source, monk
         patch.setattr(prepare, "write_sums", die)
         patch.setattr(prepare.shutil, "rmtree", lambda *a, **k: None)  # nobody cleans up
         with pytest.raises(Killed):
-            prepare_windows(source, tokenizer, cache_dir=cache, **SMALL)
+            prepare_windows(source, tokenizer, cache_dir=cache, settings=SMALL)
     (left,) = [n for n in names(cache) if n.endswith(".partial")]
     (cache / "features" / left / "input_ids.npy").write_bytes(b"rubbish")
-    w = prepare_windows(source, tokenizer, cache_dir=cache, **SMALL)
-    assert_same_windows(windows_of(random_examples(7), tokenizer, **SMALL), w)
+    w = prepare_windows(source, tokenizer, cache_dir=cache, settings=SMALL)
+    assert_same_windows(windows_of(random_examples(7), tokenizer, SMALL), w)
     assert names(cache) == [f"{w.key}-{FORMAT}", f"{w.key}-{FORMAT}.lock"]
 
 
@@ -145,7 +145,7 @@ def test_two_at_once_write_once(tmp_path, source, monkeypatch):
     monkeypatch.setattr(prepare, "_write", slow)
 
     def work(tokenizer):
-        found.append(prepare_windows(source, tokenizer, cache_dir=cache, **SMALL))
+        found.append(prepare_windows(source, tokenizer, cache_dir=cache, settings=SMALL))
 
     threads = [threading.Thread(target=work, args=(FAMILIES["roberta"](),)) for _ in range(3)]
     for thread in threads:
@@ -160,7 +160,7 @@ def test_a_fault_in_the_data_leaves_nothing(tmp_path, source):
     Path(source).write_text("\n".join(map(json.dumps, json.loads(Path(source).read_text()))) + "{")
     cache = tmp_path / "cache"
     with pytest.raises(UserError, match="not JSON"):
-        prepare_windows(source, of_family("bert"), cache_dir=cache, **SMALL)
+        prepare_windows(source, of_family("bert"), cache_dir=cache, settings=SMALL)
     assert [n for n in names(cache) if not n.endswith(".lock")] == []
 
 
@@ -173,19 +173,19 @@ def test_a_full_disk(tmp_path, source):
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # a real write that really fails
     try:
         with pytest.raises(UserError) as caught:
-            prepare_windows(source, tokenizer, cache_dir=cache, **SMALL)
+            prepare_windows(source, tokenizer, cache_dir=cache, settings=SMALL)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert str(cache) in str(caught.value)
     assert "cannot be written there" in str(caught.value)
     assert [n for n in names(cache) if not n.endswith(".lock")] == []
-    assert len(prepare_windows(source, tokenizer, cache_dir=cache, **SMALL)) > 0
+    assert len(prepare_windows(source, tokenizer, cache_dir=cache, settings=SMALL)) > 0
 
 
 def test_a_cache_folder_that_cannot_be(tmp_path, source):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--cache_dir .*file/cache: features cannot be written"):
-        prepare_windows(source, of_family("bert"), cache_dir=tmp_path / "file" / "cache", **SMALL)
+        prepare_windows(source, of_family("bert"), SMALL, cache_dir=tmp_path / "file" / "cache")
 
 
 def stored_per_token(cache, windows):
@@ -223,8 +223,8 @@ def test_arrays_widen_where_values_ask_for_it(tmp_path, monkeypatch):
     examples += [replace(e, id=f"{e.id}-again") for e in random_examples(6, 2)]
     monkeypatch.setattr(windowing, "_BATCH_QUESTIONS", 8)
     source = write_source(tmp_path / "source.json", examples)
-    w = prepare_windows(source, tokenizer, cache_dir=tmp_path / "cache", **SMALL)
-    assert_same_windows(windows_of(examples, tokenizer, **SMALL), w)
+    w = prepare_windows(source, tokenizer, cache_dir=tmp_path / "cache", settings=SMALL)
+    assert_same_windows(windows_of(examples, tokenizer, SMALL), w)
     for name in ("input_ids", "context_char_start", "context_char_count"):
         assert getattr(w, name).dtype == np.int32
     assert w.question_char_count.dtype == np.uint8
@@ -238,7 +238,7 @@ def test_arrays_widen_where_values_ask_for_it(tmp_path, monkeypatch):
         write_source(tmp_path / "narrow.json", random_examples(6)),
         tokenizer,
         cache_dir=tmp_path / "cache",
-        **SMALL,
+        settings=SMALL,
     )
     assert [narrow.input_ids.dtype, narrow.context_char_start.dtype] == [np.uint16, np.uint16]
     np.testing.assert_array_equal(w.input_ids[: len(narrow.input_ids)], narrow.input_ids)
@@ -261,7 +261,7 @@ def test_settings_that_leave_gaps(tmp_path, source, settings, part):
         lambda **s: windows_of([], of_family("bert"), **s),
     ):
         with pytest.raises(UserError) as caught:
-            call(**{**SMALL, **settings})
+            call(settings=replace(SMALL, **settings))
         assert part in str(caught.value)
 
 

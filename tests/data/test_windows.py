@@ -1,6 +1,7 @@
 """Windows against the usual route of the tokenizer itself, and what is gathered from them."""
 
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +11,7 @@ from kdfast.common.errors import UserError
 from kdfast.data import windowing
 from kdfast.data.prepare import windows_of
 from kdfast.data.read import Example, read_examples
+from kdfast.data.windows import WindowSettings
 from kdfast.tokenizers.template import Template, tokenizer_key
 from tests.corpora import shared
 from tests.data.made_up import SMALL, TEXT, assert_same_windows, characters, random_examples
@@ -32,13 +34,11 @@ def hf_windows(tokenizer, example, max_seq_length, stride):
 
 
 def assert_same_as_hf(tokenizer, examples, settings):
-    w = windows_of(examples, tokenizer, **settings)
+    w = windows_of(examples, tokenizer, settings)
     assert w.counts["truncated_questions"] == 0
     at = 0
     for number, example in enumerate(examples):
-        expected = hf_windows(
-            tokenizer, example, settings["max_seq_length"], settings["doc_stride"]
-        )
+        expected = hf_windows(tokenizer, example, settings.max_seq_length, settings.doc_stride)
         for i, ids in enumerate(expected["input_ids"]):
             row = w.padded([at])
             assert row["input_ids"][0].tolist() == ids
@@ -72,7 +72,7 @@ def test_windows_equal_the_usual_route(family):
 def test_windows_that_overlap_equal_the_usual_route(family):
     """Its `stride` is that overlap, whatever the question's length is."""
     tokenizer, examples = of_family(family), random_examples(2)
-    w = windows_of(examples, tokenizer, max_seq_length=48, max_query_length=24, overlap=7)
+    w = windows_of(examples, tokenizer, WindowSettings(48, 24), overlap=7)
     usual = [
         ids
         for e in examples
@@ -93,20 +93,20 @@ def test_an_overlap_that_leaves_nothing_new():
     tokenizer = of_family("bert")
     examples = [Example("a", "", "who were the people ?", "the people " * 30, None)]
     room = 48 - 5 - Template.learn(tokenizer).size
-    settings = {"max_seq_length": 48, "max_query_length": 24}
-    w = windows_of(examples, tokenizer, **settings, overlap=room - 1)
+    settings = WindowSettings(48, 24)
+    w = windows_of(examples, tokenizer, settings, overlap=room - 1)
     assert np.diff(w.first_token).tolist() == [1] * (60 - room)
-    w = windows_of(examples, tokenizer, **settings, overlap=room)  # half of it is shared instead
+    w = windows_of(examples, tokenizer, settings, overlap=room)  # half of it is shared instead
     assert set(np.diff(w.first_token).tolist()) == {room - room // 2}
     short = [Example("a", "", "who were the people ?", "the people", None)]
     with np.errstate(all="raise"):
-        assert len(windows_of(short, tokenizer, **settings, overlap=room)) == 1
+        assert len(windows_of(short, tokenizer, settings, overlap=room)) == 1
     with pytest.raises(UserError, match="leaves 0 of 8 tokens"):
-        windows_of(short, tokenizer, max_seq_length=8, max_query_length=24, overlap=0)
+        windows_of(short, tokenizer, WindowSettings(8, 24), overlap=0)
 
 
 def test_windows_equal_the_usual_route_on_real_files():
-    settings = {"max_seq_length": 384, "max_query_length": 160, "doc_stride": 128}
+    settings = WindowSettings(384, 160, 128)
     draw = random.Random(0)
     for family, name, number in (("bert", "covidqa_long_dev", 3), ("roberta", "xquad_zh", 40)):
         path = shared(f"{name}.json")
@@ -116,11 +116,9 @@ def test_windows_equal_the_usual_route_on_real_files():
 
 
 def test_the_widest_step_leaves_no_gap():
-    settings = {**SMALL, "doc_stride": 21}
+    settings = replace(SMALL, doc_stride=21)
     assert_same_as_hf(of_family("bert"), random_examples(9, 8), settings)
-    w = windows_of(
-        [Example("a", "", "the " * 30, "people " * 90, ())], of_family("bert"), **settings
-    )
+    w = windows_of([Example("a", "", "the " * 30, "people " * 90, ())], of_family("bert"), settings)
     assert (w.count[:-1] == 21).all()
     assert w.first_token[-1] + w.count[-1] == w.context_token_start[-1]
 
@@ -130,7 +128,7 @@ def test_long_questions_are_cut(family):
     tokenizer = of_family(family)
     question = "who were the Normans and when did they come to France " * 3
     examples = [Example("a", "", question, "the people " * 40, ()), Example("b", "", "", "x", ())]
-    w = windows_of(examples, tokenizer, **SMALL)
+    w = windows_of(examples, tokenizer, SMALL)
     assert w.counts["truncated_questions"] == 1
     ids = tokenizer(question, add_special_tokens=False).input_ids[:24]
     template = Template.learn(tokenizer)
@@ -148,7 +146,7 @@ def test_a_question_has_the_characters_of_a_context(family):
     texts = [f"{TEXT}  cafe\u0301 x", "the  naive\u0308", "e\u0301"]
     examples = [Example(text, "", text, text, ()) for text in texts]
     examples.append(Example("none", "", "", "x", ()))
-    w = windows_of(examples, of_family(family), max_query_length=200)
+    w = windows_of(examples, of_family(family), WindowSettings(max_query_length=200))
     kept = w.question_token_start[-1]
     assert kept == w.context_token_start[3] > 40
     np.testing.assert_array_equal(w.question_char_start, w.context_char_start[:kept])
@@ -156,7 +154,7 @@ def test_a_question_has_the_characters_of_a_context(family):
 
 
 def test_padded():
-    w = windows_of(random_examples(3), of_family("bert"), **SMALL)
+    w = windows_of(random_examples(3), of_family("bert"), SMALL)
     draw = np.random.default_rng(0)
     indices = draw.integers(len(w), size=30)
     for width in (None, 48, 64):
@@ -177,15 +175,15 @@ def test_padded():
     with pytest.raises(ValueError, match="width 5 is less"):
         w.padded(indices, 5)
     assert w.padded([])["input_ids"].shape == (0, 0)
-    roberta = windows_of(random_examples(3, 2), of_family("roberta"), **SMALL)
+    roberta = windows_of(random_examples(3, 2), of_family("roberta"), SMALL)
     assert not roberta.padded([0, 1])["token_type_ids"].any()
 
 
 def test_batches_do_not_matter(monkeypatch):
     examples = random_examples(4)
-    whole = windows_of(examples, of_family("xlm_roberta"), **SMALL)
+    whole = windows_of(examples, of_family("xlm_roberta"), SMALL)
     monkeypatch.setattr(windowing, "_BATCH_QUESTIONS", 2)
-    assert_same_windows(windows_of(examples, of_family("xlm_roberta"), **SMALL), whole)
+    assert_same_windows(windows_of(examples, of_family("xlm_roberta"), SMALL), whole)
 
 
 def test_a_batch_has_a_bound(monkeypatch):
@@ -226,10 +224,10 @@ def test_each_context_is_tokenised_once(monkeypatch):
         backend_tokenizer=Spy(),
     )
     examples = random_examples(5, contexts=20, per_context=4)
-    in_order = windows_of(examples, real, **SMALL)
+    in_order = windows_of(examples, real, SMALL)
     monkeypatch.setattr(windowing, "_BATCH_QUESTIONS", 8)
     shuffled = random.Random(0).sample(examples, len(examples))
-    w = windows_of(shuffled, spied, **SMALL)
+    w = windows_of(shuffled, spied, SMALL)
     contexts = {e.context for e in examples}
     assert sorted(t for t in texts if t in contexts) == sorted(contexts)
     assert w.counts["contexts"] == len(contexts)
@@ -253,7 +251,7 @@ def test_the_tokenizer_is_left_as_it_was():
     backend.enable_padding(length=7)
     before = backend.truncation, backend.padding
     key = tokenizer_key(tokenizer)
-    w = windows_of(random_examples(6, 3), tokenizer, **SMALL)
+    w = windows_of(random_examples(6, 3), tokenizer, SMALL)
     assert w.lengths.max() == 48
     assert (backend.truncation, backend.padding) == before
     backend.no_truncation()

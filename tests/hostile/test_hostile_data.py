@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from kdfast.common.errors import UserError
 from kdfast.data.prepare import windows_of
 from kdfast.data.read import read_examples
+from kdfast.data.windows import WindowSettings
 from kdfast.evaluation import answers, metrics, predictions
 from kdfast.training.log import read_log
 from tests import small_tokenizers
@@ -31,9 +32,7 @@ def read_to_the_end(path):
         windows = windows_of(
             found,
             small_tokenizers.of_family("bert"),
-            max_seq_length=60,
-            max_query_length=10,
-            doc_stride=20,
+            WindowSettings(60, 10, 20),
         )
         logits = np.zeros((len(windows.input_ids), 2), dtype=np.float32)
         spans = answers.best_spans(windows, logits, n_best_size=3)

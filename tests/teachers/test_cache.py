@@ -12,6 +12,7 @@ from kdfast.common.errors import UserError
 from kdfast.common.files import write_sums
 from kdfast.data.batches import cut_by_tokens
 from kdfast.data.prepare import prepare_windows
+from kdfast.data.windows import WindowSettings
 from kdfast.models import load
 from kdfast.models.inference import forward_windows
 from kdfast.models.loader import HostLoader, flat_positions
@@ -37,7 +38,7 @@ def pass_(tmp_path):
             self.windows = prepare_windows(
                 corpora.write(tmp_path / "train.json"),
                 tokenizer,
-                max_seq_length=200,
+                WindowSettings(200),
                 cache_dir=self.cache,
             )
             self.tokens = len(self.windows.input_ids)

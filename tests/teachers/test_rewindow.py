@@ -1,4 +1,5 @@
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ def made(tmp_path):
         source = str(tmp_path / "asked.json")
         write(source, [(each.id, each.question, each.context) for each in examples])
         student = prepare_windows(
-            source, student, **{**SMALL, **changes}, cache_dir=tmp_path / "cache"
+            source, student, replace(SMALL, **changes), cache_dir=tmp_path / "cache"
         )
         settings = {"max_seq_length": length, "doc_stride": stride, "cache_dir": tmp_path / "cache"}
         return student, pieces.prepare(student, source, teacher, **settings)
@@ -33,7 +34,7 @@ def made(tmp_path):
 
 
 def windows_of_whole(tokenizer, examples):
-    return windows_of(examples, tokenizer, **pieces.WHOLE)
+    return windows_of(examples, tokenizer, pieces.WHOLE)
 
 
 def assert_same_characters(student, found, tokenizer, examples):

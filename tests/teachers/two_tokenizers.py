@@ -14,6 +14,7 @@ import transformers
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from kdfast.data.prepare import prepare_windows
+from kdfast.data.windows import WindowSettings
 from kdfast.teachers import pieces
 from kdfast.teachers.alignment import Carrier
 from kdfast.tokenizers.template import Template
@@ -73,9 +74,7 @@ def carrier(
         windows = prepare_windows(
             source,
             student,
-            max_seq_length=max_seq_length,
-            max_query_length=max_query_length,
-            doc_stride=doc_stride,
+            WindowSettings(max_seq_length, max_query_length, doc_stride),
             cache_dir=folder,
         )
         read = pieces.prepare(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kdfast.tokenizers.word_offsets import Words
+from kdfast.tokenizers.word_offsets import WordOffsets
 from tests.data.made_up import random_examples
 from tests.small_tokenizers import FAMILIES, of_family
 
@@ -19,7 +19,7 @@ TEXTS = [
 @pytest.mark.parametrize("family", FAMILIES)
 def test_words_are_those_of_the_library(family):
     tokenizer = of_family(family)
-    words = Words.encode(tokenizer, TEXTS)
+    words = WordOffsets.encode(tokenizer, TEXTS)
     for number, text in enumerate(TEXTS):
         encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
         begin, end = words.starts[number : number + 2]
@@ -34,7 +34,7 @@ def test_words_are_those_of_the_library(family):
 
 
 def test_characters_of_whole_words_and_of_what_a_window_holds_of_them():
-    words = Words.encode(of_family("roberta"), ["a", "the unknowable people"])
+    words = WordOffsets.encode(of_family("roberta"), ["a", "the unknowable people"])
     begin = int(words.starts[1])
     middle = begin + 3  # a piece of the second word
     low, high = int(words.first[middle]), int(words.last[middle])

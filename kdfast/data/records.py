@@ -1,4 +1,4 @@
-"""The records of a file, of any kind: JSON, JSONL, CSV, TSV or Parquet, each also as .gz."""
+"""The records of a file (JSON, JSONL, CSV, TSV or Parquet, each also as .gz), and their values."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import csv
 import gzip
 import io
 import json
+import math
+import re
 import zlib
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, TextIO
 
 from kdfast.common.errors import UserError
 
 _LONGEST_CELL = 2**31 - 1  # characters
+_LARGEST = 10**18
 # How files begin that are not read, what they are, and what to do.
 _UNREAD = {
     b"PK\x03\x04": "a zip archive or an Excel workbook: unpack it, or save the sheet as CSV",
@@ -52,7 +55,7 @@ def file_items(path: Path) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{path}: not UTF-8 text: save it as UTF-8") from None
 
 
-def _items(path: Path, raw: BinaryIO, packed: bool) -> Iterator[tuple[str, Any]]:
+def _items(path: Path, raw: io.BufferedReader, packed: bool) -> Iterator[tuple[str, Any]]:
     start = raw.peek(512)[:512]
     if start.startswith(b"\x1f\x8b") and not packed:
         with gzip.open(raw) as file:
@@ -139,7 +142,7 @@ def _table_rows(path: Path, number: int, first: str, text: TextIO) -> Iterator[t
         raise UserError(f"{path}: not a table ({error} in line {at}): write it again") from None
 
 
-def _parquet_rows(path: Path, raw: BinaryIO) -> Iterator[tuple[str, Any]]:
+def _parquet_rows(path: Path, raw: io.BufferedReader) -> Iterator[tuple[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
@@ -154,3 +157,54 @@ def _parquet_rows(path: Path, raw: BinaryIO) -> Iterator[tuple[str, Any]]:
     except (pyarrow.ArrowException, OSError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(f"{path}: not a Parquet file ({reason}): write it again") from None
+
+
+def usable(key: str, value: Any) -> tuple[str, str]:
+    """A text that a tokenizer takes, and ""; or "" and what is wrong with it."""
+    text = text_of(value)
+    if text is None:
+        return "", f"its {key} is {kind_of(value)}"
+    if not text.strip() and key == "context":
+        return "", f"its {key} is empty"
+    if fault := unwritable(text):
+        return "", f"its {key} holds {fault}"
+    return text, ""
+
+
+def unwritable(text: str) -> str:
+    """What of a text cannot be written as UTF-8; "" if all can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"half a surrogate pair at character {error.start}"
+    return ""
+
+
+def text_of(value: Any) -> str | None:
+    """A text, or a number as one; None for anything else."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return str(int(value) if value.is_integer() else value)
+    return str(value) if type(value) is int else None
+
+
+def integer_of(value: Any) -> int | None:
+    """A whole number, also where it is written as a float or as text; None for anything else."""
+    if type(value) is int:
+        return value if -_LARGEST < value < _LARGEST else None
+    text = text_of(value)
+    found = re.fullmatch(r"\s*(-?\d{1,18})(?:\.0*)?\s*", text or "")
+    return int(found[1]) if found else None
+
+
+def is_true(value: Any) -> bool:
+    """A flag: true, 1, or their text in any case."""
+    return (str(value) if isinstance(value, bool) else text_of(value) or "").lower() in (
+        "true",
+        "1",
+    )
+
+
+def kind_of(value: Any) -> str:
+    return "null" if value is None else type(value).__name__
