@@ -7,8 +7,9 @@ written more results.
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kdfast.common import program
 from kdfast.common.errors import UserError
@@ -26,7 +27,7 @@ Log = Callable[[str], None]
 class CardConfig:
     """What the card of a run says beyond its result files, and where it goes."""
 
-    model_dir: str | None = flag(None, "Folder of a finished run of kdfast.train.")
+    model_dir: str = flag("", "Folder of a finished run of kdfast.train.")
     beside: list[str] | None = field(
         default=None,
         metadata={
@@ -49,7 +50,7 @@ class CardConfig:
     def of_run(cls, config: TrainConfig) -> "CardConfig":
         """What the settings of a run say of it."""
         return cls(
-            model_dir=config.output_dir,
+            model_dir=config.output_dir or "",
             report=config.report,
             language=config.language,
             license=config.license,
@@ -58,7 +59,7 @@ class CardConfig:
 
     def check(self) -> None:
         """Raise UserError for a flag that is missing or out of range."""
-        if self.model_dir is None:
+        if not self.model_dir:
             raise UserError("--model_dir is missing: name the folder of a finished run.")
 
         from kdfast.cards import model_card
@@ -91,65 +92,40 @@ def publish(config: CardConfig, log: Log) -> None:
 
     folder = Path(config.model_dir).expanduser()
     files = read_run(folder)
-    if config.report and needs_answers(files):
-        who = "Student and teacher answer" if files.teacher else "The model answers"
+    if config.report and files.config["validation_file"] and not files.result_of_validation():
+        who = "Student and teacher answer" if files.teachers else "The model answers"
         log(f"{who} --validation_file for the report.")
         answer_validation(files)
         files = read_run(folder)
-    kept = kept_settings(folder)
-    beside = [read_run(Path(name).expanduser()) for name in config.beside or []]
-    given = {str(each.folder.resolve()): each for each in beside}
-    for name in kept["beside"]:
+    before = read_json_object(folder / CARD_SETTINGS)
+    others = {}
+    for name in config.beside or []:
+        run = read_run(Path(name).expanduser())
+        others[str(run.folder.resolve())] = run
+    for name in before.get("beside") or []:
         try:
-            given.setdefault(name, read_run(Path(name)))
+            others.setdefault(name, read_run(Path(name)))
         except UserError:
             log(f"{name}, which the card had, is left out: it is no run any more.")
-    beside = list(given.values())
-    kept = {
-        "beside": list(given),
-        "language": config.language or kept["language"] or files.config.get("language"),
-        "license": config.license or kept["license"] or files.config.get("license"),
-        "repository": config.push_to_hub or kept["repository"],
-    }
-    for note in [note for each in (files, *beside) for note in each.notes]:
+    language = config.language or before.get("language") or files.config.get("language")
+    license = config.license or before.get("license") or files.config.get("license")
+    repository = config.push_to_hub or before.get("repository")
+    for note in [note for each in (files, *others.values()) for note in each.notes]:
         log(note)
     plots = {}
-    if figures.is_possible():
-        plots = figures.save(files, beside)
+    if find_spec("matplotlib"):
+        plots = figures.save(files, list(others.values()))
     else:
         log("Pictures are left out, as matplotlib is absent: pip install matplotlib.")
-    path = model_card.write_card(
-        files,
-        plots,
-        kept["repository"],
-        kept["language"],
-        kept["license"],
-    )
+    path = model_card.write_card(files, plots, repository, language, license)
+    kept = {"language": language, "license": license, "repository": repository}
     with writing(folder / CARD_SETTINGS):
-        write_json(folder / CARD_SETTINGS, kept)
+        write_json(folder / CARD_SETTINGS, {"beside": list(others), **kept})
     log(f"The card is {path}.")
     if config.report:
         log(f"The report is {html.write(files, plots)}: open it in a browser.")
     if config.push_to_hub:
         log(f"The model is at {model_card.push(folder, config.push_to_hub)}.")
-
-
-def kept_settings(folder: Path) -> dict[str, Any]:
-    """What earlier cards of the run were given: `beside`, a list, and texts or None."""
-    from kdfast.training.run_folder import CARD_SETTINGS
-
-    found = read_json_object(folder / CARD_SETTINGS)
-    texts = {name: found.get(name) for name in ("language", "license", "repository")}
-    kept = {name: text if isinstance(text, str) else None for name, text in texts.items()}
-    names = found.get("beside")
-    names = [each for each in names if isinstance(each, str)] if isinstance(names, list) else []
-    return {"beside": names, **kept}
-
-
-def needs_answers(files: "RunFiles") -> bool:
-    """Whether the run's own validation data were not answered question by question yet."""
-    source = files.config["validation_file"]
-    return source is not None and files.result_of(source) is None
 
 
 def answer_validation(files: "RunFiles") -> None:
@@ -158,21 +134,18 @@ def answer_validation(files: "RunFiles") -> None:
     from kdfast.common.ranks import Ranks
     from kdfast.evaluate import evaluate
 
-    config = files.config
+    same = (
+        *("cache_dir", "max_seq_length", "max_query_length", "doc_stride"),
+        *("max_answer_length", "n_best_size", "mixed_precision"),
+    )
     settings = EvaluateConfig(
-        data=[config["validation_file"]],
+        data=[files.config["validation_file"]],
         model=str(files.folder),
-        compare=files.teacher,
+        compare=files.first_teacher,
         output_dir=str(files.folder / EVAL_FOLDER),
-        cache_dir=config["cache_dir"],
-        max_seq_length=config["max_seq_length"],
-        max_query_length=config["max_query_length"],
-        doc_stride=config["doc_stride"],
-        max_answer_length=config["max_answer_length"],
-        n_best_size=config["n_best_size"],
-        mixed_precision=config["mixed_precision"],
         metric=files.run.get("metric"),
         language=files.run.get("language"),
+        **{name: files.config[name] for name in same},
     )
     evaluate(settings, Ranks())
 

@@ -1,45 +1,49 @@
 """Pictures of a run, drawn with matplotlib from its result files.
 
-Each function returns None where the files have not what it shows.
+A function that draws returns None where the files lack what it shows.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from kdfast.cards.run_files import RunFiles, short
+from kdfast.cards.run_files import Evaluated, Record, RunFiles, short
 from kdfast.evaluation.metrics import normalize_answer
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 FOLDER = "figures"
 BLUE, ORANGE, GREEN, GREY = "#2a6fbb", "#d9730d", "#2e8b57", "#8a8f98"
 PALE_GREY, PALE_BLUE, PALE_ORANGE = "#d5d8dc", "#a9c8ea", "#f2c396"
 WIDTH = 7.2  # inches
+AGREEMENT = {
+    "both right": GREEN,
+    "only this model": PALE_BLUE,
+    "only the other": PALE_ORANGE,
+    "both wrong, alike": GREY,
+    "both wrong, apart": PALE_GREY,
+}
 
 
-def is_possible() -> bool:
-    """Whether matplotlib is installed."""
-    return find_spec("matplotlib") is not None
+def save(files: RunFiles, others: Sequence[RunFiles] = ()) -> dict[str, str]:
+    """Draw all that the files allow into figures/.
 
+    Args:
+        files: The run.
+        others: Other runs, for quality against latency.
 
-def save(files: RunFiles, beside: Sequence[RunFiles] = ()) -> dict[str, str]:
-    """Draw all that the files allow into figures/; returns picture, relative to the run -> caption.
-
-    beside: other runs, for quality against latency.
+    Returns:
+        Picture, relative to the run -> caption.
     """
     drawn = {
         "loss": (loss(files.steps), "Parts of the loss, and the learning rate"),
         "evaluation": (evaluation(files.evaluations), "Exact match and F1 over the run"),
-        "padding": (
-            padding(files.steps, files.config["max_seq_length"]),
-            "Share of what was computed that was padding",
-        ),
         "agreement": (agreement(files), "How often both models are right, or wrong together"),
-        "tradeoff": (tradeoff([files, *beside]), "Quality against latency"),
+        "tradeoff": (tradeoff(files, others), "Quality against latency"),
     }
     folder = files.folder / FOLDER
     for path in folder.glob("*.png"):
@@ -53,18 +57,18 @@ def save(files: RunFiles, beside: Sequence[RunFiles] = ()) -> dict[str, str]:
     return found
 
 
-def loss(steps: Sequence[Mapping[str, Any]]) -> "Figure | None":
+def loss(steps: Sequence[Record]) -> "Figure | None":
     """Soft and hard part over steps, single ones pale, their running mean bold; below, the rate."""
     if not steps:
         return None
     figure, (upper, lower) = _figure(height=4.6, height_ratios=(3, 1))
-    at = np.array([each["step"] for each in steps])
+    at = [each["step"] for each in steps]
     for name, color, label in (
         ("soft", BLUE, "soft: the teacher's answers"),
         ("hard", ORANGE, "hard: the gold answers"),
     ):
         values = np.array([each[name] for each in steps], dtype=np.float64)
-        if np.isfinite(values).any() and np.nanmax(np.abs(values)) > 0:
+        if np.nan_to_num(values).any():
             upper.plot(at, values, color=color, alpha=0.25, linewidth=0.8)
             upper.plot(at, _running_mean(values), color=color, label=label)
     upper.set_ylabel("loss")
@@ -78,7 +82,7 @@ def loss(steps: Sequence[Mapping[str, Any]]) -> "Figure | None":
     return figure
 
 
-def evaluation(evaluations: Sequence[Mapping[str, Any]]) -> "Figure | None":
+def evaluation(evaluations: Sequence[Record]) -> "Figure | None":
     """EM and F1 over steps; None with fewer than two evaluations."""
     if len(evaluations) < 2:
         return None
@@ -87,31 +91,7 @@ def evaluation(evaluations: Sequence[Mapping[str, Any]]) -> "Figure | None":
     for name, label, color in (("f1", "F1", BLUE), ("exact", "exact match", ORANGE)):
         axes.plot(at, [each[name] for each in evaluations], "o-", color=color, label=label)
     axes.set_ylabel("%")
-    axes.set_xlabel("optimizer steps behind the model")
-    axes.legend()
-    return figure
-
-
-def padding(steps: Sequence[Mapping[str, Any]], max_seq_length: int) -> "Figure | None":
-    """Padding per step, and what it would have been with every window padded to max_seq_length."""
-    if not steps:
-        return None
-    figure, (axes,) = _figure()
-    at = [each["step"] for each in steps]
-    tokens, padded, windows = (
-        np.array([each[name] for each in steps], dtype=np.float64)
-        for name in ("tokens", "padded_tokens", "windows")
-    )
-    full = windows * max_seq_length
-    for computed, color, label in (
-        (full, GREY, f"every window padded to {max_seq_length}"),
-        (padded, BLUE, "this run"),
-    ):
-        mean = 100 * (1 - tokens.sum() / computed.sum())
-        axes.plot(at, 100 * (1 - tokens / computed), color=color, label=f"{label}: {mean:.1f} %")
-    axes.set_ylabel("padding, % of the tokens computed")
-    axes.set_xlabel("optimizer step")
-    axes.set_ylim(0, 100)
+    axes.set_xlabel("after optimizer step")
     axes.legend()
     return figure
 
@@ -121,139 +101,131 @@ def agreement(files: RunFiles) -> "Figure | None":
     bars = {}
     for result in files.results:
         questions = files.questions(result)
-        if "compared" in result and questions:
-            title = f"{result['name']}\nbeside {_label(files, result)}"
-            bars[title] = agreement_shares(questions)
+        for other in files.models(result)[1:]:
+            if questions:
+                bars[f"{result['name']}\nagainst {_label(other)}"] = agreement_shares(questions)
     if not bars:
         return None
     figure, (axes,) = _figure(height=1.4 + 0.55 * len(bars))
-    legend = {
-        "both right": GREEN,
-        "only this model": PALE_BLUE,
-        "only the other": PALE_ORANGE,
-        "both wrong, alike": GREY,
-        "both wrong, apart": PALE_GREY,
-    }
     left = np.zeros(len(bars))
-    columns = np.array(list(bars.values())).T
-    for (name, color), shares in zip(legend.items(), columns, strict=True):
-        axes.barh(list(bars), shares, left=left, color=color, label=name, height=0.6)
-        for row, share in enumerate(shares):
-            if share >= 5:
-                axes.text(left[row] + share / 2, row, f"{share:.0f}", ha="center", va="center")
+    for kind, color in AGREEMENT.items():
+        shares = np.array([each[kind] for each in bars.values()])
+        drawn = axes.barh(list(bars), shares, left=left, color=color, label=kind, height=0.6)
+        texts = [f"{share:.0f}" if share >= 5 else "" for share in shares]
+        axes.bar_label(drawn, texts, label_type="center")
         left += shares
     axes.set_xlim(0, 100)
     axes.set_xlabel("% of the questions")
     axes.invert_yaxis()
     axes.grid(False)
-    figure.legend(loc="outside upper center", ncols=5, fontsize=8)
+    figure.legend(loc="outside upper center", ncols=len(AGREEMENT), fontsize=8)
     return figure
 
 
-def agreement_shares(questions: Mapping[str, Mapping[str, Any]]) -> list[float]:
-    """Percentages: both right, only the first, only the other, both wrong with one answer, and
-    with two. Right is an exact match."""
-    counts = dict.fromkeys(("both", "own", "other", "alike", "apart"), 0)
-    for line in questions.values():
-        other = line["compared"]
-        if line["exact"] == other["exact"] == 1:
-            kind = "both"
-        elif line["exact"] == 1:
-            kind = "own"
-        elif other["exact"] == 1:
-            kind = "other"
-        elif normalize_answer(line["answer"]) == normalize_answer(other["answer"]):
-            kind = "alike"
-        else:
-            kind = "apart"
-        counts[kind] += 1
-    return [100 * count / len(questions) for count in counts.values()]
+def agreement_shares(questions: Mapping[str, Record]) -> dict[str, float]:
+    """Kind of AGREEMENT -> its share of the questions, in percent."""
+    counts = Counter(_agreement(own, own["compared"]) for own in questions.values())
+    return {kind: 100 * counts[kind] / len(questions) for kind in AGREEMENT}
 
 
-def tradeoff(runs: Sequence[RunFiles]) -> "Figure | None":
+def _agreement(own: Record, other: Record) -> str:
+    """Right is an exact match; alike are answers that the official script takes for one."""
+    if own["exact"] == other["exact"] == 1:
+        return "both right"
+    if own["exact"] == 1:
+        return "only this model"
+    if other["exact"] == 1:
+        return "only the other"
+    alike = normalize_answer(own["answer"]) == normalize_answer(other["answer"])
+    return "both wrong, alike" if alike else "both wrong, apart"
+
+
+class Point(NamedTuple):
+    """A model in the picture of quality against latency."""
+
+    latency: float  # median of one question, ms
+    f1: float
+    parameters: int
+    color: str
+
+
+def tradeoff(files: RunFiles, others: Sequence[RunFiles] = ()) -> "Figure | None":
     """F1 against latency, a point a model; None with fewer than two models measured alike.
 
-    On the set that most models answered, on one kind of hardware and in one precision.
+    On the run's set that most models answered.
     """
-    groups = points(runs)
-    key = max(groups, key=lambda each: len(groups[each]), default=None)
-    if key is None or len(groups[key]) < 2:
+    found = [(each["name"], points(each, [files, *others])) for each in files.results]
+    data, models = max(found, key=lambda each: len(each[1]), default=("", {}))
+    if len(models) < 2:
         return None
-    best, where = groups[key], key[0]
     figure, (axes,) = _figure()
-    largest = max(point["parameters"] for point in best.values())
-    for label, point in best.items():
-        size = 40 + 360 * point["parameters"] / largest
-        axes.scatter(point["latency"], point["f1"], s=size, color=point["color"], alpha=0.7)
-        text = f"{label}, {point['parameters'] / 1e6:.1f} M"
-        axes.annotate(
-            text, (point["latency"], point["f1"]), (0, 13), textcoords="offset points", ha="center"
-        )
+    largest = max(point.parameters for point in models.values())
+    for label, point in models.items():
+        size, place = 40 + 360 * point.parameters / largest, (point.latency, point.f1)
+        axes.scatter(*place, s=size, color=point.color, alpha=0.7)
+        text = f"{label}, {point.parameters / 1e6:.1f} M"
+        axes.annotate(text, place, (0, 13), textcoords="offset points", ha="center")
     axes.set_xlabel("median latency of one question, ms")
-    axes.set_ylabel(f"F1 on {where}")
+    axes.set_ylabel(f"F1 on {data}")
     axes.margins(0.25, 0.25)
     axes.set_xlim(left=0)
     return figure
 
 
-def points(runs: Sequence[RunFiles]) -> dict[tuple, dict[str, dict[str, Any]]]:
-    """What may be compared -> label of a model -> its latency (ms), F1, parameters and color.
+def points(like: Record, runs: Sequence[RunFiles]) -> dict[str, Point]:
+    """Label -> point of each model that was measured like the result `like`.
 
     A model that several runs name, by its weights, is there once.
     """
-    groups: dict[tuple, dict[str, dict[str, Any]]] = {}
-    seen = set()
-    for run in runs:
-        for result in run.results:
-            hardware = tuple(sorted(result["hardware"].items()))
-            precision, total = result["settings"]["precision"], result["metrics"]["total"]
-            key = (result["name"], total, hardware, precision)
-            is_student = run.teacher is not None
-            label = f"{run.name} ({'student' if is_student else 'baseline'})"
-            models = [(label, BLUE if is_student else GREY, result["model"], result["metrics"])]
-            if "compared" in result:
-                other = result["compared_with"]
-                models.append((_label(run, result), ORANGE, other, result["compared"]["metrics"]))
-            for label, color, model, metrics in models:
-                if (key, model["weights_sha256"]) in seen:
-                    continue
-                seen.add((key, model["weights_sha256"]))
-                groups.setdefault(key, {})[label] = {
-                    "latency": model["latency"]["median_ms"],
-                    "f1": metrics["f1"],
-                    "parameters": model["parameters"],
-                    "color": color,
-                }
-    return groups
+    found, seen = {}, set()
+    for run, result in ((each, result) for each in runs for result in each.results):
+        role, own_color = ("student", BLUE) if run.teachers else ("baseline", GREY)
+        for number, each in enumerate(run.models(result)):
+            weights = each.model["weights_sha256"]
+            if weights not in seen and _conditions(result) == _conditions(like):
+                seen.add(weights)
+                found[_label(each) if number else f"{run.name} ({role})"] = Point(
+                    latency=each.model["latency"]["median_ms"],
+                    f1=each.figures["metrics"]["f1"],
+                    parameters=each.model["parameters"],
+                    color=ORANGE if number else own_color,
+                )
+    return found
 
 
-def _label(files: RunFiles, result: Mapping[str, Any]) -> str:
-    """The other model of a result: its role, if it taught, and its name."""
-    name = short(result["compared_with"]["name"])
-    return f"{name} (teacher)" if files.other(result) == "teacher" else name
+def _conditions(result: Record) -> list[Any]:
+    """What two results must share to be compared: questions, machine, precision."""
+    precision, questions = result["settings"]["precision"], result["metrics"]["total"]
+    return [result["name"], questions, result["hardware"], precision]
+
+
+def _label(other: Evaluated) -> str:
+    """The other model of a result: its name and, if it taught, its role."""
+    name = short(other.model["name"])
+    return f"{name} (teacher)" if other.name == "teacher" else name
 
 
 def _running_mean(values: np.ndarray) -> np.ndarray:
     """Mean over the last fiftieth of the steps, at least 5 of them; NaN does not count."""
     width = max(5, len(values) // 50)
     there = np.isfinite(values)
-    sums = np.cumsum(np.where(there, values, 0.0))
-    counts = np.cumsum(there, dtype=np.float64)
-    sums[width:], counts[width:] = sums[width:] - sums[:-width], counts[width:] - counts[:-width]
+    window = np.ones(width)
+    sums = np.convolve(np.where(there, values, 0.0), window)[: len(values)]
+    counts = np.convolve(there, window)[: len(values)]
     return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0)
 
 
 def _figure(
     height: float = 3.2, height_ratios: Sequence[float] = (1,)
-) -> tuple["Figure", np.ndarray]:
+) -> "tuple[Figure, list[Axes]]":
     """A figure and its axes, one below the other, with one x axis."""
     # No pyplot: it would choose a backend for the whole process.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    axes = figure.subplots(
-        len(height_ratios), 1, sharex=True, squeeze=False, height_ratios=height_ratios
-    )[:, 0]
+    rows = len(height_ratios)
+    grid = figure.subplots(rows, 1, sharex=True, squeeze=False, height_ratios=height_ratios)
+    axes = list(grid[:, 0])
     for each in axes:
         each.spines[["top", "right"]].set_visible(False)
         each.grid(alpha=0.25)

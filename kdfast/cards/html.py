@@ -3,20 +3,18 @@
 import base64
 import hashlib
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
-from kdfast.cards import card_text
-from kdfast.cards.run_files import RunFiles
+from kdfast.cards.render import TEMPLATES, render
+from kdfast.cards.run_files import Record, RunFiles
 from kdfast.data.examples import Example, Place, locate
 from kdfast.data.read import read_examples
 
 REPORT_FILE = "report.html"
-TEMPLATES = Path(__file__).parent / "templates"
 # Questions in the page, which a browser must bear.
 WRONG_SHOWN = 400
 RIGHT_SHOWN = 100
@@ -26,88 +24,68 @@ END = 1000
 
 
 def write(files: RunFiles, plots: Mapping[str, str]) -> Path:
-    """Write report.html into the run's folder; returns its path.
+    """Write report.html into the run's folder.
 
-    plots: picture, relative to the folder -> caption. The questions are those of the run's own
-    validation data, where eval/ has the answers. Whatever text they hold stays text.
+    The questions are those of the run's own validation data, where eval/ has the answers.
+
+    Args:
+        files: The run.
+        plots: Picture, relative to the folder -> caption.
+
+    Returns:
+        The report's path.
     """
     source = files.config["validation_file"]
-    result = files.result_of(source)
+    result = files.result_of_validation()
     lines = files.questions(result) if result else {}
     questions = questions_of(lines, read_examples(source, split="validation") if lines else [])
-    path = files.folder / REPORT_FILE
-    script, style = ((TEMPLATES / f"report.{end}").read_text("utf-8") for end in ("js", "css"))
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    page = environment.get_template("report.html").render(
-        title=files.name,
-        summary=card_text.summary(files).replace("`", ""),
-        facts=facts(files, result),
-        evaluations=files.evaluations,
-        pictures={caption: data_uri(files.folder / name) for name, caption in plots.items()},
+    models = files.models(result) if result else []
+    script = (TEMPLATES / "report.js").read_text("utf-8")
+    page = render(
+        "report.html",
+        files=files,
+        figures={name: figures["metrics"] for name, _, figures in models}
+        or {"this model": files.metrics()},
+        validation_data=source and files.source(source).name,
+        pictures={
+            text: base64_of((files.folder / name).read_bytes()) for name, text in plots.items()
+        },
         questions=questions,
-        shown_of=f"{len(questions)} of {len(lines)} questions.",
-        other=files.other(result) if result else None,
-        style=Markup(style),
-        script=Markup(script),
-        script_hash=f"sha256-{digest}",
+        answered=len(lines),
+        other=models[1].name if len(models) > 1 else None,
+        script=Markup(script),  # the only one that the page may run
+        script_sha256=base64_of(hashlib.sha256(script.encode()).digest()),
     )
+    path = files.folder / REPORT_FILE
     # A lone surrogate, which JSON can hold, has no UTF-8.
     path.write_bytes(page.encode("utf-8", "xmlcharrefreplace"))
     return path
 
 
-def facts(files: RunFiles, result: Mapping[str, Any] | None) -> dict[str, str]:
-    """Name -> what the result files say of the run."""
-    run, speed = files.run, files.run.get("train_speed")
-    found = {
-        "Steps": f"{run['steps']}, {run['updates']} of them updates",
-        "Windows": str(run["train_windows"]),
-        "Hardware": f"{card_text.device_of(run)}, precision {run['precision']}",
-    }
-    if speed:
-        found["Throughput"] = f"{speed['windows_per_second']:.1f} windows/s"
-        found["Padding"] = f"{100 * speed['padding_share']:.1f} % of the tokens computed"
-    figures = [("This model", files.metrics())]
-    if result:
-        figures = [("This model", result["metrics"])]
-        if "compared" in result:
-            figures.append((files.other(result).capitalize(), result["compared"]["metrics"]))
-    for name, metrics in figures:
-        if metrics:
-            data = files.source(files.config["validation_file"]).name
-            found[f"{name} on {data}"] = f"EM {metrics['exact']:.2f}, F1 {metrics['f1']:.2f}"
-    return found
+def base64_of(content: bytes) -> str:
+    return base64.b64encode(content).decode()
 
 
-def data_uri(path: Path) -> str:
-    """A PNG file as an address that holds it."""
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
-
-
-def questions_of(
-    lines: Mapping[str, Mapping[str, Any]], examples: Sequence[Example]
-) -> list[dict[str, Any]]:
+def questions_of(lines: Mapping[str, Record], examples: Sequence[Example]) -> list[Record]:
     """What the page shows of the questions, worst first; at most WRONG_SHOWN and RIGHT_SHOWN.
 
-    lines: question id -> what the models made of it, as kdfast.evaluate wrote it.
+    Args:
+        lines: Question id -> what the models made of it, as kdfast.evaluate wrote it.
+        examples: The questions.
     """
-    by_id = {each.id: each for each in examples}
 
-    def badness(key: str) -> tuple[float, float]:
-        line = lines[key]
+    def badness(example: Example) -> tuple[float, float]:
+        line = lines[example.id]
         return line["f1"], -line.get("compared", line)["f1"]
 
-    ordered = sorted((key for key in lines if key in by_id), key=badness)
-    wrong = [key for key in ordered if lines[key]["exact"] < 1]
-    right = [key for key in ordered if lines[key]["exact"] == 1]
+    known = sorted((each for each in examples if each.id in lines), key=badness)
+    wrong = [each for each in known if lines[each.id]["exact"] < 1]
+    right = [each for each in known if lines[each.id]["exact"] == 1]
     chosen = wrong[:WRONG_SHOWN] + right[:RIGHT_SHOWN]
-    return [_shown(by_id[key], lines[key]) for key in chosen]
+    return [_shown(each, lines[each.id]) for each in chosen]
 
 
-def _shown(example: Example, line: Mapping[str, Any]) -> dict[str, Any]:
+def _shown(example: Example, line: Record) -> Record:
     places = [locate(example.context, each) for each in example.answers or ()]
     gold = [(place.start, place.end) for place in places if isinstance(place, Place)]
     spans = [(start, end, "gold") for start, end in gold]
@@ -119,34 +97,30 @@ def _shown(example: Example, line: Mapping[str, Any]) -> dict[str, Any]:
         "question": example.question,
         "gold": list(dict.fromkeys(each.text for each in example.answers or ())),
         "pieces": pieces(example.context, spans),
-        **{
-            role: {
-                "answer": each["answer"],
-                "f1": each["f1"],
-                "verdict": "right" if each["exact"] == 1 else "wrong",
-            }
-            for role, each in models.items()
-        },
+        **models,
     }
 
 
 def find(context: str, answer: str, gold: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
     """Where an answer stands: the place that meets one in `gold`, else the first; None: nowhere."""
-    if not answer:
-        return None
-    first = start = context.find(answer)
-    while start >= 0:
-        if any(start < high and low < start + len(answer) for low, high in gold):
-            break
-        start = context.find(answer, start + 1)
-    start = first if start < 0 else start
-    return None if start < 0 else (start, start + len(answer))
+    starts = [each.start() for each in re.finditer(f"(?={re.escape(answer)})", context)]
+    meet = [
+        each
+        for each in starts
+        if any(each < high and low < each + len(answer) for low, high in gold)
+    ]
+    start = next(iter(meet or starts), None)
+    return None if start is None or not answer else (start, start + len(answer))
 
 
 def pieces(context: str, spans: Sequence[tuple[int, int, str]]) -> list[dict[str, str]]:
     """The context cut where a mark begins or ends; `marks` of a piece are the names on all of it.
 
-    spans: start, end, name. A long piece without marks is shortened to its ends.
+    A long piece without marks is shortened to its ends.
+
+    Args:
+        context: The text.
+        spans: Start, end and name of each mark, in characters.
     """
     cuts = sorted({0, len(context), *(place for span in spans for place in span[:2])})
     found = []

@@ -10,18 +10,18 @@ from huggingface_hub import (
     EvalResult,
     EvalResultEntry,
     HfApi,
-    ModelCard,
     ModelCardData,
     eval_result_entries_to_yaml,
 )
 from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from kdfast.cards import card_text
-from kdfast.cards.run_files import RunFiles, Source
+from kdfast.cards.render import cell, render
+from kdfast.cards.run_files import Record, RunFiles, Source, short
 from kdfast.common.errors import UserError
+from kdfast.common.files import write_text
 from kdfast.evaluation import tables
-from kdfast.evaluation.suites import SETS
+from kdfast.evaluation.suites import own_set
 from kdfast.models.load import first_line
 
 CARD_FILE = "README.md"
@@ -45,10 +45,7 @@ ISO_639_1 = (
 def check(language: str | None, repo_id: str | None) -> None:
     """Raise UserError for a --language that is none, or a --push_to_hub that is no repository."""
     for each in [] if language is None else language.split(","):
-        known = (
-            each in ISO_639_1.split() or re.fullmatch("[a-z]{3}", each) or each == "multilingual"
-        )
-        if not known:
+        if each not in (*ISO_639_1.split(), "multilingual") and not re.fullmatch("[a-z]{3}", each):
             raise UserError(
                 f"--language {language}: {each!r} is no ISO 639 code: give such as en or de,es."
             )
@@ -68,20 +65,46 @@ def write_card(
     language: str | None = None,
     license: str | None = None,
 ) -> Path:
-    """Write README.md and .eval_results/ into the run's folder; returns the card's path.
+    """Write README.md and .eval_results/ into the run's folder.
 
-    plots: picture, relative to the folder -> caption. repo_id: where the model is to be found,
-    the folder where None. What is not known is left out: language (else that of a known hub
-    dataset), license, figures without a result file.
+    What is not known is left out.
+
+    Args:
+        files: The run.
+        plots: Picture, relative to the folder -> caption.
+        repo_id: Where the model is to be found; None for the folder.
+        language: Codes of languages, divided by commas; None for that of a known hub dataset.
+        license: The model's license.
+
+    Returns:
+        The card's path.
     """
     title = repo_id or files.name
-    languages = language.split(",") if language else known_languages(files)
-    loaded_as = repo_id or str(files.folder)
-    text = card_text.body(files, title, loaded_as, languages, dict(plots))
-    front = front_matter(files, title, languages, license)
-    card = ModelCard(f"---\n{front.to_yaml()}\n---\n\n{text}")
+    train_data = files.source(files.config["train_file"])
+    known = own_set(files.config["train_file"]).language if train_data.on_hub else None
+    codes = language or known
+    languages = codes.split(",") if codes else []
+    validation_file = files.config["validation_file"]
+    # Latency is that of the first result with another model, or else of the first.
+    by_comparison = sorted(files.results, key=lambda each: "compared" not in each)
+    text = render(
+        "model_card.md",
+        metadata=front_matter(files, title, languages, license).to_yaml(),
+        title=cell(title),
+        files=files,
+        languages=languages,
+        license=license,
+        train_data=train_data.name,
+        validation_data=validation_file and files.source(validation_file).name,
+        measured=next(iter(by_comparison), None),
+        table=tables.table([each | {"name": cell(each["name"])} for each in files.results]),
+        scored_by=tables.scored_by,
+        short=short,
+        plots=plots,
+        loaded_as=repo_id or str(files.folder),
+    )
     path = files.folder / CARD_FILE
-    card.save(path)
+    write_text(path, text)
     write_results(files)
     return path
 
@@ -90,18 +113,16 @@ def front_matter(
     files: RunFiles, title: str, languages: list[str], license: str | None
 ) -> ModelCardData:
     """The card's metadata, as the hub reads it."""
-    config = files.config
-    base = files.origin
-    data = files.source(config["train_file"])
+    data = files.source(files.config["train_file"])
     found = eval_results(files)
     return ModelCardData(
         language=languages[0] if len(languages) == 1 else languages or None,
         license=license,
         library_name="transformers",
         pipeline_tag="question-answering",
-        tags=["extractive-qa", "kdfast", *(["distillation"] if files.teacher else [])],
+        tags=["extractive-qa", "kdfast", *(["distillation"] if files.teachers else [])],
         datasets=[data.name] if data.on_hub else None,
-        base_model=None if files.is_local(base) else base,
+        base_model=None if files.is_local(files.origin) else files.origin,
         metrics=[metric for metric, _ in METRICS.values()] if found else None,
         model_name=title,
         eval_results=found or None,
@@ -112,25 +133,26 @@ def eval_results(files: RunFiles) -> list[EvalResult]:
     """Exact match and F1 of every evaluated set, and of its worst forms where it has such."""
     found = []
     for result in files.results:
-        source = Source.of_result(result)
-        rule = _of_rule(result)
+        source, rule = Source.of_result(result), _rule(result)
         found += _entries(source, result["name"], result["metrics"], rule)
         if "worst_forms" in result:
             worst = result["worst_forms"]["metrics"]
             found += _entries(source, result["name"], worst, f"{rule}, worst forms")
-    validated, source = files.metrics(), files.config["validation_file"]
-    if validated and files.result_of(source) is None:
-        data = files.source(source)
-        found += _entries(data, data.name, validated, _of_rule(files.run))
+    validated = files.metrics()
+    if validated and not files.result_of_validation():
+        source = files.source(files.config["validation_file"])
+        found += _entries(source, source.name, validated, _rule(files.run))
     return found
 
 
-def _of_rule(result: Mapping[str, Any]) -> str:
+def _rule(result: Record) -> str:
     """The rule of a result within a figure's name, where it is another than SQuAD's."""
     return "" if (rule := tables.scored_by(result)) == "squad" else f", {rule}"
 
 
-def _entries(source: Source, name: str, metrics: Mapping[str, float], of: str) -> list[EvalResult]:
+def _entries(
+    source: Source, name: str, metrics: Mapping[str, float], rule: str
+) -> list[EvalResult]:
     return [
         EvalResult(
             task_type="question-answering",
@@ -141,10 +163,10 @@ def _entries(source: Source, name: str, metrics: Mapping[str, float], of: str) -
             dataset_split=source.split,
             dataset_revision=source.revision,
             metric_type=metric,
-            metric_name=f"{spoken}{of}",
+            metric_name=f"{heading}{rule}",
             metric_value=round(metrics[key], 4),
         )
-        for key, (metric, spoken) in METRICS.items()
+        for key, (metric, heading) in METRICS.items()
     ]
 
 
@@ -165,29 +187,22 @@ def write_results(files: RunFiles) -> None:
             dataset_id=source.name,
             task_id=source.config or "default",
             value=round(result["metrics"]["f1"], 4),
-            notes=f"F1{_of_rule(result)}; exact match {result['metrics']['exact']:.4f}; "
+            notes=f"F1{_rule(result)}; exact match {result['metrics']['exact']:.4f}; "
             "kdfast.evaluate",
         )
         folder.mkdir(exist_ok=True)
         text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
-        (folder / f"{result['name']}.yaml").write_text(text, encoding="utf-8")
-
-
-def known_languages(files: RunFiles) -> list[str]:
-    """The language of the training data, where it is a hub dataset of a known one."""
-    data = files.source(files.config["train_file"])
-    found = {
-        each.language
-        for each in SETS.values()
-        if data.on_hub and each.dataset == data.name and data.config in (None, each.config)
-    }
-    return sorted(found - {None}) if len(found) == 1 else []
+        write_text(folder / f"{result['name']}.yaml", text)
 
 
 def push(folder: Path, repo_id: str) -> str:
-    """Upload model, card, results and pictures; returns the page's address. Needs the card.
+    """Upload model, card, results and pictures; a repository that is not there is made, private.
 
-    A repository that is not there is made, private. Raises UserError where the hub refuses.
+    Returns:
+        The address of the model's page.
+
+    Raises:
+        UserError: There is no card yet, or the hub refuses.
     """
     if not (folder / CARD_FILE).is_file():
         raise UserError(f"{folder} has no {CARD_FILE}: write the card before --push_to_hub.")

@@ -1,10 +1,11 @@
 """What a finished run left in its folder: where the card, pictures and report get every figure."""
 
-import json
+import os
 import re
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kdfast.common.errors import UserError
 from kdfast.common.files import read_json_object
@@ -14,17 +15,16 @@ from kdfast.training.log import read_log
 
 EVAL_FOLDER = "eval"
 RESULT_FORMAT = 1  # of kdfast.evaluate
-FILE_ENDS = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".gz")  # of data; no hub id has them
 RESULT_END = ".eval.json"
 QUESTIONS_END = ".questions.json"
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[^:]+)?(:[\w.-]+){0,2}")
+FILE_ENDS = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".gz")  # of data; no hub id has them
+
+Record = dict[str, Any]  # a JSON object
 
 
-@dataclass(frozen=True)
-class Source:
-    """Data as a flag named it: a hub dataset with what of it was named, or a local file.
-
-    name: the dataset's id, or the file's name without its folders.
-    """
+class Source(NamedTuple):
+    """Data as a flag named it: a hub dataset, or a local file by its name without folders."""
 
     name: str
     on_hub: bool
@@ -33,40 +33,59 @@ class Source:
     revision: str | None = None
 
     @classmethod
-    def of(cls, text: str) -> "Source":
-        """Of a flag's value: a file, or id[@revision][:config[:split]]."""
-        if is_local(text) or Path(text).suffix in FILE_ENDS:
-            return cls(Path(text).name, on_hub=False)
-        head, config, split = (*text.split(":"), None, None)[:3]
-        name, _, revision = head.partition("@")
-        return cls(name, True, config, split, revision or None)
+    def of(cls, text: str, local_paths: Container[str] = ()) -> "Source":
+        """Read a flag's value: a file, or id[@revision][:config[:split]]."""
+        if is_local(text, local_paths):
+            return cls(base_name(text), on_hub=False)
+        place, _, part = text.partition(":")
+        name, _, revision = place.partition("@")
+        config, _, split = part.partition(":")
+        return cls(name, True, config or None, split or None, revision or None)
 
     @classmethod
-    def of_result(cls, result: dict[str, Any]) -> "Source":
-        """Of what kdfast.evaluate wrote: the file that was read, or else the suite's set."""
+    def of_result(cls, result: Record) -> "Source":
+        """Read what kdfast.evaluate wrote: the file that it read, or else the suite's set."""
         if result["file"] is not None:
             return cls.of(result["file"])
         return cls(result["dataset"], True, result["config"], result["split"], result["revision"])
+
+
+class Evaluated(NamedTuple):
+    """One of the models in a result: its name, what it is, and how it answered."""
+
+    name: str
+    model: Record
+    figures: Record
 
 
 @dataclass(frozen=True)
 class RunFiles:
     """The result files of one run.
 
-    run: run.json. steps, evaluations: lines of train_log.jsonl. results: eval/NAME.eval.json of
-    the weights in `folder`, by name. notes: sentences on results that are left out.
+    Attributes:
+        folder: The run's folder.
+        run: run.json.
+        steps: Lines of train_log.jsonl, one per step.
+        evaluations: Lines of train_log.jsonl, one per evaluation during the run.
+        results: eval/NAME.eval.json of the weights in `folder`, by name.
+        notes: Sentences on results that are left out.
     """
 
     folder: Path
-    run: dict[str, Any]
-    steps: list[dict[str, Any]]
-    evaluations: list[dict[str, Any]]
-    results: list[dict[str, Any]]
+    run: Record
+    steps: list[Record]
+    evaluations: list[Record]
+    results: list[Record]
     notes: list[str]
 
     @property
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Record:
         return self.run["config"]
+
+    @property
+    def layers_stage(self) -> Record | None:
+        """The settings of the run of stage layers that came before, or None."""
+        return self.run.get("layers_stage")
 
     @property
     def name(self) -> str:
@@ -76,84 +95,84 @@ class RunFiles:
         return folder.parent.name if both else folder.name
 
     @property
-    def layers_stage(self) -> dict[str, Any] | None:
-        """The settings of the run of stage layers that came before, or None."""
-        return self.run.get("layers_stage")
-
-    @property
     def origin(self) -> str:
         """The model whose weights the student had before any stage."""
         first = self.layers_stage or self.config
         return first["student"] or first["teacher"][0]
 
-    def is_local(self, name: str) -> bool:
-        """Whether a model or data set of the run was a path rather than the hub's."""
-        return name in self.run.get("local_paths", ()) or is_local(name)
+    @property
+    def student_layers(self) -> str | None:
+        """The layers of `origin` that the student had, or None for all."""
+        return (self.layers_stage or self.config)["student_layers"]
 
-    def short(self, name: str) -> str:
-        """A hub id as it is, a path without its folders."""
-        return Path(name).expanduser().resolve().name if self.is_local(name) else name
-
-    def source(self, text: str) -> Source:
-        """The data that a flag of the run named."""
-        if text in self.run.get("local_paths", ()):
-            return Source(Path(text).name, on_hub=False)
-        return Source.of(text)
+    @property
+    def first_teacher(self) -> str | None:
+        """The first model that taught, as a flag named it; None in a run on gold spans alone."""
+        return self.config["teacher"][0] if self.config["distillation_loss_weight"] else None
 
     @property
     def teachers(self) -> list[str]:
-        """The models that taught; none of a run on gold spans alone."""
-        return self.config["teacher"] if self.config["distillation_loss_weight"] else []
+        """What to call the models that taught."""
+        return [self.short(name) for name in self.config["teacher"]] if self.first_teacher else []
 
-    @property
-    def teacher(self) -> str | None:
-        """The first of them."""
-        return self.teachers[0] if self.teachers else None
+    def is_local(self, name: str) -> bool:
+        """Whether a model or data set of the run was a path rather than the hub's."""
+        return is_local(name, self.run.get("local_paths", ()))
+
+    def short(self, name: str) -> str:
+        """A hub id as it is, a path without its folders."""
+        return base_name(name) if self.is_local(name) else name
+
+    def source(self, text: str) -> Source:
+        """The data that a flag of the run named."""
+        return Source.of(text, self.run.get("local_paths", ()))
 
     def metrics(self) -> dict[str, float] | None:
         """Of the weights in `folder` on --validation_file; None where they were not evaluated."""
         if not self.config["load_best_model_at_end"]:
             return self.run["metrics"]
-        for line in self.evaluations:
-            if line["f1"] == self.run["best_f1"]:
-                return {name: value for name, value in line.items() if name != "evaluated_after"}
-        return None
+        return next((line for line in self.evaluations if line["f1"] == self.run["best_f1"]), None)
 
-    def result_of(self, source: str | None) -> dict[str, Any] | None:
-        """The evaluation of the data that a flag names `source`."""
-        if source is None:
+    def result_of_validation(self) -> Record | None:
+        """The evaluation, after the run, of the data that --validation_file names."""
+        named = self.config["validation_file"]
+        if named is None:
             return None
-        wanted = self.source(source)
+        wanted = self.source(named)
         for each in self.results:
-            if each["file"] == source or (wanted.on_hub and Source.of_result(each) == wanted):
+            if each["file"] == named or (wanted.on_hub and Source.of_result(each) == wanted):
                 return each
         return None
 
-    def questions(self, result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    def questions(self, result: Record) -> dict[str, Record]:
         """Question id -> what the model made of it, and what the other one under "compared"."""
-        path = self.folder / EVAL_FOLDER / f"{result['name']}{QUESTIONS_END}"
-        return read_json_object(path) if path.is_file() else {}
+        return read_json_object(self.folder / EVAL_FOLDER / f"{result['name']}{QUESTIONS_END}")
 
-    def other(self, result: dict[str, Any]) -> str | None:
-        """What to call the model that `result` compares with: "teacher", or its name."""
-        if "compared" not in result:
-            return None
-        name = result["compared_with"]["name"]
-        return "teacher" if name == self.teacher else short(name)
+    def models(self, result: Record) -> list[Evaluated]:
+        """This model and, if `result` compares it with one, the other: "teacher", or its name."""
+        found = [Evaluated("this model", result["model"], result)]
+        if "compared" in result:
+            name = result["compared_with"]["name"]
+            name = "teacher" if name == self.first_teacher else short(name)
+            found.append(Evaluated(name, result["compared_with"], result["compared"]))
+        return found
 
 
 def read_run(folder: Path) -> RunFiles:
-    """The result files below `folder`. Raises UserError where there is no whole run.json."""
-    path = folder / RUN_FILE
-    if not path.is_file():
+    """Read the result files below `folder`.
+
+    Raises:
+        UserError: It is no folder of a finished run, or of one that answers nothing.
+    """
+    run = read_json_object(folder / RUN_FILE)
+    if "config" not in run:
         raise UserError(f"{folder} holds no {RUN_FILE}: name the folder of a finished run.")
-    run = read_json_object(path)
-    if run.get("config", {}).get("stage") == "layers":
+    if run["config"].get("stage") == "layers":
         raise UserError(
             f"{folder} is a run of --stage layers, which answers nothing yet: train its model in "
             "--stage predictions, and name the folder of that run."
         )
-    lines = read_log(folder, run.get("steps", 0), run.get("steps", 0))
+    lines = read_log(folder, run["steps"], run["steps"])
     own, results, notes = weights_key(folder), [], []
     for found in sorted((folder / EVAL_FOLDER).glob(f"*{RESULT_END}")):
         result = read_json_object(found)
@@ -173,18 +192,23 @@ def read_run(folder: Path) -> RunFiles:
     )
 
 
-def is_local(name: str) -> bool:
-    """Whether a model or data set that a flag named is a path rather than the hub's."""
+def is_local(name: str, local_paths: Container[str] = ()) -> bool:
+    """Whether a model or data set that a flag named is a path rather than the hub's.
+
+    Args:
+        name: The flag's value.
+        local_paths: Names that were paths where the run was.
+    """
     path = Path(name).expanduser()
-    hub_like = re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[^:]+)?(:[\w.-]+){0,2}", name)
-    return path.exists() or not hub_like
+    is_file = path.suffix in FILE_ENDS or path.exists()
+    return name in local_paths or is_file or not HUB_ID.fullmatch(name)
+
+
+def base_name(path: str) -> str:
+    """The last part of a path, also of `.` and `..`."""
+    return os.path.basename(os.path.abspath(os.path.expanduser(path)))
 
 
 def short(name: str) -> str:
     """A hub id as it is, a path without its folders."""
-    return Path(name).expanduser().resolve().name if is_local(name) else name
-
-
-def as_text(value: Any) -> str:
-    """A setting as people write it: 3e-05 for 0.00003, JSON's words for the rest."""
-    return f"{value:g}" if isinstance(value, float) else json.dumps(value).strip('"')
+    return base_name(name) if is_local(name) else name

@@ -23,9 +23,7 @@ def line(axes, label):
 
 def test_a_run_leaves_its_pictures(finished):
     names = {path.name for path in (finished.folder / "figures").iterdir()}
-    assert names == {
-        f"{each}.png" for each in ("loss", "evaluation", "padding", "agreement", "tradeoff")
-    }
+    assert names == {f"{each}.png" for each in ("loss", "evaluation", "agreement", "tradeoff")}
     for name in names:
         assert (finished.folder / "figures" / name).read_bytes().startswith(b"\x89PNG")
 
@@ -34,7 +32,7 @@ def test_pictures_of_an_earlier_run_go(finished):
     stale = finished.folder / "figures" / "stale.png"
     stale.touch()
     found = figures.save(read(finished))
-    assert not stale.exists() and set(found) >= {"figures/loss.png", "figures/padding.png"}
+    assert not stale.exists() and set(found) >= {"figures/loss.png", "figures/evaluation.png"}
 
 
 def test_the_loss(finished):
@@ -66,14 +64,6 @@ def test_evaluations(finished):
     assert figures.evaluation(evaluations[:1]) is None
 
 
-def test_padding(finished):
-    steps = [{"step": 0, "windows": 2, "tokens": 30, "padded_tokens": 40}]
-    (axes,) = figures.padding(steps, 100).axes
-    assert line(axes, "this run: 25.0 %")[1] == pytest.approx([25])
-    assert line(axes, "every window padded to 100: 85.0 %")[1] == pytest.approx([85])
-    assert figures.padding([], 100) is None
-
-
 def question(exact, other_exact, answer="a", other="b"):
     return {
         "answer": answer,
@@ -94,7 +84,7 @@ def test_shares_of_agreement():
         question(0, 0, "", "b"),
     ]
     shares = figures.agreement_shares(dict(enumerate(lines)))
-    assert shares == [25.0, 12.5, 12.5, 12.5, 37.5]
+    assert list(shares.values()) == [25.0, 12.5, 12.5, 12.5, 37.5]
 
 
 def test_no_agreement_without_another_model(finished):
@@ -111,27 +101,28 @@ def test_quality_against_latency(finished, tmp_path):
     own = run_files.read_run(other)
     own.results[0]["model"]["weights_sha256"] = "1" * 64
     own.config["distillation_loss_weight"] = 0.0
-    ((key, found),) = figures.points([read(finished), own]).items()
+    runs = [read(finished), own]
+    found = figures.points(runs[0].results[0], runs)
     assert list(found) == ["finished (student)", "teacher (teacher)", "undistilled (baseline)"]
-    assert key[:2] == ("dev", 10)
     teacher = found["teacher (teacher)"]
-    assert teacher["f1"] == result["compared"]["metrics"]["f1"]
-    assert teacher["latency"] == result["compared_with"]["latency"]["median_ms"]
-    assert teacher["parameters"] == result["compared_with"]["parameters"]
-    (axes,) = figures.tradeoff([read(finished), own]).axes
+    assert teacher.f1 == result["compared"]["metrics"]["f1"]
+    assert teacher.latency == result["compared_with"]["latency"]["median_ms"]
+    assert teacher.parameters == result["compared_with"]["parameters"]
+    (axes,) = figures.tradeoff(*runs[:1], runs[1:]).axes
+    assert axes.get_ylabel() == "F1 on dev"
     drawn = [tuple(each.get_offsets()[0]) for each in axes.collections]
-    assert drawn == [(each["latency"], each["f1"]) for each in found.values()]
+    assert drawn == [(each.latency, each.f1) for each in found.values()]
 
     own.results[0]["hardware"]["cpu"] = "another"
-    groups = figures.points([read(finished), own])
-    assert sorted(map(len, groups.values())) == [2, 2]
-    assert figures.tradeoff([]) is None
+    assert [len(figures.points(each.results[0], runs)) for each in runs] == [2, 2]
     del own.results[0]["compared"]
-    assert figures.tradeoff([own]) is None
+    assert figures.tradeoff(own) is None
+    own.results.clear()
+    assert figures.tradeoff(own) is None
 
 
 def test_without_matplotlib(finished, monkeypatch, capsys):
-    monkeypatch.setattr(figures, "find_spec", lambda name: None)
+    monkeypatch.setattr(program, "find_spec", lambda name: None)
     (finished.folder / "README.md").unlink()
     assert program.main(["--model_dir", str(finished.folder), "--report"]) == 0
     said = capsys.readouterr().out

@@ -56,7 +56,8 @@ def test_every_run_ends_with_a_card(finished):
         assert getattr(loaded.data, unknown) is None
     headings = re.findall("^## (.*)$", loaded.text, re.M)
     assert headings == [
-        *("Overview", "Details", "Hyperparameters", "Performance", "Course of the run", "Usage")
+        *("Overview", "Details", "Hyperparameters", "Performance", "Course of the run"),
+        *("Limits", "Usage"),
     ]
     for name in re.findall(r"!\[.*?\]\((.*?)\)", loaded.text):
         assert (finished.folder / name).is_file()
@@ -205,6 +206,24 @@ def test_hyperparameters_under_both_names(finished):
     assert "not distilled" in text and "temperature" not in text
 
 
+def test_the_versions_line(finished):
+    versions = {"python": "3.10.1", "cuda": None, "kdfast": "0.9.8", "torch": "2.5.0+cu126"}
+    edit(finished.folder, "run.json", versions=versions)
+    lines = write(finished.folder)[1].splitlines()
+    assert "- Versions: python 3.10.1, kdfast 0.9.8, torch 2.5.0+cu126." in lines
+    assert "- **Code:** kdfast 0.9.8, `python -m kdfast.train`" in lines
+
+
+def test_terms_of_model_data_and_teacher(finished):
+    edit(finished.folder, "run.json", config__teacher=["a/b", "c/d"], config__train_file="e/f")
+    text = " ".join(write(finished.folder, license="mit")[1].split())
+    assert "The model's license is `mit`. Read the terms of the training data, `e/f`, and" in text
+    assert "of `a/b` and `c/d`, before you use it." in text
+    edit(finished.folder, "run.json", config__distillation_loss_weight=0.0)
+    text = " ".join(write(finished.folder)[1].split())
+    assert "license is" not in text and "the training data, `e/f`, before you use it." in text
+
+
 def test_names_that_are_markup(finished):
     without_results(finished.folder)
     edit(finished.folder, "run.json", config__train_file="/data/a`b|c\n# d.json")
@@ -343,7 +362,7 @@ def test_later_cards_keep_what_a_card_was_given(finished, tmp_path, monkeypatch,
     assert program.main(flags) == 0
     assert shown == [[]] and f"{other}, which the card had" in capsys.readouterr().out
     assert program.main([*flags, "--beside", str(other)]) == 2  # now it is a mistake
-    for damaged in ("[]", '{"beside": {"a": 1}, "license": 3}', "{"):
+    for damaged in ("[]", "{"):
         (finished.folder / "card.json").write_text(damaged)
         assert program.main(flags) == 0
 
