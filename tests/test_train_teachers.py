@@ -14,8 +14,8 @@ from kdfast.data.prepare import prepare_windows
 from kdfast.data.windows import WindowSettings
 from kdfast.hf import kd_dataset
 from kdfast.teachers import cache as teacher
-from kdfast.teachers import pieces
-from kdfast.teachers.alignment import Carrier
+from kdfast.teachers.alignment import Aligner
+from kdfast.teachers.rewindow import rewindow
 from kdfast.tokenizers.load import load_tokenizer
 from kdfast.tokenizers.template import Template
 from tests import readers
@@ -87,33 +87,32 @@ def test_a_teacher_of_another_tokenizer(world, capsys, student, other, positions
 
     windows = student_windows(world, student)
     tokenizer = load_tokenizer(Path(other), "it")
-    read = pieces.prepare(
+    read = rewindow(
         windows,
         world.train_file,
         tokenizer,
         max_seq_length=length,
         doc_stride=LENGTHS["doc_stride"],
         cache_dir=world.path / "cache",
-        split="train",
     )
     assert raw_header["windows"] == read.windows.key
     assert (len(read.windows) > len(windows)) == (length < 60)
     # The raw logits are the model's own on those windows.
     model = AutoModelForQuestionAnswering.from_pretrained(other, dtype=torch.float32).eval()
-    for piece in (0, len(read.windows) - 1):
-        row = read.windows.padded([piece])
+    for number in (0, len(read.windows) - 1):
+        row = read.windows.padded([number])
         inputs = {"input_ids": torch.from_numpy(row["input_ids"])}
         if read.windows.uses_token_types:
             inputs["token_type_ids"] = torch.from_numpy(row["token_type_ids"])
         with torch.no_grad():
             out = model(**inputs)
-        begin, end = read.windows.window_start[piece : piece + 2]
+        begin, end = read.windows.window_start[number : number + 2]
         own = torch.stack([out.start_logits[0], out.end_logits[0]], 1).numpy()
         np.testing.assert_allclose(raw[begin:end], own, rtol=2e-3, atol=2e-3)
 
     ours = Template.learn(load_tokenizer(Path(student), "it"))
-    carrier = Carrier(windows, read, ours, Template.learn(tokenizer))
-    wanted = [by_the_book(carrier, raw, window, TEMPERATURE) for window in range(len(windows))]
+    aligner = Aligner(windows, read, ours, Template.learn(tokenizer))
+    wanted = [by_the_book(aligner, raw, window, TEMPERATURE) for window in range(len(windows))]
     for found, mass in zip(by_window(windows, logits), wanted, strict=True):
         np.testing.assert_allclose(found, mass, rtol=0.0075, atol=1e-9)
     steps = [line for line in log_of(world.output) if "step" in line]

@@ -1,10 +1,11 @@
-"""Distributions over a teacher's tokens, carried to the tokens of a student's other tokenizer.
+"""Distributions over a teacher's tokens, aligned to the tokens of a student's other tokenizer.
 
-The teacher has read each window of the student in one or several pieces (pieces.py). What its
-start head gives a token goes to the student's token that holds the token's first character, what
-its end head gives, to the one that holds its last; where none does, to the nearest one of the
-question, or of the window's context. Special tokens go to their counterparts: before the question
-("no answer" is the very first), between, after. What has no counterpart goes to "no answer".
+The teacher has read each window of the student in one or several windows of its own (rewindow.py).
+The probability of a start at a token goes to the student's token that holds the token's first
+character, that of an end to the one that holds its last; where none does, to the nearest one of
+the question, or of the window's context. Special tokens go to their counterparts: before the
+question ("no answer" is the very first), between, after. What has no counterpart goes to "no
+answer".
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from typing import Literal
 import numpy as np
 
 from kdfast.data.windows import Windows
-from kdfast.teachers.characters import spans_of, token_map
-from kdfast.teachers.pieces import Pieces
+from kdfast.teachers.char_spans import CharSpans, spans_of
+from kdfast.teachers.rewindow import Rewindowed
 from kdfast.tokenizers.encode import ragged, starts_of
 from kdfast.tokenizers.template import Template
 
@@ -36,26 +37,25 @@ def softened(logits: np.ndarray, starts: np.ndarray, temperature: float) -> np.n
 
 
 @dataclass(frozen=True)
-class Carrier:
-    """Carries what a teacher says of its pieces to the windows of the student.
+class Aligner:
+    """Aligns a teacher's distributions over its own windows to the windows of a student.
 
-    The templates tell the special tokens of each.
+    student: the student's windows. teacher: the same, rewindowed. The templates tell the special
+    tokens of each.
     """
 
     student: Windows
-    pieces: Pieces
+    teacher: Rewindowed
     student_template: Template
     teacher_template: Template
 
-    def probabilities(
-        self, logits: np.ndarray, begin: int, end: int, temperature: float
-    ) -> np.ndarray:
-        """The carried softmax(logits / temperature) of the student's windows begin to end - 1.
+    def align(self, logits: np.ndarray, begin: int, end: int, temperature: float) -> np.ndarray:
+        """Align softmax(logits / temperature) to the student's windows begin to end - 1.
 
-        logits: (teacher's tokens, 2), flat as pieces.windows.input_ids. Returns float64 (tokens,
+        logits: (teacher's tokens, 2), flat as teacher.windows.input_ids. Returns float64 (tokens,
         2), flat as these windows of the student; in each, either column sums to 1.
         """
-        rows, starts = merged(self.pieces, logits, begin, end)
+        rows, starts = merged(self.teacher, logits, begin, end)
         soft = softened(rows, starts, temperature)
         student = self.student.window_start[begin : end + 1]
         return np.stack(
@@ -72,8 +72,8 @@ class Carrier:
         int64 (2, merged tokens), flat in the student's windows begin to end - 1.
         """
         student, span = self.student, slice(begin, end)
-        low, size = context_span(self.pieces, begin, end)
-        prefix = self.pieces.windows.prefix[self.pieces.first[begin:end]]
+        low, size = context_span(self.teacher, begin, end)
+        prefix = self.teacher.windows.prefix[self.teacher.first[begin:end]]
         source, sizes = _segments(self.teacher_template, prefix, size)
         target, room = _segments(self.student_template, student.prefix[span], student.count[span])
         windows = student.window_start[begin:end] - student.window_start[begin]
@@ -110,7 +110,7 @@ class Carrier:
         on, and it is counted from there. All arguments but `part`: int (windows,).
         """
         texts, local = np.unique(texts, return_inverse=True)
-        source = spans_of(self.pieces.windows, part, texts)
+        source = spans_of(self.teacher.windows, part, texts)
         target = spans_of(self.student, part, texts)
         maps = np.stack(token_map(source, target))
         window = np.repeat(np.arange(len(low)), many)
@@ -148,30 +148,30 @@ def _segments(
     return np.cumsum(sizes, axis=0) - sizes, sizes
 
 
-def context_span(pieces: Pieces, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-    """What the pieces of the student's windows begin to end - 1 hold of the teacher's context.
+def context_span(teacher: Rewindowed, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+    """What the teacher reads of the contexts of the student's windows begin to end - 1.
 
-    int64 (n,) each: the first token, and how many there are.
+    int64 (n,) each: the first of its tokens, and how many there are.
     """
-    first, last = pieces.first[begin:end], pieces.first[begin + 1 : end + 1] - 1
-    low = pieces.windows.first_token[first].astype(np.int64)
-    return low, pieces.windows.first_token[last] + pieces.windows.count[last] - low
+    first, last = teacher.first[begin:end], teacher.first[begin + 1 : end + 1] - 1
+    low = teacher.windows.first_token[first].astype(np.int64)
+    return low, teacher.windows.first_token[last] + teacher.windows.count[last] - low
 
 
 def merged(
-    pieces: Pieces, logits: np.ndarray, begin: int, end: int
+    teacher: Rewindowed, logits: np.ndarray, begin: int, end: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Logits of the student's windows begin to end - 1, each as if read in one piece.
+    """Logits of the student's windows begin to end - 1, as if the teacher read each in one window.
 
     Returns float64 (tokens, 2) and int64 (n + 1,), where each window begins. Logits are relative
-    to that of "no answer" in their piece, which makes pieces comparable. A token of the context
-    has its logit from the piece in which it has most context; question and special tokens, which
-    are in every piece, have their mean.
+    to that of "no answer" in their own window, which makes windows comparable. A token of the
+    context has its logit from the window in which it has most context; question and special
+    tokens, which are in every window, have their mean.
     """
-    teacher = pieces.windows
-    bounds = pieces.first[begin : end + 1]
+    windows = teacher.windows
+    bounds = teacher.first[begin : end + 1]
     each = slice(bounds[0], bounds[-1])
-    starts = teacher.window_start[bounds[0] : bounds[-1] + 1]
+    starts = windows.window_start[bounds[0] : bounds[-1] + 1]
     rows = logits[starts[0] : starts[-1]].astype(np.float64)
     starts = starts - starts[0]
     lengths = np.diff(starts)
@@ -180,25 +180,46 @@ def merged(
     if len(lengths) == len(per_window):
         return rows, starts
 
-    low, size = context_span(pieces, begin, end)
+    low, size = context_span(teacher, begin, end)
     window = np.repeat(np.arange(end - begin), per_window)
-    count = teacher.count[each].astype(np.int64)
-    prefix = teacher.prefix[each].astype(np.int64)
-    first = teacher.first_token[each] - low[window]
+    count = windows.count[each].astype(np.int64)
+    prefix = windows.prefix[each].astype(np.int64)
+    first = windows.first_token[each] - low[window]
     # Neighbours meet in the middle of what they share.
     own_first, own_past = first.copy(), first + count
     left = np.flatnonzero(window[1:] == window[:-1])
     own_first[left + 1] = own_past[left] = (first[left + 1] + (first + count)[left]) // 2
-    beside = (lengths - count)[bounds[:-1] - bounds[0]]
-    whole = starts_of(beside + size)
+    other = (lengths - count)[bounds[:-1] - bounds[0]]
+    whole = starts_of(other + size)
 
-    piece = np.repeat(np.arange(len(lengths)), lengths)
-    token = np.arange(len(rows)) - (starts[:-1] + prefix)[piece]  # 0: the piece's first of context
-    after = token >= count[piece]
+    read = np.repeat(np.arange(len(lengths)), lengths)  # the window of the teacher that it is in
+    token = np.arange(len(rows)) - (starts[:-1] + prefix)[read]  # 0: the first of the context there
+    after = token >= count[read]
     inside = (token >= 0) & ~after
-    token += np.where(inside, first[piece], np.where(after, (size[window] - count)[piece], 0))
-    owned = (token >= own_first[piece]) & (token < own_past[piece])
-    share = np.where(inside, owned, (1 / per_window)[window][piece])
-    place = token + (whole[:-1][window] + prefix)[piece]
+    token += np.where(inside, first[read], np.where(after, (size[window] - count)[read], 0))
+    owned = (token >= own_first[read]) & (token < own_past[read])
+    share = np.where(inside, owned, (1 / per_window)[window][read])
+    place = token + (whole[:-1][window] + prefix)[read]
     columns = [np.bincount(place, weights=c * share, minlength=whole[-1]) for c in rows.T]
     return np.stack(columns, axis=1), whole
+
+
+def token_map(source: CharSpans, target: CharSpans) -> tuple[np.ndarray, np.ndarray]:
+    """For each token of `source` the token of `target` that holds its first and its last character.
+
+    Both hold the same texts, cut by two tokenizers. Returns (first, last), int64 (source tokens,):
+    tokens counted in their text; 0 where none of `target` holds a character there.
+
+    Where no token holds the character, the nearest counts; halfway between two, the later for
+    `first` and the earlier for `last`. Of several that hold it, as do the bytes of an emoji, it is
+    their first for `first` and their last for `last`.
+    """
+    solid, holders = target.solid, target.holders
+    found = np.zeros((2, len(source.text)), dtype=np.int64)
+    held = np.flatnonzero(np.diff(holders.starts)[source.text] > 0)
+    text = source.text[held]
+    char = holders.nearest_held(text, source.first[held], later=True)
+    found[0, held] = solid[holders.ending_after(text, char)] - target.starts[text]
+    char = holders.nearest_held(text, source.past[held] - 1, later=False)
+    found[1, held] = solid[holders.beginning_after(text, char) - 1] - target.starts[text]
+    return found[0], found[1]

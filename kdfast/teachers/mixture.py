@@ -1,8 +1,8 @@
-"""What a student learns from when no teacher's raw logits will do: averages, other tokenizers.
+"""What a student learns from several teachers, or from one with another tokenizer.
 
-A derived cache has the files of a teacher's cache (teacher.py), and holds z = T log p + c, so that
+The cache has the files of a teacher's own cache (cache.py), and holds z = T log p + c, so that
 softmax(z / T) = p: p is the average of the teachers' distributions, softened at the temperature T
-of the run and carried to the student's tokens. c makes the largest z of each head of a window 0.
+of the run and aligned to the student's tokens. c makes the largest z of each head of a window 0.
 
 p may be 0, as for a token that no teacher's token goes to, and z is finite: what is less than
 exp(-FLOOR) of the largest p counts as that much. All tokens of a window that are raised so have
@@ -45,15 +45,25 @@ def fill_cache(
     shares: list[Probabilities],
     ranks: Ranks,
 ) -> np.ndarray:
-    """Average the shares, block by block, and return the cache's array, fp16 (tokens, 2).
+    """Average the teachers' distributions, block by block, into a cache.
 
-    windows: the student's. shares: in the order of mixture.weights.
-    Raises UserError for a temperature that fp16 has no room for, and as teacher.make_once does.
+    Args:
+        cache_dir: One folder for all ranks.
+        mixture: What determines the cache's content.
+        windows: The student's.
+        shares: One for each teacher, in the order of mixture.weights.
+        ranks: Who share the blocks.
+
+    Returns:
+        The cache's array, fp16 (tokens, 2).
+
+    Raises:
+        UserError: The temperature is too high for fp16; and as cache.make_once.
     """
     hottest = float(np.finfo(np.float16).max) / FLOOR
     if mixture.temperature > hottest:
         raise UserError(
-            f"--temperature is {mixture.temperature}, and averaged or carried distributions are "
+            f"--temperature is {mixture.temperature}, and averaged or aligned distributions are "
             f"stored up to {hottest:.0f}: give a smaller one."
         )
     tokens = len(windows.input_ids)
@@ -65,9 +75,10 @@ def fill_cache(
         logits = cache.map_logits(partial, tokens, "r+")
         mine = islice(windows.question_blocks(), ranks.rank, None, ranks.count)
         for begin, end in mine:
-            weighted = zip(mixture.weights, shares, strict=True)
-            mean = sum(weight * share(begin, end) for weight, share in weighted)
             starts = windows.window_start[begin : end + 1]
+            mean = np.zeros((starts[-1] - starts[0], 2))
+            for weight, share in zip(mixture.weights, shares, strict=True):
+                mean += weight * share(begin, end)
             local = starts - starts[0]
             logits[starts[0] : starts[-1]] = logits_of(mean, local, mixture.temperature)
         logits.flush()

@@ -1,27 +1,113 @@
-"""Pieces cut out of whole questions and contexts, as pieces.py describes them, block by block."""
+"""A student's windows, read again in a teacher's tokenizer: same question, same characters.
+
+A teacher with another tokenizer cannot read the student's tokens. Each window of the student is
+rewindowed: the tokens of the teacher's tokenizer that stand for any of its characters are one
+window of the teacher, or several where they are longer than the teacher reads.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from kdfast.data.cache import UNLABELLED
-from kdfast.data.windows import Windows
-from kdfast.teachers.characters import spans_of
+from kdfast.common.progress import reading_bar
+from kdfast.data.cache import UNLABELLED, Kinds, cache_folder, damaged, open_array
+from kdfast.data.prepare import Parts, cached_windows, prepare_windows
+from kdfast.data.windows import Windows, WindowSettings
+from kdfast.teachers.char_spans import spans_of
 from kdfast.tokenizers.encode import ragged, starts_of
-from kdfast.tokenizers.template import Template
+from kdfast.tokenizers.template import Template, tokenizer_key
 
+FORMAT = 1  # part of every key: raise it when files or meaning change
+# Settings under which every question is one window, with the whole of its context.
+WHOLE = WindowSettings(max_seq_length=1 << 30, max_query_length=1 << 29, doc_stride=1)
+FIRST: dict[str, Kinds] = {"first_piece": (np.int64,)}
 _VALUES_AT_ONCE = 1 << 20
 
 
-@dataclass
-class Recutter:
-    """Cuts the student's windows anew out of another tokenizer's windows of whole contexts.
+@dataclass(frozen=True)
+class Rewindowed:
+    """The teacher's windows, in the order of the student's.
 
-    template: of the other tokenizer. max_seq_length: of a piece. doc_stride: from the start of a
-    piece to that of the next, at most.
+    windows: unlabelled. first: int64 (W + 1,); the student's window w is read in windows first[w]
+    to first[w + 1] - 1.
+    """
+
+    windows: Windows
+    first: np.ndarray
+
+
+def rewindow(
+    student: Windows,
+    source: str,
+    tokenizer: Any,
+    *,
+    max_seq_length: int,
+    doc_stride: int,
+    cache_dir: Path | str,
+) -> Rewindowed:
+    """Read the student's windows again in another tokenizer; from the cache if they are there.
+
+    What is longer than max_seq_length is read in several windows of full length, evenly spread. A
+    question takes half of a window at most and loses the rest; windows.counts holds under
+    "truncated_questions" how many do.
+
+    Args:
+        student: Windows that were prepared from `source`, as training data.
+        source: The file, folder or hub's data set.
+        tokenizer: The teacher's.
+        max_seq_length: The most tokens that the teacher reads at once.
+        doc_stride: Windows on one window of the student begin at most so many tokens, or half of
+            their context, apart.
+        cache_dir: Its folder `features` holds the result, under a key of the student's windows,
+            the tokenizer and the settings.
+
+    Raises:
+        UserError: As prepare_windows.
+    """
+    template = Template.learn(tokenizer)
+    settings = {"max_seq_length": max_seq_length, "doc_stride": doc_stride}
+    parts = [FORMAT, "pieces", student.key, tokenizer_key(tokenizer), settings]
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    made = Rewindower(student, template, max_seq_length, doc_stride)
+
+    def arrays(folder: Path) -> Parts:
+        progress = reading_bar(source)
+        whole = prepare_windows(
+            source, tokenizer, WHOLE, cache_dir=cache_dir, split="train", progress=progress
+        )
+        yield from made.arrays(whole)
+
+    def header() -> dict[str, Any]:
+        return {
+            "key": key,
+            "format": FORMAT,
+            "settings": settings,
+            "pad_token_id": template.pad_token_id,
+            "uses_token_types": template.uses_token_types,
+            "counts": made.counts,
+            "first": {},
+        }
+
+    windows = cached_windows(cache_dir, key, arrays, header, more=FIRST)
+    folder = cache_folder(cache_dir, key)
+    first = open_array(folder, "first_piece", FIRST["first_piece"])
+    if len(first) != len(student) + 1:
+        raise damaged(folder, f"first_piece has {len(first)} entries, not {len(student) + 1}")
+    return Rewindowed(windows, first)
+
+
+@dataclass
+class Rewindower:
+    """Makes the teacher's windows, block by block, out of its windows of whole contexts.
+
+    Fields as the arguments of `rewindow`; counts: how many questions, windows and tokens there are.
     """
 
     student: Windows
@@ -31,9 +117,9 @@ class Recutter:
     counts: dict[str, int] = field(default_factory=dict)
 
     def arrays(self, whole: Windows) -> Iterator[dict[str, np.ndarray]]:
-        """Yields the arrays of Windows in parts, and `first_piece`, which is Pieces.first.
+        """Yields the arrays of Windows in parts, and those of FIRST.
 
-        whole: one window for each question that the student's windows are about.
+        whole: the teacher's, one window for each question of the student's windows.
         """
         self.counts = dict.fromkeys(whole.counts, 0)
         self._id_bytes = 0
@@ -105,7 +191,7 @@ class Recutter:
     def _questions(self, whole: Windows, questions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """How many tokens each question keeps, int64 (n,), and the places of all in `whole`.
 
-        Those that begin inside what the student reads of it, as far as half a piece holds them.
+        Those that begin inside what the student reads of it, as far as half a window holds them.
         """
         ours = spans_of(self.student, "question", questions)
         theirs = spans_of(whole, "question", questions)
@@ -119,7 +205,7 @@ class Recutter:
         return asked, ragged(whole.question_token_start[questions], asked)
 
     def _contexts(self, whole: Windows, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """The other tokenizer's tokens of each student window's context: first, and how many."""
+        """The teacher's tokens of each student window's context: the first, and how many."""
         student, span = self.student, slice(begin, end)
         texts, local = np.unique(student.context[span], return_inverse=True)
         ours, theirs = (spans_of(windows, "context", texts) for windows in (student, whole))

@@ -1,6 +1,8 @@
-"""The teachers of a run: what each one reads, its own logits, and what they say of the student's.
+"""A teacher's targets: how likely each of a window's tokens begins or ends the answer.
 
-What a user should hear is said by rank 0.
+A teacher with the student's tokenizer reads the student's windows, and its logits are the
+targets. One with another tokenizer reads them rewindowed, and its distributions are aligned to the
+student's tokens. Rank 0 prints what the user should know.
 """
 
 from dataclasses import dataclass
@@ -9,45 +11,46 @@ import numpy as np
 import torch
 
 from kdfast.common.errors import UserError
-from kdfast.common.progress import passing_bar, reading_bar
+from kdfast.common.progress import passing_bar
 from kdfast.common.ranks import Ranks
 from kdfast.config import TrainConfig
 from kdfast.data.windows import Windows
 from kdfast.models import load
 from kdfast.models.inference import forward_tokens
-from kdfast.teachers import cache, pieces
-from kdfast.teachers.alignment import Carrier, softened
+from kdfast.teachers import cache
+from kdfast.teachers.alignment import Aligner, softened
 from kdfast.teachers.mixture import Probabilities
+from kdfast.teachers.rewindow import rewindow
 from kdfast.tokenizers.load import load_tokenizer
 from kdfast.tokenizers.template import Template, same_tokens, tokenizer_key
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """One teacher. windows: what it reads, at most max_seq_length tokens each.
+    """One teacher.
 
-    carrier: for a tokenizer that is not the student's; None: `windows` are the student's.
+    windows: what it reads, at most max_seq_length tokens each. aligner: for a tokenizer that is
+    not the student's; None: the windows are the student's own.
     """
 
     name: str
     source: cache.Source
     windows: Windows
     max_seq_length: int
-    carrier: Carrier | None
+    aligner: Aligner | None = None
 
     def probabilities(
         self, logits: np.ndarray, student: Windows, temperature: float
     ) -> Probabilities:
         """Its softened distributions over the student's tokens. logits: own_logits."""
 
-        def softened_own(begin: int, end: int) -> np.ndarray:
+        def probabilities(begin: int, end: int) -> np.ndarray:
+            if self.aligner is not None:
+                return self.aligner.align(logits, begin, end, temperature)
             starts = student.window_start[begin : end + 1]
             return softened(logits[starts[0] : starts[-1]], starts - starts[0], temperature)
 
-        def carried(begin: int, end: int) -> np.ndarray:
-            return self.carrier.probabilities(logits, begin, end, temperature)
-
-        return softened_own if self.carrier is None else carried
+        return probabilities
 
 
 def find(
@@ -69,30 +72,27 @@ def find(
     if same_tokens(tokenizer, student.tokenizer):
         source = cache.Source(weights, key, windows.key, kind)
         windows = windows.with_token_types(Template.learn(tokenizer).uses_token_types)
-        return Teacher(name, source, windows, config.max_seq_length, None)
+        return Teacher(name, source, windows, config.max_seq_length)
     refuse_mse(config, name)
     length = load.trained_length(load.load_config(folder, name, "--teacher"))
-    read = pieces.prepare(
+    read = rewindow(
         windows,
         config.train_file,
         tokenizer,
         max_seq_length=length,
         doc_stride=config.doc_stride,
         cache_dir=config.cache_path,
-        split="train",
-        progress=reading_bar(config.train_file),
     )
     ranks.log(
         f"{name} has another tokenizer than the student: it reads the student's {len(windows)} "
         f"windows in {len(read.windows)} of up to {length} tokens, and its distributions are "
-        "carried over by characters."
+        "aligned by characters."
     )
-    cut = read.windows.counts["truncated_questions"]
-    if cut:
+    if cut := read.windows.counts["truncated_questions"]:
         ranks.log(f"{cut} questions fill more than half of what {name} reads, and were cut for it.")
     templates = Template.learn(student.tokenizer), Template.learn(tokenizer)
     source = cache.Source(weights, key, read.windows.key, kind)
-    return Teacher(name, source, read.windows, length, Carrier(windows, read, *templates))
+    return Teacher(name, source, read.windows, length, Aligner(windows, read, *templates))
 
 
 def refuse_mse(config: TrainConfig, name: str) -> None:

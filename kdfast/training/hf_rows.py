@@ -83,7 +83,7 @@ def kd_dataset(config: TrainConfig) -> KDDataset:
 
     What is not in config.cache_dir yet is computed: features, and one pass of the teacher. Raises
     UserError as `python -m kdfast.train` does, and for a weight of 0, which needs no teacher.
-    Several teachers, or one with another tokenizer, are averaged or carried at config.temperature,
+    Several teachers, or one with another tokenizer, are averaged or aligned at config.temperature,
     which the trainer's must be then.
     """
     if not config.teacher or config.distillation_loss_weight == 0:

@@ -97,7 +97,7 @@ def find_targets(
         return None
     kind = teacher_precision(precision, device)
     found = [targets.find(config, name, windows, student, kind, ranks) for name in config.teacher]
-    if len(found) == 1 and found[0].carrier is None:
+    if len(found) == 1 and found[0].aligner is None:
         return TeacherTargets(found, found[0].source)
     mixture = derived.Mixture(
         windows=windows.key,

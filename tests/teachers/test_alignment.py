@@ -6,17 +6,17 @@ from hypothesis import strategies as st
 from kdfast.teachers.alignment import softened
 from tests.data.made_up import WORDS
 from tests.small_tokenizers import FAMILIES, of_family
-from tests.teachers.two_tokenizers import by_pattern, by_the_book, by_wordpiece, carrier
+from tests.teachers.two_tokenizers import aligner, by_pattern, by_the_book, by_wordpiece
 
 TEMPERATURE = 2.0
 WORDWISE = by_pattern("who", "?", "Rollo", "ruled", "New", "York", ".")
 
 
-def carried(made, start, end, windows=None):
+def aligned(made, start, end, windows=None):
     """What arrives, each column (tokens, 2), where the teacher's softmax is `start` and `end`."""
     mass = np.array([start, end], dtype=float).T
     logits = TEMPERATURE * np.log(mass)
-    return made.probabilities(logits, 0, windows or len(made.student), TEMPERATURE)
+    return made.align(logits, 0, windows or len(made.student), TEMPERATURE)
 
 
 def shares(n):
@@ -27,16 +27,16 @@ def shares(n):
 
 def expect(made, start, end):
     """start, end: for each token of the student, the teacher's tokens whose mass it gets."""
-    columns = [shares(n) for n in made.pieces.windows.lengths]
+    columns = [shares(n) for n in made.teacher.windows.lengths]
     p, q = (np.concatenate(each) for each in zip(*columns, strict=True))
-    found = carried(made, p, q)
+    found = aligned(made, p, q)
     wanted = [[sum(m[i] for i in each) for each in lists] for m, lists in ((p, start), (q, end))]
     np.testing.assert_allclose(found.T, wanted, rtol=0, atol=1e-12)
 
 
 def test_a_word_of_the_teacher_split_by_the_student():
     student = by_wordpiece("who", "?", "rol", "##lo", "ru", "##l", "##ed")
-    made = carrier(student, WORDWISE, [("who ?", "Rollo ruled")])
+    made = aligner(student, WORDWISE, [("who ?", "Rollo ruled")])
     # Teacher: 0 [CLS] 1 who 2 ? 3 [SEP] 4 Rollo 5 ruled 6 [SEP].
     expect(
         made,
@@ -48,7 +48,7 @@ def test_a_word_of_the_teacher_split_by_the_student():
 def test_two_words_of_the_teacher_inside_one_token_of_the_student():
     student = by_pattern("who", "Rollo ruled", "New York", pattern="\\|")
     teacher = by_pattern("who", "Rollo", "ruled", "New", "York", pattern="[ |]")
-    made = carrier(student, teacher, [("who", "Rollo ruled|New York")])
+    made = aligner(student, teacher, [("who", "Rollo ruled|New York")])
     # Teacher: 0 [CLS] 1 who 2 [SEP] 3 Rollo 4 ruled 5 New 6 York 7 [SEP].
     both = [[0], [1], [2], [3, 4], [5, 6], [7]]
     expect(made, both, both)
@@ -58,14 +58,14 @@ def test_accents_stripped_composed_or_split_into_bytes():
     context = "cafe\u0301 café x"  # the first in five characters, the second in four
     plain = by_wordpiece("who", "cafe", "x")
     keeps = by_wordpiece("who", "ca", "##f", "##é", "##e\u0301", "x", accents=True)
-    made = carrier(keeps, plain, [("who", context)])
+    made = aligner(keeps, plain, [("who", context)])
     # Teacher: 0 [CLS] 1 who 2 [SEP] 3 cafe 4 cafe 5 x 6 [SEP].
     expect(
         made,
         [[0], [1], [2], [3], [], [], [4], [], [], [5], [6]],
         [[0], [1], [2], [], [], [3], [], [], [4], [5], [6]],
     )
-    made = carrier(plain, keeps, [("who", context)])
+    made = aligner(plain, keeps, [("who", context)])
     both = [[0], [1], [2], [3, 4, 5], [6, 7, 8], [9], [10]]
     expect(made, both, both)
 
@@ -74,7 +74,7 @@ def test_chinese_words_characters_and_bytes():
     characters = by_wordpiece("谁", "罗", "洛", "来", "到")
     wordwise = by_pattern("谁", "罗洛", "来到", pattern="/")
     text = "罗洛/来到"  # the student has [UNK] for the stroke
-    made = carrier(characters, wordwise, [("谁", text)])
+    made = aligner(characters, wordwise, [("谁", text)])
     # Teacher: 0 [CLS] 1 谁 2 [SEP] 3 罗洛 4 来到 5 [SEP].
     expect(
         made,
@@ -82,7 +82,7 @@ def test_chinese_words_characters_and_bytes():
         [[0], [1], [2], [], [3], [], [], [4], [5]],
     )
     # Three bytes a character, all of which hold it: the first takes starts, the last takes ends.
-    made = carrier(of_family("roberta"), characters, [("谁", "罗洛")])
+    made = aligner(of_family("roberta"), characters, [("谁", "罗洛")])
     # Teacher: 0 [CLS] 1 谁 2 [SEP] 3 罗 4 洛 5 [SEP]; the student has two </s> between.
     assert made.student.lengths.tolist() == [1 + 3 + 2 + 6 + 1]
     expect(
@@ -90,7 +90,7 @@ def test_chinese_words_characters_and_bytes():
         [[0], [1], [], [], [2], [], [3], [], [], [4], [], [], [5]],
         [[0], [], [], [1], [2], [], [], [], [3], [], [], [4], [5]],
     )
-    made = carrier(characters, of_family("roberta"), [("谁", "罗洛")])
+    made = aligner(characters, of_family("roberta"), [("谁", "罗洛")])
     both = [[0], [1, 2, 3], [4, 5], [6, 7, 8], [9, 10, 11], [12]]
     expect(made, both, both)
 
@@ -99,18 +99,18 @@ def test_special_tokens_without_a_counterpart_of_their_number():
     one = by_pattern("who", "Rollo")
     three = by_pattern("who", "Rollo", ends=3)
     both = [[0], [1], [2, 3, 4], [5], [6]]
-    expect(carrier(one, three, [("who", "Rollo")]), both, both)
+    expect(aligner(one, three, [("who", "Rollo")]), both, both)
     both = [[0], [1], [2], [], [], [3], [4]]
-    expect(carrier(three, one, [("who", "Rollo")]), both, both)
+    expect(aligner(three, one, [("who", "Rollo")]), both, both)
     none = by_pattern("who", "Rollo", ends=0)
     both = [[0, 2], [1], [3], [4]]
-    expect(carrier(none, one, [("who", "Rollo")]), both, both)
+    expect(aligner(none, one, [("who", "Rollo")]), both, both)
 
 
 def test_a_window_that_begins_and_ends_inside_a_word():
     student = by_wordpiece("who", "rol", "##lo", "ru", "##l", "##ed")
     # Windows of [CLS] who [SEP] and two of: rol ##lo ru ##l ##ed, then [SEP].
-    made = carrier(
+    made = aligner(
         student,
         WORDWISE,
         [("who", "Rollo ruled")],
@@ -120,11 +120,11 @@ def test_a_window_that_begins_and_ends_inside_a_word():
     )
     assert made.student.count.tolist() == [2] * 4
     # 0 [CLS] 1 who 2 [SEP] 3 Rollo [4 ruled] and [SEP]; Rollo is in the first two windows.
-    assert np.diff(made.pieces.first).tolist() == [1] * 4
-    assert made.pieces.windows.count.tolist() == [1, 2, 1, 1]
-    masses = [shares(n) for n in made.pieces.windows.lengths]
+    assert np.diff(made.teacher.first).tolist() == [1] * 4
+    assert made.teacher.windows.count.tolist() == [1, 2, 1, 1]
+    masses = [shares(n) for n in made.teacher.windows.lengths]
     p, q = (np.concatenate(each) for each in zip(*masses, strict=True))
-    found = carried(made, p, q).reshape(4, 6, 2)
+    found = aligned(made, p, q).reshape(4, 6, 2)
     second = masses[1]  # ##lo ru: the start of Rollo and the end of ruled are outside
     np.testing.assert_allclose(found[1, :, 0], second[0], atol=1e-12)
     np.testing.assert_allclose(found[1, :, 1], second[1], atol=1e-12)
@@ -138,7 +138,7 @@ def test_a_window_that_begins_and_ends_inside_a_word():
 def test_a_window_that_begins_or_ends_with_empty_tokens():
     # The student: three bytes of 罗, a blank's empty token at 2, 3 and 4 each, three bytes of 洛.
     student, teacher = of_family("roberta"), by_pattern("罗", "洛", " ", pattern="(?<=.)")
-    made = carrier(
+    made = aligner(
         student,
         teacher,
         [("", "罗   洛")],
@@ -165,10 +165,10 @@ def test_a_window_that_begins_or_ends_with_empty_tokens():
 def test_a_window_of_empty_tokens_alone():
     student, teacher = of_family("roberta"), by_pattern("罗", "洛", " ", pattern="(?<=.)")
     lengths = {"max_seq_length": 7, "max_query_length": 1, "doc_stride": 2}
-    made = carrier(student, teacher, [("", "罗       洛")], **lengths)
+    made = aligner(student, teacher, [("", "罗       洛")], **lengths)
     assert made.student.first_token.tolist() == [0, 2, 4, 6, 8, 10]
-    logits = np.random.default_rng(0).normal(0, 3, (len(made.pieces.windows.input_ids), 2))
-    found = made.probabilities(logits, 0, len(made.student), TEMPERATURE)
+    logits = np.random.default_rng(0).normal(0, 3, (len(made.teacher.windows.input_ids), 2))
+    found = made.align(logits, 0, len(made.student), TEMPERATURE)
     # The third and the fourth window hold no character: their first token takes all of it.
     for window in range(len(made.student)):
         begin, end = made.student.window_start[window : window + 2]
@@ -186,44 +186,44 @@ def test_a_character_that_no_token_of_the_student_holds():
         ("Rollo .  ruled", 3, 3),
         ("Rollo  . ruled", 4, 4),
     ):
-        made = carrier(student, teacher, [("who", context)])
+        made = aligner(student, teacher, [("who", context)])
         p = np.full(7, 1e-9)
         p[3 + context.split().index(next(c for c in context.split() if c in ",."))] = 1
         p /= p.sum()
-        found = carried(made, p, p)
+        found = aligned(made, p, p)
         assert found.argmax(axis=0).tolist() == [start, end], context
     # What stands outside of all that the student reads, the teacher does not read either.
-    made = carrier(student, teacher, [("who", ", Rollo ruled .")])
-    assert made.pieces.windows.count.tolist() == [2]
+    made = aligner(student, teacher, [("who", ", Rollo ruled .")])
+    assert made.teacher.windows.count.tolist() == [2]
 
 
 def test_no_token_at_all_means_no_answer():
     student = by_pattern("who", pattern="[ .]")
     teacher = by_pattern("who", ".", pattern=" ")
-    made = carrier(student, teacher, [("who", ".")])
+    made = aligner(student, teacher, [("who", ".")])
     # The student reads no character of the context, so nor does the teacher.
-    assert made.student.count.tolist() == made.pieces.windows.count.tolist() == [0]
-    found = carried(made, *shares(len(made.pieces.windows.input_ids)))
+    assert made.student.count.tolist() == made.teacher.windows.count.tolist() == [0]
+    found = aligned(made, *shares(len(made.teacher.windows.input_ids)))
     np.testing.assert_allclose(found.sum(axis=0), 1, atol=1e-12)
 
 
-def test_pieces_are_merged_relative_to_no_answer():
+def test_windows_are_merged_relative_to_no_answer():
     words = [f"w{i}" for i in range(10)]
     student = by_pattern("who", " ".join(words), pattern="\\|")
     teacher = by_pattern("who", *words, pattern="[ |]")
-    made = carrier(
+    made = aligner(
         student,
         teacher,
         [("who", " ".join(words))],
         teacher_length=10,
         teacher_stride=3,
     )
-    w = made.pieces.windows
-    # Six words a piece, spread evenly: 0-5, 2-7, 4-9. They meet before words 4 and 6.
+    w = made.teacher.windows
+    # Six words a window, spread evenly: 0-5, 2-7, 4-9. They meet before words 4 and 6.
     assert w.first_token.tolist() == [0, 2, 4] and w.count.tolist() == [6, 6, 6]
-    identity = carrier(teacher, by_pattern("who", *words, pattern="[ |]", ends=1), [("who", "w0")])
+    identity = aligner(teacher, by_pattern("who", *words, pattern="[ |]", ends=1), [("who", "w0")])
     assert identity.student.lengths.tolist() == [5]
-    same = carrier(
+    same = aligner(
         by_pattern("who", *words, pattern="[| ]"),
         teacher,
         [("who", " ".join(words))],
@@ -240,21 +240,21 @@ def test_pieces_are_merged_relative_to_no_answer():
     merged = np.concatenate([shared[:3], context, shared[9:]])
     wanted = np.exp(merged / TEMPERATURE)
     wanted /= wanted.sum(axis=0)
-    found = same.probabilities(logits, 0, 1, TEMPERATURE)
+    found = same.align(logits, 0, 1, TEMPERATURE)
     np.testing.assert_allclose(found, wanted, atol=1e-12)
-    # Whatever constant a piece adds to all of its logits is of no account.
+    # Whatever constant a window adds to all of its logits is of no account.
     shifted = logits + np.repeat([5.0, -3.0, 100.0], 10)[:, None]
-    np.testing.assert_allclose(same.probabilities(shifted, 0, 1, TEMPERATURE), wanted, atol=1e-12)
+    np.testing.assert_allclose(same.align(shifted, 0, 1, TEMPERATURE), wanted, atol=1e-12)
 
 
 def test_equal_tokens_stay_where_they_are():
-    made = carrier(
+    made = aligner(
         WORDWISE,
         by_pattern("x", "who", "?", "Rollo", "ruled", "New", "York", "."),
         [("who ?", "Rollo ruled New York ."), ("who", "New York")],
     )
     logits = np.random.default_rng(0).normal(0, 3, (len(made.student.input_ids), 2))
-    found = made.probabilities(logits, 0, 2, TEMPERATURE)
+    found = made.align(logits, 0, 2, TEMPERATURE)
     np.testing.assert_allclose(
         found, softened(logits, made.student.window_start, TEMPERATURE), atol=1e-15
     )
@@ -294,13 +294,13 @@ PAIRS = [
 @pytest.mark.parametrize("student, teacher", PAIRS)
 @settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(data=st.data())
-def test_any_text_is_carried_by_the_book(student, teacher, data):
+def test_any_text_is_aligned_by_the_book(student, teacher, data):
     text = st.lists(st.sampled_from(ODD), min_size=1, max_size=30)
     asked = data.draw(
         st.lists(st.tuples(text.map(" ".join), st.tuples(text, text)), min_size=1, max_size=3)
     )
     pairs = [(question, "".join(one) + "x" + " ".join(other)) for question, (one, other) in asked]
-    made = carrier(
+    made = aligner(
         of_family(student),
         of_family(teacher),
         pairs,
@@ -310,8 +310,10 @@ def test_any_text_is_carried_by_the_book(student, teacher, data):
         teacher_length=data.draw(st.integers(12, 120)),
         teacher_stride=data.draw(st.integers(1, 60)),
     )
-    logits = np.random.default_rng(len(pairs)).normal(0, 3, (len(made.pieces.windows.input_ids), 2))
-    found = made.probabilities(logits.astype(np.float16), 0, len(made.student), TEMPERATURE)
+    logits = np.random.default_rng(len(pairs)).normal(
+        0, 3, (len(made.teacher.windows.input_ids), 2)
+    )
+    found = made.align(logits.astype(np.float16), 0, len(made.student), TEMPERATURE)
     starts = made.student.window_start
     np.testing.assert_allclose(np.add.reduceat(found, starts[:-1]), 1, rtol=0, atol=1e-6)
     for window in range(len(made.student)):

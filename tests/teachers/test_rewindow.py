@@ -9,17 +9,17 @@ from kdfast.data.cache import cache_folder
 from kdfast.data.prepare import prepare_windows, windows_of
 from kdfast.data.read import read_examples
 from kdfast.data.windows import Windows
-from kdfast.teachers import pieces, rewindow
+from kdfast.teachers import rewindow
 from kdfast.tokenizers.template import Template
 from tests.corpora import shared
 from tests.data.made_up import SMALL, characters, random_examples
 from tests.small_tokenizers import of_family
-from tests.teachers.two_tokenizers import by_pattern, carrier, write
+from tests.teachers.two_tokenizers import aligner, by_pattern, write
 
 
 @pytest.fixture
 def made(tmp_path):
-    """made(student, teacher, examples, **settings): pieces, and what they were made of."""
+    """made(student, teacher, examples, **settings): the student's windows, and the teacher's."""
 
     def make(student, teacher, examples, *, length=60, stride=20, **changes):
         source = str(tmp_path / "asked.json")
@@ -28,17 +28,17 @@ def made(tmp_path):
             source, student, replace(SMALL, **changes), cache_dir=tmp_path / "cache"
         )
         settings = {"max_seq_length": length, "doc_stride": stride, "cache_dir": tmp_path / "cache"}
-        return student, pieces.prepare(student, source, teacher, **settings)
+        return student, rewindow.rewindow(student, source, teacher, **settings)
 
     return make
 
 
 def windows_of_whole(tokenizer, examples):
-    return windows_of(examples, tokenizer, pieces.WHOLE)
+    return windows_of(examples, tokenizer, rewindow.WHOLE)
 
 
 def assert_same_characters(student, found, tokenizer, examples):
-    """Every piece is as its tokenizer makes a pair; together they hold the tokens they must."""
+    """The teacher's windows are as its tokenizer makes pairs, and hold the tokens they must."""
     w, template = found.windows, Template.learn(tokenizer)
     whole = windows_of_whole(tokenizer, examples)
     assert len(found.first) == len(student) + 1 and found.first[-1] == len(w)
@@ -51,13 +51,13 @@ def assert_same_characters(student, found, tokenizer, examples):
             held = (spans[:, 1] > low) & (spans[:, 0] < high)
         seen = np.zeros(len(spans), dtype=bool)
         ids = whole.padded([question])["input_ids"][0]
-        for piece in range(found.first[window], found.first[window + 1]):
-            assert w.question[piece] == question
-            first, count, prefix = (int(a[piece]) for a in (w.first_token, w.count, w.prefix))
+        for number in range(found.first[window], found.first[window + 1]):
+            assert w.question[number] == question
+            first, count, prefix = (int(a[number]) for a in (w.first_token, w.count, w.prefix))
             seen[first : first + count] = True
             asked = prefix - len(template.before) - len(template.between)
             at = len(template.before)
-            row = w.padded([piece])
+            row = w.padded([number])
             assert row["input_ids"][0].tolist() == [
                 *template.before,
                 *ids[at : at + asked],
@@ -68,7 +68,7 @@ def assert_same_characters(student, found, tokenizer, examples):
             types = row["token_type_ids"][0]
             assert types[:prefix].sum() == 0
             assert types[prefix:].all() == w.uses_token_types
-            np.testing.assert_array_equal(characters(w, piece), spans[first : first + count])
+            np.testing.assert_array_equal(characters(w, number), spans[first : first + count])
         np.testing.assert_array_equal(seen, held)
     assert list(w.question_ids) == [each.id for each in examples]
 
@@ -77,7 +77,7 @@ def assert_same_characters(student, found, tokenizer, examples):
     ("student", "teacher"),
     [("roberta", "bert"), ("bert", "xlm_roberta"), ("deberta_v2", "deberta")],
 )
-def test_pieces_hold_the_characters_of_their_window(made, monkeypatch, student, teacher):
+def test_the_teachers_windows_hold_the_same_characters(made, monkeypatch, student, teacher):
     blocks = Windows.question_blocks
     monkeypatch.setattr(Windows, "question_blocks", lambda self: blocks(self, 7))
     monkeypatch.setattr(rewindow, "_VALUES_AT_ONCE", 50)
@@ -88,7 +88,7 @@ def test_pieces_hold_the_characters_of_their_window(made, monkeypatch, student, 
     assert found.windows.lengths.max() <= 22
 
 
-def test_pieces_are_full_spread_evenly_and_overlap(made):
+def test_the_teachers_windows_are_full_spread_evenly_and_overlap(made):
     tokenizer = of_family("roberta")
     examples = random_examples(5, contexts=6)
     found = made(of_family("bert"), tokenizer, examples, length=40, stride=9)[1]
@@ -106,17 +106,17 @@ def test_pieces_are_full_spread_evenly_and_overlap(made):
 def test_the_teacher_reads_the_characters_of_a_cut_question():
     student = by_pattern("a", "b", "cd", "e", "x", pattern="(?<=d)| ")
     teacher = by_pattern("a", "b", "c", "d", "e", "x", pattern="(?<=[cd])| ")
-    found = carrier(student, teacher, [("a b cde", "x"), ("", "x")], max_query_length=3).pieces
+    found = aligner(student, teacher, [("a b cde", "x"), ("", "x")], max_query_length=3).teacher
     # The student reads a, b and cd; e is beyond what it keeps.
     assert found.windows.question_token_start.tolist() == [0, 4, 4]
     assert found.windows.prefix.tolist() == [6, 2]
     assert found.windows.counts["truncated_questions"] == 0
 
 
-def test_a_question_takes_half_of_a_piece_at_most():
+def test_a_question_takes_half_of_a_window_at_most():
     tokenizer = by_pattern("a", "x")
-    made = carrier(tokenizer, by_pattern("x", "a"), [("a " * 20, "x " * 9)], teacher_length=13)
-    w = made.pieces.windows
+    made = aligner(tokenizer, by_pattern("x", "a"), [("a " * 20, "x " * 9)], teacher_length=13)
+    w = made.teacher.windows
     assert w.prefix.tolist() == [2 + 5] * len(w) and w.counts["truncated_questions"] == 1
     assert w.count.tolist() == [5, 5, 5]
 
@@ -132,7 +132,7 @@ def test_the_cache_is_used_and_keyed(made, monkeypatch, tmp_path):
     keys.add(made(student, of_family("deberta"), examples)[1].windows.key)
     keys.add(made(student, teacher, examples, doc_stride=6)[1].windows.key)
     assert len(keys) == 6
-    monkeypatch.setattr(rewindow.Recutter, "arrays", None)
+    monkeypatch.setattr(rewindow.Rewindower, "arrays", None)
     again = made(student, teacher, examples)[1]
     np.testing.assert_array_equal(again.first, first)
     np.testing.assert_array_equal(again.windows.input_ids, found.windows.input_ids)
@@ -152,7 +152,7 @@ def test_a_killed_writer_leaves_nothing(made, monkeypatch, tmp_path):
     def killed(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(rewindow.Recutter, "_block", killed)
+    monkeypatch.setattr(rewindow.Rewindower, "_block", killed)
     with pytest.raises(KeyboardInterrupt):
         made(of_family("bert"), of_family("roberta"), examples)
     names = {path.name for path in (tmp_path / "cache" / "features").iterdir() if path.is_dir()}

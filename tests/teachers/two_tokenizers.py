@@ -1,4 +1,4 @@
-"""A student and a teacher of different tokenizers on the same questions, and carrying by the book.
+"""A student and a teacher of different tokenizers on the same questions, and aligning by the book.
 
 `by_the_book` says in plain loops over single tokens what kdfast.teachers.alignment must do.
 """
@@ -15,8 +15,8 @@ from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from kdfast.data.prepare import prepare_windows
 from kdfast.data.windows import WindowSettings
-from kdfast.teachers import pieces
-from kdfast.teachers.alignment import Carrier
+from kdfast.teachers.alignment import Aligner
+from kdfast.teachers.rewindow import rewindow
 from kdfast.tokenizers.template import Template
 
 # In memory where there is such a folder: every file of a cache is synced, which disks are slow at.
@@ -34,7 +34,7 @@ def wrapped(backend, ends=1):
 
 
 def by_pattern(*tokens, pattern=" ", ends=1):
-    """Whole pieces between the places where `pattern` matches, each of them in `tokens`."""
+    """Whole runs between the places where `pattern` matches, each of them in `tokens`."""
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *tokens])}
     backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(pattern), "removed")
@@ -56,7 +56,7 @@ def write(path, asked):
     Path(path).write_text(json.dumps(rows), encoding="utf-8")
 
 
-def carrier(
+def aligner(
     student,
     teacher,
     asked,
@@ -67,7 +67,7 @@ def carrier(
     teacher_length=512,
     teacher_stride=None,
 ):
-    """The Carrier for (question, context) pairs, from files and caches that are gone afterwards."""
+    """The Aligner for (question, context) pairs, from files and caches that are gone afterwards."""
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         source = os.path.join(folder, "asked.json")
         write(source, [(str(i), *pair) for i, pair in enumerate(asked)])
@@ -77,7 +77,7 @@ def carrier(
             WindowSettings(max_seq_length, max_query_length, doc_stride),
             cache_dir=folder,
         )
-        read = pieces.prepare(
+        read = rewindow(
             windows,
             source,
             teacher,
@@ -85,7 +85,7 @@ def carrier(
             doc_stride=teacher_stride or doc_stride,
             cache_dir=folder,
         )
-    return Carrier(windows, read, Template.learn(student), Template.learn(teacher))
+    return Aligner(windows, read, Template.learn(student), Template.learn(teacher))
 
 
 def characters_of(starts, counts, at, many):
@@ -132,28 +132,28 @@ def holder(tokens, char, end):
     return places[-1] if end else places[0]
 
 
-def by_the_book(carrier, logits, window, temperature):
-    """What Carrier.probabilities must give for one window of the student: float64 (tokens, 2)."""
-    teacher, first = carrier.pieces.windows, carrier.pieces.first
+def by_the_book(aligner, logits, window, temperature):
+    """What Aligner.align must give for one window of the student: float64 (tokens, 2)."""
+    teacher, first = aligner.teacher.windows, aligner.teacher.first
     numbers = range(first[window], first[window + 1])
-    parts = [segments(teacher, carrier.teacher_template, piece) for piece in numbers]
-    ours = segments(carrier.student, carrier.student_template, window)
+    parts = [segments(teacher, aligner.teacher_template, number) for number in numbers]
+    ours = segments(aligner.student, aligner.student_template, window)
 
-    # Every token of the merged window: where it goes, and its logits in the pieces that count.
+    # Every token of the merged window: where it goes, and its logits in the windows that count.
     found = {}
-    for number, piece in zip(numbers, parts, strict=True):
+    for number, segment in zip(numbers, parts, strict=True):
         rows = logits[teacher.window_start[number] : teacher.window_start[number + 1]].astype(float)
         rows = rows - rows[0]
-        for part, tokens in piece.items():
+        for part, tokens in segment.items():
             for i, (place, char, past) in enumerate(tokens):
                 name = part, i + (teacher.first_token[number] if part == "context" else 0)
                 edges = min(i + 0.5, len(tokens) - i - 0.5)
                 found.setdefault(name, []).append((edges, rows[place], char, past))
-    result = np.zeros((carrier.student.lengths[window], 2))
+    result = np.zeros((aligner.student.lengths[window], 2))
     merged = {}
     for (part, i), seen in found.items():
         if part == "context":
-            # Where most context is; in the very middle of a shared run, the later piece.
+            # Where most context is; in the very middle of a shared run, the later window.
             row = max(enumerate(seen), key=lambda each: (each[1][0], each[0]))[1][1]
         else:
             row = np.mean([each[1] for each in seen], axis=0)

@@ -1,4 +1,4 @@
-"""The characters of tokens, and which token of one tokenizer holds those of another's."""
+"""Which characters of a text each of its tokens stands for."""
 
 from __future__ import annotations
 
@@ -83,24 +83,3 @@ def spans_of(
     at = ragged(starts[texts], lengths)
     first = getattr(windows, f"{part}_char_start")[at].astype(np.int64)
     return CharSpans(starts_of(lengths), first, first + getattr(windows, f"{part}_char_count")[at])
-
-
-def token_map(source: CharSpans, target: CharSpans) -> tuple[np.ndarray, np.ndarray]:
-    """For each token of `source` the token of `target` that holds its first and its last character.
-
-    Both hold the same texts, cut by two tokenizers. Returns (first, last), int64 (source tokens,):
-    tokens counted in their text; 0 where none of `target` holds a character there.
-
-    Where no token holds the character, the nearest counts; halfway between two, the later for
-    `first` and the earlier for `last`. Of several that hold it, as do the bytes of an emoji, it is
-    their first for `first` and their last for `last`.
-    """
-    solid, holders = target.solid, target.holders
-    found = np.zeros((2, len(source.text)), dtype=np.int64)
-    held = np.flatnonzero(np.diff(holders.starts)[source.text] > 0)
-    text = source.text[held]
-    char = holders.nearest_held(text, source.first[held], later=True)
-    found[0, held] = solid[holders.ending_after(text, char)] - target.starts[text]
-    char = holders.nearest_held(text, source.past[held] - 1, later=False)
-    found[1, held] = solid[holders.beginning_after(text, char) - 1] - target.starts[text]
-    return found[0], found[1]
