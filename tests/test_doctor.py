@@ -35,6 +35,7 @@ def replace_native(monkeypatch, **functions):
     )
 
 
+@pytest.mark.program
 def test_program():
     run = [sys.executable, "-m", "kdfast.doctor"]
     done = subprocess.run(run, capture_output=True, text=True, timeout=120)
@@ -76,6 +77,7 @@ def test_a_missing_extension_names_a_compiler(monkeypatch, page):
     assert f"C++ compiler  Python {platform.python_version()}" in page()
 
 
+@pytest.mark.program
 @pytest.mark.parametrize("required", [False, True])
 def test_a_build_without_a_compiler(tmp_path, required):
     for name in ("setup.py", "csrc", "kdfast/__init__.py"):

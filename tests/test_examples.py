@@ -11,6 +11,8 @@ from kdfast.cards.render import TEMPLATES
 from kdfast.demo import TEACHER
 from tests import examples
 
+pytestmark = pytest.mark.program
+
 DOCUMENTS = [examples.ROOT / "README.md", *sorted((examples.ROOT / "docs").glob("*.md"))]
 PROGRAMS = [
     path.stem

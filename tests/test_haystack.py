@@ -10,6 +10,8 @@ import pytest
 
 from kdfast.reader import Reader
 
+pytestmark = pytest.mark.program
+
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "tests" / "golden" / "roberta"
 # Each is one window: over several the two rank by different scores.

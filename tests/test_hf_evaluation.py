@@ -87,6 +87,7 @@ def spans_of(features, start_logits, end_logits, contexts):
     return {name: text for name, (_, text) in best.items()}
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("collate", ["none", "padding to 8", "default"])
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize("return_dict", [True, False])

@@ -154,6 +154,7 @@ def fresh(*lines):
     return done.stdout
 
 
+@pytest.mark.program
 def test_import_brings_torch_and_nothing_else():
     loaded = fresh(
         "import sys, torch",
@@ -166,6 +167,7 @@ def test_import_brings_torch_and_nothing_else():
 
 
 # Each spelling is first once, and each two of them stand in either order.
+@pytest.mark.program
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 2), (2, 0, 3, 1)])
 def test_spellings_in_a_fresh_interpreter(order):
     fresh(
@@ -176,6 +178,7 @@ def test_spellings_in_a_fresh_interpreter(order):
     )
 
 
+@pytest.mark.program
 def test_reader_is_imported_on_first_use():
     fresh(
         "import sys, kdfast",

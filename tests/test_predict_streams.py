@@ -13,6 +13,8 @@ from kdfast import predict
 from kdfast.demo import TEACHER
 from tests import corpora
 
+pytestmark = pytest.mark.program
+
 CONTEXT = "The school in Dornow was founded in 1902. Its head is Anna Weber, and its motto is old."
 QUESTION = "Who is the head of the school?"
 RECORD = json.dumps({"question": QUESTION, "context": CONTEXT}) + "\n"

@@ -23,6 +23,7 @@ def test_every_supported_type_is_here():
         assert published.MODELS[name].model_type == model_type
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", published.MODELS)
 def test_it_learns_alone_then_teaches_and_answers(world, name):
     student = readers.save(world.path / "base", name, layers=2, head=False)
@@ -78,6 +79,7 @@ def test_types_reach_only_a_model_that_has_embeddings_for_them(tmp_path, monkeyp
     assert torch.equal(without, with_types) != has_types
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", published.MODELS)
 def test_another_tokenizer_both_ways(world, name):
     """Against RoBERTa, or where that is its own tokenizer, BERT."""

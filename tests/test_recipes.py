@@ -143,6 +143,7 @@ def few_questions(path: Path, source: Path) -> str:
     return str(path)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", PROOFS)
 def test_a_short_run(name, tmp_path, capsys):
     model_type, data = PROOFS[name]

@@ -18,6 +18,8 @@ from kdfast.demo import TEACHER
 from tests import corpora, hub
 from tests.programs import log_of
 
+pytestmark = pytest.mark.program
+
 PYTHON = sys.executable
 SLOW = {"max_steps": 4000, "train_batch_size": 8}  # long enough to be stopped
 
@@ -113,6 +115,7 @@ MOMENTS = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("moment", "name"), [(moment, name) for moment, names in MOMENTS.items() for name in names]
 )
@@ -177,6 +180,7 @@ KINDS = [
 ]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_training_goes_on_when_nobody_can_be_told(world, kind, ranks):
@@ -204,6 +208,7 @@ def run_against(kind, program):
         assert done.returncode == 128 + signal.SIGPIPE and "error" not in done.stderr
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_result_that_cannot_be_written_ends_a_program_without_a_traceback(tmp_path, kind):
     data, folder = corpora.write(tmp_path / "dev.json", 4), tmp_path / "eval"

@@ -13,6 +13,8 @@ from kdfast import FusedKDLoss, fused_kd_loss, kd_loss_rows
 from kdfast.kernels import backends
 from kdfast.kernels.autograd import kinds_of
 
+pytestmark = pytest.mark.program
+
 REFUSED = backends.why_not("native", torch.empty(0))
 needs_native = pytest.mark.skipif(REFUSED is not None, reason=f"native: {REFUSED}")
 BACKENDS = [pytest.param("native", marks=needs_native), "reference"]

@@ -24,6 +24,8 @@ from kdfast.models.save import save_model
 from kdfast.tokenizers.load import load_tokenizer
 from tests import families
 
+pytestmark = pytest.mark.program
+
 ROOT = Path(__file__).parents[1]
 GOLDEN = families.golden()
 TEXTS = GOLDEN["texts"]

@@ -113,6 +113,7 @@ def test_the_names_of_others_lead_to_flags_that_there_are():
         assert set(ours.split()) <= known
 
 
+@pytest.mark.program
 @pytest.mark.parametrize("name", NAMES)
 def test_flags_are_read_before_anything_heavy_is_imported(name):
     """Seconds differ from machine to machine; the modules that cost them do not."""

@@ -22,6 +22,8 @@ import torch
 
 from kdfast.kernels import native
 
+pytestmark = pytest.mark.program
+
 CEILINGS = {("f32", "f32"): 80, ("f64", "f64"): 128}
 OTHERS = 104
 NAMES = ("f16", "bf16", "f32", "f64")  # as numbered in kd_rows.h
@@ -90,6 +92,7 @@ def nvcc_architectures():
 ARCHITECTURES = nvcc_architectures()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("architecture", ARCHITECTURES or [None])
 def test_nvcc_registers(tmp_path, architecture):
     if architecture is None:

@@ -12,6 +12,8 @@ import torch
 
 from kdfast.kernels import reference
 
+pytestmark = pytest.mark.program
+
 INF, NAN = math.inf, math.nan
 FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 ALL_TYPES = [FP16, BF16, FP32, FP64]

@@ -8,6 +8,8 @@ import pytest
 import torch
 from test_emulated_rows import INF, check, random_case
 
+pytestmark = pytest.mark.program
+
 # Names of the enum Bug in tiny_kernels.cpp, in its order.
 NONE, MISSING_BARRIER, WRITE_AFTER_READ, WRONG_WIDTH, DIVERGENT_SHUFFLE = range(5)
 DIVERGENT_BARRIER, EARLY_RETURN, LANE_OUTSIDE_MASK, CALLER_OUTSIDE_MASK = range(5, 9)
@@ -109,6 +111,7 @@ def test_rows_stay_inside_their_operands(tmp_path, rows):
 INSIDE = "first >= 0 && first + V <= length"
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     ("old", "new"),
     [
@@ -139,6 +142,7 @@ SHUFFLED_SUM = "x[i] += __shfl_xor_sync(kAllLanes, x[i], lanes"
 FIRST_BARRIER = "x[i];\n  }\n  __syncthreads();\n#pragma unroll"
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(
     ("old", "new"),
     [

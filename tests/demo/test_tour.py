@@ -5,6 +5,8 @@ import pytest
 from kdfast import train
 from kdfast.demo import corpus, tour
 
+pytestmark = pytest.mark.program
+
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):

@@ -80,6 +80,7 @@ sys.meta_path.insert(0, Broken())
 """
 
 
+@pytest.mark.program
 @pytest.mark.parametrize("damage, word", [(MISSING, "kdfast._C"), (BROKEN, "undefined symbol")])
 def test_without_a_working_extension_it_falls_back_and_says_so_once(damage, word):
     run = [sys.executable, "-c", FALLS_BACK.format(damage=damage)]

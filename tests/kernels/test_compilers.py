@@ -16,6 +16,8 @@ from kdfast.kernels import native
 
 from .exact_rows import exact_rows, to_long
 
+pytestmark = pytest.mark.program
+
 PROJECT = Path(__file__).parents[2]
 FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 SETTINGS = {"temperature": 1.7, "weight": 0.6, "kind": 0, "soft_scale": 1.0}
@@ -111,6 +113,7 @@ TYPES = [(FP32, FP32), (FP16, FP16), (BF16, FP32), (FP64, FP64), (FP64, FP16)]
 IDS = ["fp32", "fp16", "bf16-fp32", "fp64", "fp64-fp16"]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("types", TYPES, ids=IDS)
 def test_the_rows_of_every_compiler(types, run_rows):
     for length, apart, is_masked in itertools.product((1, 7, 64, 100), (0, 1), (0, 1)):
@@ -121,6 +124,7 @@ def test_the_rows_of_every_compiler(types, run_rows):
         assert_exact(results, student, teacher, targets, mask, settings)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("settings", MODES, ids=lambda s: "-".join(map(str, s.values())))
 def test_the_modes_of_every_compiler(settings, run_rows):
     for length, threads in ((1, 1), (1500, 1), (40_000, 2)):
@@ -130,6 +134,7 @@ def test_the_modes_of_every_compiler(settings, run_rows):
         assert_exact(results, *arguments, settings)
 
 
+@pytest.mark.slow
 def test_setup_builds_with_clang(tmp_path):
     """pip keeps quiet about a build that failed: kdfast._C would be missing."""
     needs("clang++")

@@ -122,6 +122,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
+@pytest.mark.program
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in Linux's /proc")
 def test_a_forked_child_has_threads_of_its_own():
     """A DataLoader's workers are forked, and a thread does not survive a fork."""
@@ -141,6 +142,7 @@ except MemoryError as error:
 """
 
 
+@pytest.mark.program
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is limited in Linux's way")
 @pytest.mark.parametrize("batch", [1, 2])
 def test_rows_that_have_to_be_copied_and_find_no_memory(batch):

@@ -17,6 +17,8 @@ from kdfast.common.errors import UserError
 from kdfast.models import conversion, load
 from tests import hub
 
+pytestmark = pytest.mark.program
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 PICKLED = GOLDEN / "pickled"  # written by transformers 4.57.6
 WEIGHTS = "model.safetensors"
@@ -113,17 +115,28 @@ def test_a_pickle_that_would_run_code_is_refused(folder, tmp_path, capsys, is_zi
     assert marker.exists()  # so it would have gone off
 
 
-def test_faults_are_one_sentence(folder, tmp_path, capsys, monkeypatch):
-    made = folder()
-    path = made / "pytorch_model.bin"
+@pytest.mark.sample(3)
+@pytest.mark.parametrize("content", [None, b"no pickle", b""], ids=["half", "text", "empty"])
+def test_a_file_that_is_damaged_is_refused(folder, capsys, content):
+    path = folder() / "pytorch_model.bin"
     whole = path.read_bytes()
-    state = torch.load(path, weights_only=True)
-    for content in (whole[: len(whole) // 2], b"no pickle", b""):
-        path.write_bytes(content)
-        assert "or a damaged one, and was not read" in refused(["--convert", made], capsys)
-    for other in ({"state_dict": state}, [1, 2], {1: torch.ones(1)}, {"a": 1}):
-        torch.save(other, path)
-        assert "something else than a model's weights" in refused(["--convert", made], capsys)
+    path.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    error = refused(["--convert", path.parent], capsys)
+    assert "or a damaged one, and was not read" in error
+
+
+@pytest.mark.sample(4)
+@pytest.mark.parametrize("content", [{"state_dict": {}}, [1, 2], {1: torch.ones(1)}, {"a": 1}])
+def test_a_file_of_something_else_is_refused(folder, capsys, content):
+    path = folder() / "pytorch_model.bin"
+    torch.save(content, path)
+    error = refused(["--convert", path.parent], capsys)
+    assert "something else than a model's weights" in error
+
+
+def test_faults_are_one_sentence(folder, tmp_path, capsys, monkeypatch):
+    path = folder() / "pytorch_model.bin"
+    made = path.parent
     torch.save({}, path)
     assert "holds no weights" in refused(["--convert", made], capsys)
     path.unlink()

@@ -293,6 +293,7 @@ def test_gradient_checkpointing_changes_no_gradient(setup):
     assert torch.equal(*gradients)
 
 
+@pytest.mark.program
 def test_compiled_for_any_shape_in_a_handful_of_compilations(setup):
     run = setup(dtype=torch.float64, torch_compile=True)
     compiled = CompileCounter()

@@ -15,6 +15,7 @@ def release(module):
     return tuple(int(part) for part in module.__version__.split(".")[:2])
 
 
+@pytest.mark.program
 def test_interpreted_rows():
     triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
     if release(triton) < (3, 7) and release(numpy) >= (2, 4):

@@ -24,6 +24,8 @@ import torch
 
 from kdfast.kernels import triton_launch
 
+pytestmark = pytest.mark.program
+
 triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 pytestmark = pytest.mark.skipif(
