@@ -209,9 +209,9 @@ def _running_mean(values: np.ndarray) -> np.ndarray:
     """Mean over the last fiftieth of the steps, at least 5 of them; NaN does not count."""
     width = max(5, len(values) // 50)
     there = np.isfinite(values)
-    window = np.ones(width)
-    sums = np.convolve(np.where(there, values, 0.0), window)[: len(values)]
-    counts = np.convolve(there, window)[: len(values)]
+    sums, counts = np.cumsum(np.where(there, values, 0.0)), np.cumsum(there, dtype=np.float64)
+    for each in (sums, counts):
+        each[width:] = each[width:] - each[:-width]
     return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0)
 
 

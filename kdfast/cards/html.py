@@ -40,6 +40,7 @@ def write(files: RunFiles, plots: Mapping[str, str]) -> Path:
     lines = files.questions(result) if result else {}
     questions = questions_of(lines, read_examples(source, split="validation") if lines else [])
     models = files.models(result) if result else []
+    # The only script that the page may run, by its checksum.
     script = (TEMPLATES / "report.js").read_text("utf-8")
     page = render(
         "report.html",
@@ -53,7 +54,7 @@ def write(files: RunFiles, plots: Mapping[str, str]) -> Path:
         questions=questions,
         answered=len(lines),
         other=models[1].name if len(models) > 1 else None,
-        script=Markup(script),  # the only one that the page may run
+        script=Markup(script),
         script_sha256=base64_of(hashlib.sha256(script.encode()).digest()),
     )
     path = files.folder / REPORT_FILE

@@ -177,7 +177,7 @@ def test_a_local_copy_is_not_the_hubs_set(finished):
     assert "`squad_v2` was read from the file `dev.json`." in text
 
 
-def test_worst_forms_stand_beside(finished):
+def test_worst_forms_have_figures_of_their_own(finished):
     worst = {"metrics": {"exact": 11.0, "f1": 22.0, "total": 5}, "intervals": {}}
     edit(finished.folder, f"eval/{SET}.eval.json", worst_forms=worst)
     front, _ = write(finished.folder)
@@ -226,8 +226,8 @@ def test_terms_of_model_data_and_teacher(finished):
 
 def test_names_that_are_markup(finished):
     without_results(finished.folder)
-    edit(finished.folder, "run.json", config__train_file="/data/a`b|c\n# d.json")
-    assert "`` a`b|c # d.json ``" in write(finished.folder)[1]
+    edit(finished.folder, "run.json", config__train_file="/data/a`b|c\n# {{ 7 * 7 }}.json")
+    assert "`` a`b|c # {{ 7 * 7 }}.json ``" in write(finished.folder)[1]
 
 
 def test_the_usage_block_runs(finished, capsys):
@@ -350,7 +350,7 @@ def test_later_cards_keep_what_a_card_was_given(finished, tmp_path, monkeypatch,
     shown = []
     save = figures.save
     monkeypatch.setattr(
-        figures, "save", lambda run, beside: shown.append(beside) or save(run, beside)
+        figures, "save", lambda run, others: shown.append(others) or save(run, others)
     )
     for more in (given, [], ["--license", "cc-by-4.0"]):
         assert program.main([*flags, *more]) == 0
