@@ -16,12 +16,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForQuestionAnswering
 
+from kdfast.common.precision import AUTOCAST
 from kdfast.data.windows import Windows
 from kdfast.models.inference import forward_tokens
 from kdfast.models.load import SpanModel
-from kdfast.models.precision import AUTOCAST
 from kdfast.teachers.cache import Source, TeacherPass, fill_cache
-from kdfast.training.micro_batches import matmul_rate
+from kdfast.training.work import matmul_rate
 
 from .bert_reader import FORMULA, bert_reader, forward_operations
 from .reading_corpus import corpus, made_up_corpus

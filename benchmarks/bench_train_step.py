@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from kdfast.common.precision import AUTOCAST
 from kdfast.models.load import SpanModel
-from kdfast.models.precision import AUTOCAST
-from kdfast.training.micro_batches import count_work, matmul_rate
+from kdfast.training.work import count_work, matmul_rate
 
 from . import train_step_report
 from .bert_reader import bert_reader, forward_operations

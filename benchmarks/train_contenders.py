@@ -4,25 +4,29 @@ Each contender is called with the windows of one optimizer step and returns its 
 """
 
 import copy
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kdfast.common.precision import AUTOCAST
+from kdfast.common.run import Run
 from kdfast.config import TrainConfig
 from kdfast.data.windows import Windows
-from kdfast.models.dropout import speed_up_dropout
 from kdfast.models.load import SpanModel
-from kdfast.models.loader import flat_positions, make_loader
-from kdfast.models.precision import AUTOCAST
-from kdfast.training import micro_batches
+from kdfast.models.loader import flat_positions
+from kdfast.train import train_loop
+from kdfast.training.assemble import TrainingData, assemble
+from kdfast.training.callback import Callback
 from kdfast.training.log import Clock, TrainLog
-from kdfast.training.optimizer import Updater, make_optimizer
-from kdfast.training.step import Stepper
+from kdfast.training.optimizer import ScaledAdamW
+from kdfast.training.step import StepReport
 
 CPU = torch.device("cpu")
 TEMPERATURE, WEIGHT = 2.0, 0.75
@@ -106,8 +110,8 @@ class Padded:
         self.problem = problem
         self.width = width
         self.model = copy.deepcopy(problem.reader)
-        self.optimizer = make_optimizer(self.model, WEIGHT_DECAY)
-        self.updater = Updater(self.model, self.optimizer, None, problem.max_grad_norm)
+        self.scaled = ScaledAdamW(self.model, WEIGHT_DECAY)
+        self.optimizer = self.scaled.adamw
 
     def __call__(self, indices: np.ndarray) -> Turn:
         started = time.perf_counter()
@@ -120,9 +124,11 @@ class Padded:
             padded += batch["input_ids"].numel()
             with torch.autocast("cpu", dtype=kind, enabled=kind is not None):
                 loss = padded_loss(self.model, batch) * (len(some) / len(indices))
-            self.updater.backward(loss)
+            loss.backward()
             total += loss.item()
-        self.updater.update(LEARNING_RATE, torch.tensor(total))
+        norm = self.scaled.clip(self.problem.max_grad_norm)
+        is_finite = torch.isfinite(norm) & math.isfinite(total)
+        self.scaled.step(LEARNING_RATE, ~is_finite)
         return Turn(time.perf_counter() - started, indices, padded)
 
 
@@ -145,68 +151,77 @@ class Timeline:
         return taken
 
 
-class TimedUpdater(Updater):
+class TimedOptimizer(ScaledAdamW):
     """Says when backward and the update begin and end."""
 
     timeline: Timeline
 
-    def backward(self, loss: Tensor) -> None:
+    def scale(self, loss: Tensor) -> Tensor:
         self.timeline.begin("backward")
-        super().backward(loss)
-        self.timeline.begin("gather")  # of the next micro-batch, if there is one
+        return super().scale(loss)
 
-    def update(
-        self, rate: float, loss: Tensor, dropped: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def loss_scale(self) -> Tensor:
         self.timeline.begin("optimizer")
-        done = super().update(rate, loss, dropped)
+        return super().scale(torch.ones(()))
+
+    def step(self, rate: float, skip: Tensor) -> None:
+        super().step(rate, skip)
         self.timeline.begin("log")
-        return done
 
 
-class Kdfast:
-    """kdfast's own step and log line. folder: for the log.
+class Kdfast(Callback):
+    """kdfast's own loop and log line. folder: for the log.
 
     live_teacher: called with the step's windows before it, as a teacher that is not cached.
     """
 
     def __init__(self, problem: Problem, folder: Path, live_teacher=None):
         self.live_teacher = live_teacher
-        self.model = copy.deepcopy(problem.reader)
-        self.optimizer = make_optimizer(self.model, WEIGHT_DECAY)
-        self.lengths = problem.windows.lengths
         self.timeline = Timeline()
-        span_model = SpanModel(self.model)
-        speed_up_dropout(span_model)
-        updater = TimedUpdater(span_model, self.optimizer, None, problem.max_grad_norm)
-        updater.timeline = self.timeline
-        work = micro_batches.count_work(span_model)
-        self.stepper = make_stepper(problem, span_model, updater, work)
-        span_model.register_forward_pre_hook(lambda *_: self.timeline.begin("forward"))
-        span_model.register_forward_hook(lambda *_: self.timeline.begin("loss"))
+        student = SpanModel(copy.deepcopy(problem.reader))
+        self.training = assemble(
+            settings_of(problem),
+            Run(precision=problem.precision),
+            student,
+            TrainingData(problem.windows, problem.teacher_logits, np.arange(len(problem.windows))),
+        )
+        self.model = student.reader
+        self.training.optimizer = timed = TimedOptimizer(student, WEIGHT_DECAY)
+        timed.timeline = self.timeline
+        self.optimizer = timed.adamw
+        load = self.training.load
+
+        def timed_load(*given):
+            for batch in load(*given):
+                yield batch
+                self.timeline.begin("gather")  # of the next micro-batch, if there is one
+
+        self.training.load = timed_load
+        student.register_forward_pre_hook(lambda *_: self.timeline.begin("forward"))
+        student.register_forward_hook(lambda *_: self.timeline.begin("loss"))
         folder.mkdir(parents=True, exist_ok=True)
         self.log = TrainLog(folder, 0, 0, tensorboard=False)
-        self.clock = Clock(work, matmul_rate=1.0)
-        self.steps = 0
+        self.clock = Clock(self.training.work, matmul_rate=1.0)
+
+    def log_step(self, report: StepReport, indices: np.ndarray) -> None:
+        self.log.step(report, self.clock.add(report, self.training.cuts.lengths[indices]))
+        self.padded_tokens = report.padded_tokens
 
     def __call__(self, indices: np.ndarray) -> Turn:
         started = time.perf_counter()
         if self.live_teacher:
             self.live_teacher(indices)
         self.timeline.begin("gather")
-        report = self.stepper.run(self.steps, indices)
-        self.log.step(report, self.clock.add(report, self.lengths[indices]))
+        self.training.order = SimpleNamespace(step=lambda number: indices)
+        train_loop(self.training, self, steps=1)
         ended = time.perf_counter()
-        self.steps += 1
         parts = self.timeline.seconds(ended)
-        return Turn(ended - started, indices, report.padded_tokens, parts)
+        return Turn(ended - started, indices, self.padded_tokens, parts)
 
 
-def make_stepper(
-    problem: Problem, model: SpanModel, updater: Updater, work: micro_batches.Work
-) -> Stepper:
-    """As kdfast.train makes it with the default settings."""
-    config = TrainConfig(
+def settings_of(problem: Problem) -> TrainConfig:
+    """kdfast's defaults, but for what the contenders share."""
+    return TrainConfig(
         temperature=TEMPERATURE,
         distillation_loss_weight=WEIGHT,
         learning_rate=LEARNING_RATE,
@@ -214,17 +229,5 @@ def make_stepper(
         max_grad_norm=problem.max_grad_norm,
         embeds_dropout_prob=0.0,
         mixed_precision=problem.precision,
-    )
-    probe = micro_batches.MemoryProbe(model, model, CPU, AUTOCAST[problem.precision])
-    return Stepper(
-        config,
-        model,
-        model,
-        updater,
-        make_loader(problem.windows, problem.teacher_logits, CPU),
-        problem.windows.lengths,
-        micro_batches.choose_policy(config, work, probe),
-        CPU,
-        problem.precision,
-        total_steps=1000,
+        max_steps=1000,
     )

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from kdfast.common import program
 from kdfast.common.errors import UserError
 from kdfast.common.files import read_json_object, write_json
-from kdfast.config import TrainConfig, flag
+from kdfast.common.settings import flag
+from kdfast.config import OutputSettings
 from kdfast.evaluation.settings import EvaluateConfig
 
 if TYPE_CHECKING:
@@ -47,14 +48,14 @@ class CardConfig:
     )
 
     @classmethod
-    def of_run(cls, config: TrainConfig) -> "CardConfig":
+    def of_run(cls, output: OutputSettings) -> "CardConfig":
         """What the settings of a run say of it."""
         return cls(
-            model_dir=config.output_dir or "",
-            report=config.report,
-            language=config.language,
-            license=config.license,
-            push_to_hub=config.push_to_hub,
+            model_dir=output.output_dir,
+            report=output.report,
+            language=output.language or None,
+            license=output.license or None,
+            push_to_hub=output.push_to_hub or None,
         )
 
     def check(self) -> None:

@@ -1,13 +1,11 @@
 """Which settings of a run go together."""
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import Any
 
 from kdfast.common.errors import UserError
-from kdfast.common.flag_values import LARGEST, MOST
-
-if TYPE_CHECKING:
-    from kdfast.config import TrainConfig
+from kdfast.common.settings import check_values
+from kdfast.config import GROUPS, SETTINGS, TrainConfig
 
 # Of --stage both, what stage layers has in place of the flag whose name follows.
 LAYERS_FLAGS = {
@@ -16,96 +14,127 @@ LAYERS_FLAGS = {
     "layers_num_train_epochs": "num_train_epochs",
     "layers_learning_rate": "learning_rate",
 }
+EVALUATION_FLAGS = ("eval_steps", "load_best_model_at_end", "metric", "report")
+# What stage layers has no use for.
+OF_ANSWERS = {name for name, group in SETTINGS.items() if group in ("loss", "evaluation")} | {
+    "teacher_weights",
+    "embeds_dropout_prob",
+    "validation_file",
+    "report",
+    "push_to_hub",
+}
 
 
-def check(config: "TrainConfig") -> None:
-    """Raise UserError for a flag out of range or flags that contradict one another."""
-    check_presence(config)
-    check_stage(config)
-    check_contradictions(config)
+def check(config: TrainConfig) -> None:
+    """Raise UserError for a setting out of range or settings that contradict one another."""
+    for name in GROUPS:
+        check_values(getattr(config, name))
+    _check_presence(config)
+    _check_stage(config)
+    _check_contradictions(config)
     check_teachers(config)
-    check_ranges(config)
+    config.model.kept_layers()
+    config.output.allowed_changes()
 
 
-def check_presence(config: "TrainConfig") -> None:
+def of_stage(settings: dict[str, Any], stage: str) -> dict[str, Any]:
+    """Of settings by name, such as a recipe's, those that `stage` uses, under the names it uses."""
+    settings = {**settings, "stage": stage}
+    if stage == "both":
+        return settings
+    own = {LAYERS_FLAGS[name]: settings.pop(name) for name in LAYERS_FLAGS if name in settings}
+    if stage == "layers":
+        kept = {name: value for name, value in settings.items() if name not in OF_ANSWERS}
+        return kept | own
+    settings.pop("attention_loss", None)
+    return settings
+
+
+def _check_presence(config: TrainConfig) -> None:
     """What no run can do without."""
     for name in ("train_file", "output_dir"):
-        if not getattr(config, name) and not (name == "output_dir" and config.check_invariance):
+        if not config.flat()[name]:
             raise UserError(
                 f"--{name} is missing: give it, or start without any argument for the demo."
             )
-    if not config.teacher and config.learns_answers:
+    model = config.model
+    if not model.teacher and config.learns_answers:
         raise UserError(
             "--teacher is missing: name one, or give --distillation_loss_weight 0 "
             "to train on gold spans alone."
         )
-    if config.report_to == "tensorboard" and find_spec("tensorboard") is None:
+    if config.output.report_to == "tensorboard" and find_spec("tensorboard") is None:
         raise UserError("--report_to tensorboard needs a package: pip install tensorboard.")
-    if config.student is None and (not config.teacher or config.student_layers is None):
-        needed = {"--teacher": config.teacher, "--student_layers": config.student_layers}
+    if not model.student and not (model.teacher and model.student_layers):
+        needed = {"--teacher": model.teacher, "--student_layers": model.student_layers}
         lacking = " and ".join(name for name, given in needed.items() if not given)
         raise UserError(
             f"--student is missing: name one, or give {lacking} to keep some of the teacher's "
             "layers."
         )
+    optimization = config.optimization
+    if optimization.max_steps <= 0 and not optimization.num_train_epochs > 0:
+        raise UserError(
+            f"--num_train_epochs is {optimization.num_train_epochs}: give a number above 0, "
+            f"{10**6} at most."
+        )
 
 
-def check_contradictions(config: "TrainConfig") -> None:
+def _check_contradictions(config: TrainConfig) -> None:
     """Flags that exclude, or need, one another."""
+    given = config.flat()
     for one, other in (
         ("overwrite", "resume_from_checkpoint"),
         ("gradient_accumulation_steps", "max_tokens_per_micro_batch"),
     ):
-        if getattr(config, one) and getattr(config, other):
+        if given[one] and given[other]:
             raise UserError(f"--{one} and --{other} exclude each other: give one of them.")
-    for needy in ("eval_steps", "load_best_model_at_end", "metric", "report"):
-        if getattr(config, needy) and not config.validation_file:
-            raise UserError(f"--{needy} needs --validation_file: give one, or leave it out.")
+    for name in EVALUATION_FLAGS:
+        if given[name] and not given["validation_file"]:
+            raise UserError(f"--{name} needs --validation_file: give one, or leave it out.")
 
 
-def check_stage(config: "TrainConfig") -> None:
+def _check_stage(config: TrainConfig) -> None:
     """Flags that a stage has no use for, or cannot do without."""
-    stage = f"--stage {config.stage}"
-    if config.stage != "both":
+    model, given = config.model, config.flat()
+    stage = f"--stage {model.stage}"
+    if model.stage != "both":
         for name in LAYERS_FLAGS:
-            if getattr(config, name) is not None:
+            if given[name] is not None:
                 raise UserError(f"--{name} needs --stage both: give that, or leave it out.")
-    if config.stage == "predictions":
-        if config.attention_loss != "none":
+    if model.stage == "predictions":
+        if model.attention_loss != "none":
             raise UserError(
-                f"--attention_loss {config.attention_loss} needs --stage layers or both: give "
+                f"--attention_loss {model.attention_loss} needs --stage layers or both: give "
                 "one of them, or leave it out."
             )
         return
     for name in ("torch_compile", "gradient_checkpointing"):
-        if getattr(config, name):
+        if given[name]:
             raise UserError(f"--{name} and {stage} exclude each other: give one of them.")
-    if config.stage == "both":
-        if config.check_invariance:
-            raise UserError("--check_invariance looks at one stage: give --stage layers.")
-        if config.resume_from_checkpoint not in (None, "last"):
+    if model.stage == "both":
+        if config.output.resume_from_checkpoint not in ("", "last"):
             raise UserError(
-                f"--resume_from_checkpoint {config.resume_from_checkpoint}: --stage both goes on "
-                "from the `last` checkpoint, in whichever stage: give that."
+                f"--resume_from_checkpoint {config.output.resume_from_checkpoint}: --stage both "
+                "goes on from the `last` checkpoint, in whichever stage: give that."
             )
-        if not (config.teacher or config.layers_teacher):
+        if not (model.teacher or model.layers_teacher):
             raise UserError(f"{stage} needs a teacher: give --teacher or --layers_teacher.")
         return
-    if len(config.teacher or ()) != 1:
+    if len(model.teacher) != 1:
         raise UserError(f"{stage} learns from one teacher: give one --teacher.")
-    evaluation = ("validation_file", "eval_steps", "load_best_model_at_end", "metric", "report")
-    for name in (*evaluation, "push_to_hub"):
-        if getattr(config, name):
+    for name in ("validation_file", *EVALUATION_FLAGS, "push_to_hub"):
+        if given[name]:
             raise UserError(
                 f"--{name} is of no use in {stage}, which trains no span head: leave it out, "
                 "or give --stage both."
             )
 
 
-def check_teachers(config: "TrainConfig") -> None:
+def check_teachers(config: TrainConfig) -> None:
     """Raise UserError where weights or the loss do not suit the teachers."""
-    count, weights = len(config.teacher or ()), config.teacher_weights
-    if weights is not None:
+    count, weights = len(config.model.teacher), config.model.teacher_weights
+    if weights:
         given = " ".join(map(str, weights))
         if len(weights) != count:
             raise UserError(
@@ -117,53 +146,8 @@ def check_teachers(config: "TrainConfig") -> None:
                 f"--teacher_weights {given}: give numbers above 0 whose sum is 1 "
                 f"(it is {sum(weights):g})."
             )
-    if config.distillation_loss == "mse" and count > 1:
+    if config.loss.distillation_loss == "mse" and count > 1:
         raise UserError(
             "--distillation_loss mse compares logits, and an average of several --teacher has "
             "probabilities only: give one teacher, or kl_div."
         )
-
-
-def check_ranges(config: "TrainConfig") -> None:
-    """Numbers that are too small or too large."""
-    positive = [
-        "max_seq_length",
-        "max_query_length",
-        "doc_stride",
-        "temperature",
-        "train_batch_size",
-        "learning_rate",
-        "max_grad_norm",
-        "max_answer_length",
-        "n_best_size",
-        "save_total_limit",
-    ]
-    positive += [] if config.max_steps > 0 else ["num_train_epochs"]
-    optional = (
-        "max_tokens_per_micro_batch",
-        "gradient_accumulation_steps",
-        "eval_steps",
-        "save_steps",
-        "layers_num_train_epochs",
-        "layers_learning_rate",
-    )
-    positive += [name for name in optional if getattr(config, name) is not None]
-    for name in positive:
-        value = getattr(config, name)
-        top = MOST.get(name, LARGEST)
-        if not 0 < value <= top:
-            raise UserError(f"--{name} is {value}: give a number above 0, {top} at most.")
-    if config.max_steps > LARGEST:
-        raise UserError(f"--max_steps is {config.max_steps}: give {LARGEST} at most.")
-    for name, top in (
-        ("distillation_loss_weight", 1),
-        ("warmup_ratio", 1),
-        ("weight_decay", LARGEST),
-        ("embeds_dropout_prob", 0.99),
-        ("seed", 2**32 - 1),
-    ):
-        value = getattr(config, name)
-        if not 0 <= value <= top:
-            raise UserError(f"--{name} is {value}: give a number from 0 to {top}.")
-    if not config.grace_seconds >= 0:
-        raise UserError(f"--grace_seconds is {config.grace_seconds}: give 0 or more.")

@@ -2,7 +2,8 @@
 
 Prints a page to paste into an issue. Reads versions and devices, runs every usable backend once on
 a few windows, changes nothing. Exits with 0 whatever it finds. With --convert, makes safetensors of
-a model's pickled weights instead.
+a model's pickled weights instead; with
+--check_invariance, tests one step of a training run.
 """
 
 import argparse
@@ -21,6 +22,9 @@ import kdfast
 from kdfast import fused_kd_loss
 from kdfast.common import program
 from kdfast.common.errors import UserError
+from kdfast.common.ranks import Ranks
+from kdfast.common.signals import StopSignals
+from kdfast.config import TrainConfig
 from kdfast.kernels import backends
 
 VOLTA = (
@@ -38,6 +42,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The settings that a command line gives. Raises UserError for unknown flags and values."""
     parser = program.plain_parser("doctor", __doc__)
     parser.add_argument(
+        "--check_invariance",
+        action="store_true",
+        help="With flags of kdfast.train: train nothing, but compare one step's gradient over many "
+        "ways to split it into micro-batches and ranks.",
+    )
+    parser.add_argument(
         "--convert",
         metavar="DIR|HUB_ID",
         help="Write model.safetensors of the weights in this model's pytorch_model.bin.",
@@ -47,6 +57,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="With --convert, a new folder for the whole model. Default: DIR itself, or a folder "
         "of the hub model's name.",
     )
+    if "--check_invariance" in argv:
+        from kdfast import train
+
+        others = [each for each in argv if each != "--check_invariance"]
+        return argparse.Namespace(check_invariance=train.parse(others) or TrainConfig())
     given = program.parse(parser, argv)
     if given.output_dir and not given.convert:
         raise UserError("--output_dir needs --convert: leave it out, or name a model to convert.")
@@ -55,12 +70,38 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def start(given: argparse.Namespace) -> None:
     """The work of the program."""
+    if given.check_invariance:
+        return check_invariance(given.check_invariance)
     if given.convert:
         from kdfast.models.conversion import convert
 
         print(f"{convert(given.convert, given.output_dir)} is written.")
     else:
         print("\n".join(page()))
+
+
+def check_invariance(config: TrainConfig) -> None:
+    """Report whether a step's gradient depends on how it is split. Raises UserError if it does."""
+    from kdfast import train
+    from kdfast.config_checks import check
+    from kdfast.teachers.layers import find_teacher
+    from kdfast.training import inputs, invariance
+    from kdfast.training.assemble import TrainingData, assemble
+
+    check(config.replace(output_dir="."))  # nothing is written there
+    if config.model.stage == "both":
+        raise UserError("--check_invariance looks at one stage: give --stage layers.")
+    with StopSignals() as stop, Ranks.join() as ranks:
+        run = train.start_run(config, ranks, stop)
+        train.log_config(config, run)
+        student = inputs.load_student(config, ranks)
+        windows = inputs.prepare(config, student, config.data.train_file, "train", ranks)
+        if config.model.stage == "layers":
+            find_teacher(config, student)
+        targets = inputs.find_targets(config, windows, student, run)
+        logits = inputs.teacher_logits(config, targets, windows, run)
+        data = TrainingData(windows, logits, inputs.trained_windows(config, windows, ranks))
+        invariance.report(assemble(config, run, student.model, data), train.train_loop)
 
 
 def page() -> list[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from kdfast.common.errors import UserError
 from kdfast.common.files import make_writable, write_json
 from kdfast.common.machine import describe_machine
+from kdfast.common.precision import pick_device, resolve
 from kdfast.common.ranks import Ranks
 from kdfast.data import read
 from kdfast.data.tally import Tally
@@ -22,7 +23,6 @@ from kdfast.evaluation import answers, bootstrap, metrics, predictions, scoring,
 from kdfast.evaluation.evaluated_model import Contender, questions_of, result_of
 from kdfast.evaluation.settings import EvaluateConfig
 from kdfast.evaluation.suites import EvaluationSet
-from kdfast.models.precision import pick_device, resolve
 
 FORMAT = 1  # of what is written: raise it when the meaning changes
 

@@ -107,7 +107,7 @@ class KDMixin:
         inputs = dict(inputs)
         teacher, _ = (inputs.pop(name, None) for name in TEACHER_COLUMNS)
         positions = [inputs.pop(name, None) for name in LABELS]
-        weight = self.kd.distillation_loss_weight
+        weight = self.kd.loss.distillation_loss_weight
         if teacher is None:
             if weight > 0 and torch.is_grad_enabled():
                 raise UserError(
@@ -126,10 +126,10 @@ class KDMixin:
             heads_of(outputs),
             teacher,
             *positions,
-            temperature=self.kd.temperature,
+            temperature=self.kd.loss.temperature,
             distillation_loss_weight=weight,
-            distillation_loss=self.kd.distillation_loss,
-            convention=self.kd.convention,
+            distillation_loss=self.kd.loss.distillation_loss,
+            convention=self.kd.loss.convention,
             mask=None if mask is None else mask.bool(),
             reduction="mean" if num_items_in_batch is None else "sum",
         )
@@ -160,7 +160,7 @@ def heads_of(outputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 def check_temperature(temperature: float | None, kd: TrainConfig) -> None:
     """Raise UserError where logits that hold at `temperature` alone would be used otherwise."""
-    if temperature is not None and (kd.temperature, kd.distillation_loss) != (
+    if temperature is not None and (kd.loss.temperature, kd.loss.distillation_loss) != (
         temperature,
         "kl_div",
     ):

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from kdfast.common import program
 from kdfast.common.errors import UserError
 from kdfast.common.files import make_writable
-from kdfast.config import flag
+from kdfast.common.settings import flag
 from kdfast.data.questions import check_text
 from kdfast.data.read import iter_examples
 from kdfast.data.tally import Tally

@@ -15,17 +15,18 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from kdfast.common.errors import UserError
+from kdfast.common.precision import AUTOCAST, device_of, resolve
+from kdfast.config import WindowSettings
 from kdfast.data.batches import cut_by_tokens
 from kdfast.data.examples import Example
 from kdfast.data.prepare import windows_of
 from kdfast.data.questions import Pair, pair_of, pairs_of
-from kdfast.data.windows import Windows, WindowSettings
+from kdfast.data.windows import Windows
 from kdfast.evaluation.pipeline_answers import pipeline_answers
 from kdfast.evaluation.reader_settings import ReaderSettings
 from kdfast.models import load
 from kdfast.models.inference import forward_tokens, forward_windows
 from kdfast.models.loader import flat_positions
-from kdfast.models.precision import AUTOCAST, device_of, resolve
 from kdfast.tokenizers.load import load_tokenizer
 from kdfast.tokenizers.template import Template
 from kdfast.tokenizers.word_offsets import WordOffsets

@@ -1,41 +1,39 @@
 """`python -m kdfast.train`: distil a small reader from a large one.
 
-Without any argument it runs the embedded demo.
+Without any argument it runs the embedded demo. The training loop is `train_loop`.
 """
 
 import sys
 
+from kdfast.command_line import parse
 from kdfast.common import program
-from kdfast.train_flags import parse
 
 if __name__ == "__main__":  # flags come first: what is imported below takes seconds
     sys.exit(program.run(parse, "kdfast.train:start"))
 
-import json
 import signal
-from dataclasses import asdict
-from pathlib import Path
+from functools import partial
+from typing import Any
 
 import torch
 
 from kdfast import recipes
 from kdfast.card import CardConfig, publish
 from kdfast.common.machine import code_key, describe_machine
-from kdfast.common.progress import training_bar
+from kdfast.common.precision import enable_determinism, pick_device, resolve
 from kdfast.common.ranks import Ranks
+from kdfast.common.run import Run
 from kdfast.common.signals import Stopped, StopSignals
 from kdfast.config import TrainConfig
-from kdfast.data.batches import MicroBatchPolicy, TrainingOrder
-from kdfast.models import load
-from kdfast.models.dropout import speed_up_dropout
-from kdfast.models.loader import make_loader
-from kdfast.models.precision import AUTOCAST, enable_determinism, pick_device, resolve
+from kdfast.config_checks import check
+from kdfast.demo import demo
 from kdfast.models.save import rehearse_saving
 from kdfast.teachers import layers
-from kdfast.training import checkpoint, inputs, invariance, micro_batches, resume, stages
-from kdfast.training.log import Clock, progress_line
-from kdfast.training.nonfinite import NonfiniteSteps
-from kdfast.training.optimizer import Updater, make_optimizer
+from kdfast.training import inputs, resume, stages
+from kdfast.training.assemble import Training, TrainingData, assemble
+from kdfast.training.callback import Callback
+from kdfast.training.checkpoint import list_checkpoints
+from kdfast.training.optimizer import learning_rate
 from kdfast.training.results import Results
 from kdfast.training.run_folder import (
     check_shared,
@@ -45,248 +43,210 @@ from kdfast.training.run_folder import (
     sole_run,
     write_run,
 )
+from kdfast.training.step import StepSums, read_step, seed_generators
+
+
+def train_loop(training: Training, callback: Callback, steps: int | None = None) -> None:
+    """The recipe: the steps of a run, up to the last one or to a signal that all ranks heard of.
+
+    A step is a pure function of its number, the seed, the data and the settings: nothing draws
+    from a generator that outlives a micro-batch, and no cut depends on a clock.
+
+    Args:
+        training: Model, optimizer, data and all else that a step needs.
+        callback: What happens around the steps, such as `Results`.
+        steps: How many to do at most. Default: all that are left.
+    """
+    run, settings, optimizer = training.run, training.settings, training.optimizer
+    progress, cuts, objective = training.progress, training.cuts, training.objective
+    end = training.total_steps if steps is None else progress.steps + steps
+    # What a resumed run owes: its checkpoint may stand before an evaluation, or at the last step.
+    callback.place_student_if_last()
+    callback.evaluate_if_due()
+    callback.save_if_due()
+    while progress.steps < end and not run.stop.agreed:
+        step, indices = progress.steps, training.order.step(progress.steps)
+        training.model.train()
+        for micro_batches in cuts.until_they_fit(indices, optimizer):
+            output = row_loss = row_parts = loss = None  # what did not fit must not stay
+            sums = StepSums(run, len(indices))
+            # One autocast for all: it forgets its half-precision weights at its end.
+            with cuts.catching_out_of_memory(), run.autocast():
+                for number, batch in enumerate(training.load(step, micro_batches)):
+                    if sums.must_drop(number, len(micro_batches)):
+                        break
+                    seed_generators(settings.seed, step, run.ranks.rank, number)
+                    output = training.forward(**batch.inputs)
+                    with run.full_precision():
+                        row_loss, row_parts = objective.loss(output, batch)
+                        loss = row_loss.sum() / len(indices)
+                        optimizer.scale(loss).backward()
+                    sums.add(loss, row_parts)
+
+        totals = training.totals(sums, micro_batches)
+        totals.values = run.ranks.sum_gradients(optimizer.parameters, totals.values)
+        loss_scale = optimizer.loss_scale()
+        optimizer.unscale()
+        grad_norm = optimizer.clip(settings.max_grad_norm)
+        is_finite = torch.isfinite(grad_norm) & torch.isfinite(totals["loss"])
+        skipped = ~is_finite | (totals["drops"] > 0)
+        lr = learning_rate(
+            settings.learning_rate, optimizer.updates, training.total_steps, settings.warmup_ratio
+        )
+        optimizer.step(lr, skipped)
+
+        numbers = read_step(totals, grad_norm=grad_norm, skipped=skipped, loss_scale=loss_scale)
+        report = training.conclude(numbers, indices, lr)
+        if report is None:  # dropped, because a rank must stop before it would have ended
+            break
+        callback.log_step(report, indices)
+        callback.check_finite(report, micro_batches)
+        callback.place_student_if_last()
+        callback.evaluate_if_due()
+        callback.save_if_due()
 
 
 def start(config: TrainConfig | None) -> None:
     """The work of the program. config: None runs the embedded demo."""
     with StopSignals() as stop:
         if config is None:
-            from kdfast.demo.tour import tour
-
-            tour()
+            demo.run(train)
             return
         with Ranks.join() as ranks:
             train(config, ranks, stop)
 
 
-def train(config: TrainConfig, ranks: Ranks | None = None, stop: StopSignals | None = None) -> dict:
+def train(
+    config: TrainConfig, ranks: Ranks | None = None, stop: StopSignals | None = None
+) -> dict[str, Any]:
     """One run from files to a finished student; returns what run.json holds.
 
-    Raises Stopped where `stop` ended it at a checkpoint.
+    Raises:
+        UserError: For a mistake of the user.
+        Stopped: Where `stop` ended it at a checkpoint.
     """
     ranks, stop = ranks or Ranks(), stop or StopSignals()
-    config.check()
-    inputs.validation_set(config)  # a metric without its language is refused at once
-    if not config.check_invariance:
-        CardConfig.of_run(config).check()
-    if config.stage == "both":
+    check(config)
+    inputs.validation_set(config)  # a metric that lacks its language is refused at once
+    CardConfig.of_run(config.output).check()
+    if config.model.stage == "both":
         with stages.held(config, ranks) as runs:
-            for each in runs:
-                record = train(each, ranks, stop)
-        return record
-    stop.grace_seconds, stop.is_first = config.grace_seconds, ranks.is_first
+            return [train(each, ranks, stop) for each in runs][-1]
+    run = start_run(config, ranks, stop)
+    settings = resume.settings_of(config, run.precision)
+    if ranks.is_first:
+        config = resume.restarted(config, run.output, ranks)
+        open_output(config)
+    check_shared(run.output, ranks, "--output_dir")
+    with sole_run(run.output, ranks):
+        resumed = resume.Resumed.find(config, run.output, ranks)
+        if resumed:
+            resumed.check(settings)
+        log_config(config, run)
+        return distil(config, run, settings, resumed)
+
+
+def start_run(config: TrainConfig, ranks: Ranks, stop: StopSignals) -> Run:
+    """Device and precision of this process, equal settings on all ranks, one cache for all."""
+    stop.grace_seconds, stop.is_first = config.output.grace_seconds, ranks.is_first
     device = pick_device(ranks.local_rank)
-    precision = resolve(config.mixed_precision, device)
-    if config.deterministic:
+    precision = resolve(config.speed.mixed_precision, device)
+    if config.speed.deterministic:
         enable_determinism(device)
     ranks.assert_same_on_all_ranks(
         {"settings": config, "code": code_key(), "torch": torch.__version__}
     )
-    settings = resume.settings_of(config, precision)
-    check_shared(config.cache_path, ranks, "--cache_dir")
-    output = Path(config.output_dir or ".").expanduser()
-    if config.check_invariance:
-        say_config(config, device, precision, ranks)
-        return distil(config, output, None, settings, device, precision, ranks, stop)
-    if ranks.is_first:
-        config = resume.restarted(config, output, ranks)
-        open_output(config)
-    check_shared(output, ranks, "--output_dir")
-    with sole_run(output, ranks):
-        resumed = resume.Resumed.find(config, output, ranks)
-        if resumed:
-            resumed.check(settings)
-        say_config(config, device, precision, ranks)
-        return distil(config, output, resumed, settings, device, precision, ranks, stop)
+    check_shared(config.data.cache_path, ranks, "--cache_dir")
+    return Run(device, precision, ranks, stop, config.output.folder)
 
 
 def distil(
-    config: TrainConfig,
-    output: Path,
-    resumed: resume.Resumed | None,
-    settings: dict,
-    device: torch.device,
-    precision: str,
-    ranks: Ranks,
-    stop: StopSignals,
-) -> dict:
-    """The recipe, once `output` is this run's own."""
+    config: TrainConfig, run: Run, settings: dict[str, Any], resumed: resume.Resumed | None
+) -> dict[str, Any]:
+    """Data and models, the loop, the student: a run whose output folder is its own."""
+    ranks, output = run.ranks, run.output
     student = inputs.load_student(config, ranks)
-    if ranks.is_first and not config.check_invariance:
-        rehearse_saving(output, student, config.student or config.teacher[0])
-    windows = inputs.prepare(config, student, config.train_file, "train", ranks)
+    if ranks.is_first:
+        rehearse_saving(output, student, config.model.student_source)
+    windows = inputs.prepare(config, student, config.data.train_file, "train", ranks)
     validation = inputs.load_validation(config, student, ranks)
-    taught = inputs.find_targets(config, windows, student, device, precision, ranks)
-    if config.stage == "layers":
+    targets = inputs.find_targets(config, windows, student, run)
+    if config.model.stage == "layers":
         taught_by = [layers.find_teacher(config, student)]
     else:
-        taught_by = taught and taught.weights
-    keys = resume.keys_of(config, student, windows, taught_by, taught and taught.key)
+        taught_by = targets and targets.weights
+    keys = resume.keys_of(config, student, windows, taught_by, targets and targets.key)
     ranks.assert_same_on_all_ranks(keys)
-    environment = resume.environment_of(ranks)
-    identity = {**settings, **keys, "circumstances": environment}
     if resumed:
         resumed.check(keys)
-    teacher_logits = inputs.teacher_logits(config, taught, windows, device, ranks)
-
-    model = student.model.to(device)
-    if device.type == "cpu" and not config.torch_compile:  # it compiles its own dropout
-        speed_up_dropout(model)
-    learner, kind_of_step = layers.make_learner(config, model, device, precision)
-    scaler = None
-    if precision == "fp16":
-        scaler = torch.amp.GradScaler(device.type, kind_of_step.INITIAL_SCALE)
-    updater = Updater(
-        learner, make_optimizer(learner, config.weight_decay), scaler, config.max_grad_norm
-    )
+    environment = resume.environment_of(ranks)
+    identity = {**settings, **keys, "circumstances": environment}
+    logits = inputs.teacher_logits(config, targets, windows, run)
     chosen = inputs.trained_windows(config, windows, ranks)
-    order = TrainingOrder(chosen, config.train_batch_size, config.seed)
-    total = total_steps(config, order)
-    progress = checkpoint.Progress()
+    data = TrainingData(windows, logits, chosen)
+
+    restore = resumed and partial(resumed.restore, output, validation and validation.key)
+    training = assemble(config, run, student.model, data, restore)
+    progress, total = training.progress, training.total_steps
     if resumed:
-        progress = resumed.restore(output, model, updater, validation and validation.key)
         for note in resumed.notes(environment, progress.steps):
             ranks.log(note)
     progress.starts.append(progress.steps)
-
-    forward = model.compiled() if config.torch_compile else learner
-    multiple = load.COMPILED_WIDTH if config.torch_compile else 1
-    if config.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    work = micro_batches.count_work(model)
-    if config.stage == "layers":
-        work = work.with_teacher(micro_batches.count_work(learner.teacher))
-    if progress.policy is None:
-        policy = ""
-        if ranks.is_first:  # what memory it finds holds for all
-            probe = micro_batches.MemoryProbe(learner, forward, device, AUTOCAST[precision])
-            policy = json.dumps(asdict(micro_batches.choose_policy(config, work, probe)))
-        progress.policy = MicroBatchPolicy(**json.loads(ranks.share(policy)))
-    loader = make_loader(windows, teacher_logits, device, multiple)
-    stepper = kind_of_step(
-        config,
-        model,
-        forward,
-        updater,
-        loader,
-        windows.lengths,
-        progress.policy,
-        device,
-        precision,
-        total,
-        multiple,
-        ranks,
-        stop,
-    )
-    if config.check_invariance:
-        return invariance.report(stepper, order.step(0), ranks)
-    if config.overwrite and ranks.is_first:  # not before all that the run needs has proved good
+    if config.output.overwrite and ranks.is_first:  # all that the run needs has proved good
         remove_run(output)
-    matmul_rate = micro_batches.matmul_rate(device, AUTOCAST[precision] or torch.float32)
-    stop.can_resume = stop.can_resume or bool(checkpoint.list_checkpoints(output))
-    results = Results(
-        config,
-        output,
-        student,
-        updater,
-        progress,
-        total,
-        identity,
-        validation,
-        Clock(work, matmul_rate, progress.clock),
-        device,
-        precision,
-        ranks,
-        stop,
-    )
-    nonfinite = NonfiniteSteps(stepper, windows)
-    ranks.log(f"{total} steps of {config.train_batch_size} windows.")
-    bar = training_bar(progress.steps, total, ranks.is_first)
-    with bar, stop.deferred(), results.telling_where():
-        while not stop.agreed:
-            is_last = progress.steps >= total
-            if is_last:
-                results.place_student()
-            if results.must_evaluate():
-                bar.refresh()  # or it would show an earlier step as long as this takes
-                if figures := results.evaluate():
-                    ranks.log(figures)
-            if stop.agreed:
-                break
-            if results.must_save():
-                results.save()
-                stop.can_resume = True
-            if is_last:
-                break
-            indices = order.step(progress.steps)
-            upcoming = order.step(progress.steps + 1) if progress.steps + 1 < total else None
-            report = stepper.run(progress.steps, indices, upcoming)
-            if stepper.policy != progress.policy:
-                ranks.log(f"Out of memory: steps are now cut by {stepper.policy}.")
-                progress.policy = stepper.policy
-            if report is not None:
-                speed = results.step(report, windows.lengths[indices])
-                if skipped := nonfinite.check(report):
-                    ranks.log(skipped)
-                line = progress_line(report, speed)
-                bar.set_postfix_str(line, refresh=False)
-                bar.update()
-                if bar.disable and progress.steps % max(1, total // 10) == 0:
-                    ranks.log(f"step {progress.steps} of {total}: {line}")
-        if stop.agreed:
+    run.stop.can_resume = run.stop.can_resume or bool(list_checkpoints(output))
+    results = Results(config, training, student, windows, validation, identity)
+    ranks.log(f"{total} steps of {config.optimization.train_batch_size} windows.")
+    with results.bar, run.stop.deferred(), results.telling_where():
+        train_loop(training, results)
+        if run.stop.agreed:
             results.save()
             ranks.barrier()
             where = f"after step {progress.steps}, in a checkpoint"
             ranks.log(f"Stopped {where if progress.steps else 'before the first step'}.")
-            raise Stopped(stop.number or signal.SIGTERM, can_resume=progress.steps > 0)
-    if updater.updates < progress.steps:
-        ranks.log(f"{progress.steps - updater.updates} of {progress.steps} steps were skipped.")
+            raise Stopped(run.stop.number or signal.SIGTERM, can_resume=progress.steps > 0)
+    skipped = progress.steps - training.optimizer.updates
+    if skipped:
+        ranks.log(f"{skipped} of {progress.steps} steps were skipped.")
     with results.telling_where():
         results.finish()
 
     record = {
-        "config": asdict(config),
-        "precision": precision,
+        "config": config.flat(),
+        "precision": run.precision,
         "ranks": ranks.count,
-        **describe_machine(device),
-        "student_parameters": sum(each.numel() for each in model.parameters()),
+        **describe_machine(run.device),
+        "student_parameters": sum(each.numel() for each in training.student.parameters()),
         "train_windows": len(chosen),
         "questions": inputs.question_counts(windows, chosen),
-        "teacher_cache": taught and taught.key,
+        "teacher_cache": targets and targets.key,
         "layers_stage": stages.earlier(config),
         "local_paths": local_paths(config),
-        "matmul_flops_per_second": matmul_rate,
+        "matmul_flops_per_second": results.matmul_rate,
         **results.figures(),
     }
     if ranks.is_first:
         with results.telling_where():
             write_run(output, record)
     ranks.barrier()
-    what = "student" if taught or config.stage == "layers" else "model"
+    what = "student" if targets or config.model.stage == "layers" else "model"
     ranks.log(f"The {what} is in {output}; run.json there holds settings, versions and figures.")
-    if ranks.is_first and config.stage == "predictions":
+    if ranks.is_first and config.model.stage == "predictions":
         with results.telling_where():
-            publish(CardConfig.of_run(config), ranks.log)
+            publish(CardConfig.of_run(config.output), ranks.log)
     return record
 
 
-def total_steps(config: TrainConfig, order: TrainingOrder) -> int:
-    """Optimizer steps of the whole run."""
-    if config.max_steps > 0:
-        return config.max_steps
-    return max(1, round(config.num_train_epochs * order.steps_per_epoch))
-
-
-def say_config(config: TrainConfig, device: torch.device, precision: str, ranks: Ranks) -> None:
+def log_config(config: TrainConfig, run: Run) -> None:
     """Print the settings that the run uses, a line each."""
-    of = f", one of {ranks.count} ranks" if ranks.count > 1 else ""
-    ranks.log(f"kdfast.train on {device}, precision {precision}{of}")
-    for name, value in asdict(config).items():
+    of = f", one of {run.ranks.count} ranks" if run.ranks.count > 1 else ""
+    run.ranks.log(f"kdfast.train on {run.device}, precision {run.precision}{of}")
+    for name, value in config.flat().items():
         if value is not None and value is not False:
-            ranks.log(f"  {name}: {value}")
-    if config.recipe is not None:
-        for line in recipes.load(config.recipe).lines():
-            ranks.log(f"  {line}")
+            run.ranks.log(f"  {name}: {value}")
+    if config.model.recipe:
+        for line in recipes.load(config.model.recipe).lines():
+            run.ranks.log(f"  {line}")
 
 
 def main(argv: list[str] | None = None) -> int:

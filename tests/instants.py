@@ -5,7 +5,8 @@ import signal
 import sys
 from collections.abc import Callable
 
-from kdfast.training.optimizer import Updater
+from kdfast.training.optimizer import ScaledAdamW
+from kdfast.training.step import StepSums
 
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
 
@@ -26,7 +27,7 @@ def watch(folders: tuple[str, ...], at: Callable[[str], None]) -> None:
                 at(f"{event} {path}")
 
     sys.addaudithook(hook)
-    for owner, name in ((Updater, "backward"), (Updater, "update"), (os, "fsync")):
+    for owner, name in ((StepSums, "add"), (ScaledAdamW, "step"), (os, "fsync")):
         _count(owner, name, at)
 
 

@@ -1,21 +1,55 @@
-"""A Stepper on a tiny reader and corpus, with made-up teacher logits, or a teacher's layers."""
+"""A training of a tiny reader, with made-up teacher logits or a teacher's layers."""
 
-import types
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
+from kdfast.common.run import Run
 from kdfast.config import TrainConfig
 from kdfast.data.prepare import prepare_windows
 from kdfast.data.windows import WindowSettings
 from kdfast.models import load, loader
-from kdfast.models.dropout import speed_up_dropout
-from kdfast.models.precision import AUTOCAST
-from kdfast.teachers import layers
-from kdfast.training import micro_batches
-from kdfast.training.optimizer import Updater, make_optimizer
+from kdfast.train import train_loop
+from kdfast.training.assemble import TrainingData, assemble
+from kdfast.training.callback import Callback
+from kdfast.training.invariance import Recorder
 from tests import corpora, readers
+
+
+class Steps(Callback):
+    """Runs steps one by one, in the loop of kdfast.train."""
+
+    def __init__(self, training):
+        self.training = training
+        self.report = self.micro_batches = None
+
+    def log_step(self, report, indices):
+        self.report = report
+
+    def check_finite(self, report, micro_batches):
+        self.micro_batches = micro_batches
+
+    def __call__(self, step, indices):
+        """Step number `step` over the windows `indices`; returns its report."""
+        training = self.training
+        training.progress.steps, self.report = step, None
+        training.order = SimpleNamespace(step=lambda number: indices)
+        training.total_steps = max(training.total_steps, step + 1)
+        train_loop(training, self, steps=1)
+        return self.report
+
+
+def gradient(run, batches, step=3):
+    """The gradient of a step over these micro-batches, an fp64 vector, and the step's report."""
+    training, step_of = run.training, run.step
+    kept = training.optimizer, training.cuts.cut
+    training.optimizer = recorder = Recorder(training.model, 0.0, training.optimizer.scaler)
+    training.cuts.cut = lambda indices: batches
+    report = step_of(step, np.concatenate(batches))
+    training.optimizer, training.cuts.cut = kept
+    return recorder.gradient, report
 
 
 def make(
@@ -46,40 +80,34 @@ def make(
         "learning_rate": 1e-3,
         "embeds_dropout_prob": dropout,
         "max_seq_length": 200,
+        "max_steps": 10,
         **({} if teacher else {"distillation_loss_weight": 0.0}),
         **changes,
     }
     config = TrainConfig(**settings)
-    loaded = load.load_reader(name, "--student", embeds_dropout_prob=config.embeds_dropout_prob)
+    loaded = load.load_reader(
+        name, "--student", embeds_dropout_prob=config.optimization.embeds_dropout_prob
+    )
     windows = prepare_windows(
         source, loaded.tokenizer, WindowSettings(200), cache_dir=path / "cache"
     )
     model = loaded.model.to(dtype)
-    if not config.torch_compile:
-        speed_up_dropout(model)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10) if precision == "fp16" else None
-    device = torch.device("cpu")
-    learner, kind = layers.make_learner(config, model, device, precision)
-    learner.to(dtype)
-    optimizer = make_optimizer(learner, config.weight_decay)
-    updater = Updater(learner, optimizer, scaler, config.max_grad_norm)
     draw = np.random.default_rng(5)
     logits = draw.normal(0, 3, (len(windows.input_ids), 2)).astype(np.float16)
-    if config.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    probe = micro_batches.MemoryProbe(learner, learner, device, AUTOCAST[precision])
-    stepper = kind(
-        config,
-        model,
-        learner,
-        updater,
-        loader.HostLoader(windows, logits if teacher else None),
-        windows.lengths,
-        micro_batches.choose_policy(config, micro_batches.count_work(model), probe),
-        device,
-        precision,
-        total_steps=10,
-    )
-    return types.SimpleNamespace(
-        stepper=stepper, model=model, updater=updater, windows=windows, loaded=loaded
+    data = TrainingData(windows, logits if teacher else None, np.arange(len(windows)))
+    run = Run(precision=precision, output=path / "out")
+    training = assemble(config, run, model, data)
+    training.model.to(dtype)
+    assert isinstance(training.loader, loader.HostLoader)
+    if training.optimizer.scaler:
+        state = training.optimizer.scaler.state_dict()
+        training.optimizer.scaler.load_state_dict({**state, "scale": 2.0**10})
+    return SimpleNamespace(
+        training=training,
+        step=Steps(training),
+        model=model,
+        optimizer=training.optimizer,
+        windows=windows,
+        loaded=loaded,
+        config=config,
     )

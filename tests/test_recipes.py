@@ -3,15 +3,14 @@
 import json
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from kdfast import recipes, train
 from kdfast.common.errors import UserError
-from kdfast.config import OBJECTIVE, TrainConfig
-from kdfast.config_checks import LAYERS_FLAGS
+from kdfast.config import OBJECTIVE, SETTINGS
+from kdfast.config_checks import LAYERS_FLAGS, check
 from kdfast.evaluation import suites
 from tests import corpora, readers
 
@@ -32,9 +31,9 @@ def test_every_recipe_has_a_proof():
 @pytest.mark.parametrize("name", PROOFS)
 def test_settings_are_flags_and_the_rest_is_printed(name):
     recipe = recipes.load(name)
-    assert set(recipe.settings) <= {each.name for each in fields(TrainConfig)} - {"recipe"}
+    assert set(recipe.settings) <= set(SETTINGS) - {"recipe"}
     config = train.parse(["--recipe", name, "--output_dir", "out"])
-    config.check()
+    check(config)
     for flag, value in recipe.settings.items():
         value = [value] if flag == "teacher" else value
         assert getattr(config, flag) == value and type(getattr(config, flag)) is type(value)
@@ -99,23 +98,30 @@ def test_a_recipe_of_two_stages_serves_each_of_them():
     both = train.parse(known)
     for stage in ("both", "layers", "predictions"):
         config = train.parse([*known, "--stage", stage])
-        config.check()
-        assert config.stage == stage
+        check(config)
+        assert config.model.stage == stage
     layers = train.parse([*known, "--stage", "layers", "--learning_rate", "1e-4"])
-    assert layers.teacher == [both.layers_teacher] and layers.learning_rate == 1e-4
-    assert layers.num_train_epochs == both.layers_num_train_epochs
-    assert train.parse([*known, "--stage=predictions"]).teacher == both.teacher
+    assert (
+        layers.model.teacher == [both.model.layers_teacher]
+        and layers.optimization.learning_rate == 1e-4
+    )
+    assert layers.optimization.num_train_epochs == both.model.layers_num_train_epochs
+    assert train.parse([*known, "--stage=predictions"]).model.teacher == both.model.teacher
 
 
 def test_flags_override():
     name = "xlm-roberta-base-squad2-distilled"
     config = train.parse(["--temperature", "2", "--recipe", name, "--train_file", "mine.json"])
-    assert (config.temperature, config.train_file, config.train_batch_size) == (
+    assert (
+        config.loss.temperature,
+        config.data.train_file,
+        config.optimization.train_batch_size,
+    ) == (
         2.0,
         "mine.json",
         56,
     )
-    assert config.recipe == name and "recipe" not in OBJECTIVE
+    assert config.model.recipe == name and "recipe" not in OBJECTIVE
 
 
 def test_list(capsys):

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
-from kdfast import evaluate, train
-from kdfast.training import step
+from kdfast import evaluate
+from kdfast.training import assemble
 from tests import corpora, readers
 from tests.programs import log_of
 
@@ -199,14 +199,14 @@ def test_a_run_that_finds_no_best_model_makes_one(world):
 
 
 def test_a_budget_that_memory_halved_is_kept(world, monkeypatch, capsys):
-    accumulate = step.Stepper.accumulate
+    load = assemble.Training.load
 
     def little_memory(self, *arguments):
-        if self.policy.max_tokens > 300:
+        if self.cuts.policy.max_tokens > 300:
             raise MemoryError
-        return accumulate(self, *arguments)
+        return load(self, *arguments)
 
-    monkeypatch.setattr(step.Stepper, "accumulate", little_memory)
+    monkeypatch.setattr(assemble.Training, "load", little_memory)
     flags = {"max_steps": 4, "save_steps": 2}
     assert world.run(**flags) == 0
     assert "Out of memory: steps are now cut by" in capsys.readouterr().out
@@ -220,7 +220,7 @@ def test_a_budget_that_memory_halved_is_kept(world, monkeypatch, capsys):
 
 def test_dropout_on_a_cpu_is_the_cheap_one(world, monkeypatch):
     made = []
-    monkeypatch.setattr(train, "speed_up_dropout", made.append)
+    monkeypatch.setattr(assemble, "speed_up_dropout", made.append)
     assert world.run(max_steps=1) == 0
     assert len(made) == (not torch.cuda.is_available())
 

@@ -17,8 +17,7 @@ from kdfast.common import files
 from kdfast.evaluation import scoring
 from kdfast.models import save
 from kdfast.teachers import cache
-from kdfast.training import checkpoint
-from kdfast.training.step import Stepper
+from kdfast.training import checkpoint, step
 from tests import forks
 from tests.corpora import write
 from tests.programs import log_of
@@ -288,18 +287,18 @@ def test_a_read_only_folder(world, disk, capsys):
 
 
 def test_a_rank_that_is_killed_ends_the_others_with_a_sentence(world, monkeypatch):
-    losses = Stepper.losses
+    losses = step.kd_loss_rows
 
     def rank(number):
         seen = []
 
-        def dies(self, *arguments):
+        def dies(*arguments, **named):
             seen.append(1)
             if number == 1 and len(seen) == 7:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return losses(self, *arguments)
+            return losses(*arguments, **named)
 
-        monkeypatch.setattr(Stepper, "losses", dies)
+        monkeypatch.setattr(step, "kd_loss_rows", dies)
         with (world.path / "said").open("w") as file, contextlib.redirect_stderr(file):
             status = world.run(**FLAGS, max_tokens_per_micro_batch=250)
         forks.leave(status)

@@ -5,14 +5,16 @@ import json
 import random
 import shutil
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
+from kdfast.config import LossSettings
 from kdfast.teachers import cache
-from kdfast.training import micro_batches
+from kdfast.training import assemble, results
 from kdfast.training.checkpoint import list_checkpoints
-from kdfast.training.step import Stepper
+from kdfast.training.step import span_objective
 from tests import forks, instants
 from tests.conftest import KILLS
 from tests.programs import log_of
@@ -96,13 +98,13 @@ class Run:
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_killed_run_ends_with_the_bits_of_a_whole_one(world, monkeypatch, long, count, precision):
     # So that the scaler's state matters: it grows until steps overflow.
-    monkeypatch.setattr(Stepper, "INITIAL_SCALE", 2.0**14)
+    objective = replace(span_objective(LossSettings()), initial_scale=2.0**14)
+    monkeypatch.setattr(assemble, "span_objective", lambda settings: objective)
     scaler = functools.partial(torch.amp.GradScaler, growth_interval=2)
     monkeypatch.setattr(torch.amp, "GradScaler", scaler)
     monkeypatch.setattr(cache, "SECONDS_BETWEEN_SAVES", 0.0)
-    monkeypatch.setattr(
-        micro_batches, "matmul_rate", lambda device, dtype: 1e11
-    )  # slow in fp16 on a CPU
+    # Slow in fp16 on a CPU.
+    monkeypatch.setattr(results, "matmul_rate", lambda device, dtype: 1e11)
     run = Run(world, count, precision)
     started = time.monotonic()
     assert run.end(run.start(instants.Killer())) == [0] * count

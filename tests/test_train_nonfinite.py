@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForQuestionAnswering
 
 from kdfast.common.files import write_sums
-from kdfast.training.optimizer import Updater
+from kdfast.training.optimizer import ScaledAdamW
 from tests.programs import log_of, ranks_of
 
 FLAGS = {"max_steps": 5, "save_steps": 1, "save_total_limit": 9, "eval_steps": 2}
@@ -115,15 +115,15 @@ def test_a_huge_learning_rate_overwrites_nothing_good(world, capsys):
 
 @pytest.mark.parametrize("flags", [{"save_steps": 1, "save_total_limit": 1}, {"max_steps": 3}])
 def test_weights_that_a_good_step_broke_are_not_saved(world, capsys, monkeypatch, flags):
-    finish = Updater.finish
+    count = ScaledAdamW.count
 
     def breaks(self, *values):
-        finish(self, *values)
+        count(self, *values)
         if self.updates == 3:
             with torch.no_grad():
                 self.parameters[5].fill_(np.inf)
 
-    monkeypatch.setattr(Updater, "finish", breaks)
+    monkeypatch.setattr(ScaledAdamW, "count", breaks)
     assert world.run(**flags, validation_file=None) == 2
     assert "are not finite any more" in sentence(capsys)
     found = [path.name for path in world.output.glob("checkpoint-*")]

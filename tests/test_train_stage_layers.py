@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from kdfast import card
 from kdfast.common.files import SUMS_FILE, write_sums
 from kdfast.teachers import layers
+from kdfast.training.assemble import Training
 from kdfast.training.checkpoint import OPTIMIZER_FILE
 from tests import readers
 from tests.programs import config_of, log_of, ranks_of
@@ -111,7 +112,6 @@ MISTAKES = {
         {"stage": "both", "layers_num_train_epochs": -1.0},
         "--layers_num_train_epochs is -1.0",
     ),
-    "invariance": ({"stage": "both", "check_invariance": True}, "give --stage layers"),
     "path": ({"stage": "both", "resume_from_checkpoint": "x"}, "from the `last` checkpoint"),
     "other tokens": ({**LAYERS, "teacher": "ROBERTA"}, "has another tokenizer than the student"),
     "layers": ({**LAYERS, "student": "THREE"}, "4 layers are no multiple of the student's 3"),
@@ -158,14 +158,14 @@ def test_a_teacher_that_is_not_finite_is_named(world, capsys):
 
 @pytest.mark.parametrize("policy", ["halt", "skip"])
 def test_a_projection_that_is_not_finite_is_named(world, wide, policy, monkeypatch, capsys):
-    run = layers.LayerStepper.run
+    load = Training.load
 
     def spoiled(self, step, *rest):
         if step == 3:
             self.forward.projection.data[0, 0, 0] = np.inf
-        return run(self, step, *rest)
+        return load(self, step, *rest)
 
-    monkeypatch.setattr(layers.LayerStepper, "run", spoiled)
+    monkeypatch.setattr(Training, "load", spoiled)
     assert world.run(**LAYERS, teacher=wide, on_nonfinite=policy) == 2
     said = capsys.readouterr().err
     assert "the student's weights are not finite (projection)" in said
@@ -197,10 +197,3 @@ def test_two_ranks_learn_what_one_learns(world, wide):
     for ours, theirs in zip(log_of(world.output), log_of(alone), strict=True):
         for name in ("loss", "hidden", "attention", "grad_norm"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
-
-
-def test_invariance_of_the_command(world, wide, capsys):
-    flags = {**LAYERS, "teacher": wide, "attention_loss": "relations", "output_dir": None}
-    assert world.run(**flags, check_invariance=True) == 0
-    said = capsys.readouterr().out
-    assert "one piece" in said and "differs" not in said

@@ -10,9 +10,7 @@ import pytest
 from kdfast.common import signals
 from kdfast.evaluation import scoring
 from kdfast.teachers import cache
-from kdfast.training import checkpoint, micro_batches
-from kdfast.training.optimizer import Updater
-from kdfast.training.step import Stepper
+from kdfast.training import assemble, checkpoint, results, step
 from tests import forks
 from tests.programs import log_of
 
@@ -41,9 +39,8 @@ def steps_of(output):
 
 @pytest.fixture(autouse=True)
 def no_clock(monkeypatch):
-    monkeypatch.setattr(
-        micro_batches, "matmul_rate", lambda device, dtype: 1e11
-    )  # slow in fp16 on a CPU
+    # Slow in fp16 on a CPU.
+    monkeypatch.setattr(results, "matmul_rate", lambda device, dtype: 1e11)
 
 
 @pytest.fixture
@@ -59,7 +56,7 @@ def whole(world):
 def test_a_signal_ends_the_step_and_leaves_a_checkpoint(world, whole, monkeypatch, capsys, number):
     # Twice, as a launcher passes on what its ranks have got already.
     with monkeypatch.context() as patch:
-        signal_at(patch, Stepper, "losses", 8, number, times=2)
+        signal_at(patch, step, "kd_loss_rows", 8, number, times=2)
         assert world.run(**FLAGS) == CODES[number]
     (steps,) = steps_of(world.output)
     assert 0 < steps < 6 and len([line for line in log_of(world.output) if "step" in line]) == steps
@@ -75,7 +72,7 @@ def test_a_step_that_would_outlast_the_grace_is_dropped(world, whole, monkeypatc
     for grace in (1000, 0):
         shutil.rmtree(world.output, ignore_errors=True)
         with monkeypatch.context() as patch:
-            signal_at(patch, Stepper, "accumulate", 2)
+            signal_at(patch, assemble.Training, "load", 2)
             assert world.run(**FLAGS, grace_seconds=grace) == 143
         stopped_after += steps_of(world.output)
         assert log_of(world.output)[-1]["step"] == stopped_after[-1] - 1
@@ -105,8 +102,8 @@ def test_a_signal_before_the_first_step_ends_the_teachers_pass(world, whole, mon
 
 def test_a_second_signal_stops_at_once(world, monkeypatch):
     def rank(number):
-        signal_at(monkeypatch, Stepper, "losses", 1)
-        signal_at(monkeypatch, Stepper, "losses", 2)
+        signal_at(monkeypatch, step, "kd_loss_rows", 1)
+        signal_at(monkeypatch, step, "kd_loss_rows", 2)
         monkeypatch.setattr(signals, "SECONDS_OF_ONE_REQUEST", 0.0)
         forks.leave(world.run(**FLAGS))
 
@@ -120,7 +117,7 @@ def test_ranks_stop_at_the_same_step_where_one_is_asked(world, monkeypatch, is_d
 
     def rank(number):
         if number == 1:
-            signal_at(monkeypatch, Updater, "backward", 3)
+            signal_at(monkeypatch, step.StepSums, "add", 3)
             if is_dropped:
                 monkeypatch.setattr(
                     signals.StopSignals, "must_drop", lambda self, *step: self.is_asked

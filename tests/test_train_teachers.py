@@ -184,8 +184,8 @@ def test_a_run_with_several_teachers_resumes(world, capsys):
 
 
 def test_one_name_is_a_list_of_one():
-    assert TrainConfig(teacher="a").teacher == TrainConfig(teacher=["a"]).teacher == ["a"]
-    assert TrainConfig().teacher is None
+    assert TrainConfig(teacher="a").model == TrainConfig(teacher=["a"]).model
+    assert TrainConfig(teacher="a").model.teacher == ["a"] and TrainConfig().model.teacher == []
 
 
 def mistakes(world):

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import Any, NoReturn, TextIO
@@ -76,12 +76,10 @@ def run(
             return 128 + getattr(interrupt, "number", signal.SIGINT)
 
 
-def parser_of(
-    settings: type, program: str, about: str | None, sections: Mapping[str, str] | None = None
-) -> ArgumentParser:
+def parser_of(settings: type | list[type], program: str, about: str | None) -> ArgumentParser:
     """The parser of `python -m kdfast.PROGRAM`, whose flags are the fields of `settings`.
 
-    sections: the first flag of each section of --help -> its heading.
+    Of several dataclasses each gives a section of --help.
     """
     from transformers import HfArgumentParser
 
@@ -93,14 +91,9 @@ def parser_of(
         allow_abbrev=False,
     )
     parser.error = _refuse
-    if sections:
-        group = None
-        for action in list(parser._actions):  # argparse has no other way to move a flag
-            if action.dest in sections:
-                group = parser.add_argument_group(sections[action.dest])
-            if group is not None:
-                parser._optionals._group_actions.remove(action)
-                group._group_actions.append(action)
+    for action in parser._actions:
+        if action.default in (None, "", []):  # says "not given", which help need not repeat
+            action.help = f"{action.help or ''}%(default).0s"
     return parser
 
 
@@ -113,9 +106,13 @@ def plain_parser(program: str, about: str | None) -> ArgumentParser:
 
 
 def parse(parser: ArgumentParser, argv: Sequence[str]) -> Any:
-    """The settings that `argv` gives. Raises UserError for unknown flags and values."""
+    """The settings that `argv` gives: a dataclass, or a list of those that the parser was made of.
+
+    Raises UserError for unknown flags and values.
+    """
     if hasattr(parser, "parse_args_into_dataclasses"):
-        settings, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+        *found, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+        settings = found if len(found) > 1 else found[0]
     else:
         settings, unknown = parser.parse_known_args(argv)
     if unknown:

@@ -16,6 +16,7 @@ import numpy as np
 
 from kdfast.common.errors import UserError
 from kdfast.common.files import fault_in, sync, write_json, write_sums
+from kdfast.config import WindowSettings
 from kdfast.data.cache import (
     ARRAYS,
     FORMAT,
@@ -29,7 +30,7 @@ from kdfast.data.cache import (
 from kdfast.data.examples import Example
 from kdfast.data.read import fingerprint, iter_examples
 from kdfast.data.windowing import WindowBuilder
-from kdfast.data.windows import Windows, WindowSettings, open_windows
+from kdfast.data.windows import Windows, check_settings, open_windows
 from kdfast.tokenizers.template import Template, tokenizer_key
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def prepare_windows(
             that cannot be written or is full.
     """
     template = Template.learn(tokenizer)
-    settings.check(template)
+    check_settings(settings, template)
     content = [CONTENT, fingerprint(source, split=split), tokenizer_key(tokenizer), vars(settings)]
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     builder = WindowBuilder(tokenizer, template, settings)
@@ -150,7 +151,7 @@ def windows_of(
     """
     template = Template.learn(tokenizer)
     if overlap is None:
-        settings.check(template)
+        check_settings(settings, template)
     builder = WindowBuilder(tokenizer, template, settings, overlap)
     parts: dict[str, list[np.ndarray]] = {name: [] for name in ARRAYS}
     for arrays in builder.arrays(examples):

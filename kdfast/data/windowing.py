@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 
 from kdfast.common.errors import UserError
+from kdfast.config import WindowSettings
 from kdfast.data.cache import UNLABELLED
 from kdfast.data.examples import Example, Lost, first_place
 from kdfast.data.tally import COUNTED, Tally
-from kdfast.data.windows import WindowSettings
 from kdfast.tokenizers.encode import Tokens, ragged, starts_of
 from kdfast.tokenizers.template import Template, whole_texts
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
@@ -11,46 +10,32 @@ import numpy as np
 
 from kdfast.common.errors import UserError
 from kdfast.common.files import read_json_object
+from kdfast.config import WindowSettings
 from kdfast.data.cache import ARRAYS, HEADER, PickledByPath, damaged, open_array
 from kdfast.data.tally import Tally
 from kdfast.data.validate import fault_of, fault_of_header
 from kdfast.tokenizers.template import Template
 
 
-@dataclass(frozen=True)
-class WindowSettings:
-    """How windows are cut out of questions and contexts. All in tokens.
-
-    Args:
-        max_seq_length: of a window at most, special tokens included.
-        max_query_length: of a question; what is longer is cut.
-        doc_stride: from the start of a window to that of the next one in the same context. (In the
-            Reader, as in transformers' pipeline, a doc_stride is the overlap of two windows.)
-    """
-
-    max_seq_length: int = 384
-    max_query_length: int = 64
-    doc_stride: int = 128
-
-    def check(self, template: Template) -> None:
-        """Raises UserError for settings under which some token of a context is in no window."""
-        for name, value in vars(self).items():
-            if value < 1:
-                raise UserError(f"--{name} {value}: give a positive number")
-        room = self.max_seq_length - self.max_query_length - template.size
-        if room < 1:
-            raise UserError(
-                f"--max_seq_length {self.max_seq_length}: a question of --max_query_length "
-                f"{self.max_query_length} and {template.size} special tokens leave no room for a "
-                "context: change one of them"
-            )
-        if self.doc_stride > room:
-            raise UserError(
-                f"--doc_stride {self.doc_stride}: more than the {room} tokens that "
-                f"--max_seq_length {self.max_seq_length} leaves for the context beside a question "
-                f"of --max_query_length {self.max_query_length} and {template.size} special "
-                "tokens, so that windows would leave gaps: change one of them"
-            )
+def check_settings(settings: WindowSettings, template: Template) -> None:
+    """Raises UserError for settings under which some token of a context is in no window."""
+    for name, value in vars(settings).items():
+        if value < 1:
+            raise UserError(f"--{name} {value}: give a positive number")
+    room = settings.max_seq_length - settings.max_query_length - template.size
+    if room < 1:
+        raise UserError(
+            f"--max_seq_length {settings.max_seq_length}: a question of --max_query_length "
+            f"{settings.max_query_length} and {template.size} special tokens leave no room for a "
+            "context: change one of them"
+        )
+    if settings.doc_stride > room:
+        raise UserError(
+            f"--doc_stride {settings.doc_stride}: more than the {room} tokens that "
+            f"--max_seq_length {settings.max_seq_length} leaves for the context beside a question "
+            f"of --max_query_length {settings.max_query_length} and {template.size} special "
+            "tokens, so that windows would leave gaps: change one of them"
+        )
 
 
 class Texts(PickledByPath, Sequence[str]):

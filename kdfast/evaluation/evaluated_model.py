@@ -10,12 +10,13 @@ import torch
 
 from kdfast.common.errors import UserError
 from kdfast.common.files import read_json_object
-from kdfast.common.flag_values import LARGEST
 from kdfast.common.progress import reading_bar
 from kdfast.common.ranks import Ranks
+from kdfast.common.settings import LARGEST
+from kdfast.config import WindowSettings
 from kdfast.data.prepare import prepare_windows
 from kdfast.data.read import Example, read_examples
-from kdfast.data.windows import Windows, WindowSettings
+from kdfast.data.windows import Windows
 from kdfast.evaluation import latency, metrics, scoring, tables
 from kdfast.evaluation.settings import EvaluateConfig
 from kdfast.evaluation.suites import EvaluationSet

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from kdfast.common.precision import AUTOCAST
 from kdfast.data.batches import cut_by_tokens
 from kdfast.data.windows import Windows
 from kdfast.models.inference import forward_tokens
 from kdfast.models.load import SpanModel
 from kdfast.models.loader import HostLoader
-from kdfast.models.precision import AUTOCAST
 
 WARM_UP = 8
 PASSES = 40

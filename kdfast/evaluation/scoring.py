@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from kdfast.common.errors import UserError
+from kdfast.common.precision import AUTOCAST
 from kdfast.common.progress import passing_bar
 from kdfast.common.ranks import Ranks
 from kdfast.common.signals import StopSignals
@@ -18,7 +19,6 @@ from kdfast.evaluation.metric_rules import SQUAD, MetricRule
 from kdfast.models.inference import forward_tokens, forward_windows
 from kdfast.models.load import SpanModel
 from kdfast.models.loader import flat_positions
-from kdfast.models.precision import AUTOCAST
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ from typing import Any, Literal
 
 from kdfast.common import program
 from kdfast.common.errors import UserError
-from kdfast.common.flag_values import LARGEST, MOST, check_values
-from kdfast.config import flag
+from kdfast.common.settings import LARGEST, check_values, flag
 from kdfast.evaluation import suites
 
 ABOUT = (
@@ -57,6 +56,7 @@ class EvaluateConfig:
         None,
         "Null odds above this mean no answer. Default: 0.0 for a model's score difference, "
         "1.0 for files, as in the official script.",
+        most=None,
     )
     null_threshold_from: str | None = flag(
         None,
@@ -69,13 +69,16 @@ class EvaluateConfig:
         None,
         "Tokens in a window, special tokens included. Default, for this and the next two: as "
         "--model was trained, by its run.json, else 384, 64 and 128; as far as it reads.",
+        above=0,
     )
-    max_query_length: int | None = flag(None, "Tokens of the question that are kept.")
+    max_query_length: int | None = flag(None, "Tokens of the question that are kept.", above=0)
     doc_stride: int | None = flag(
-        None, "Context tokens from the start of a window to that of the next."
+        None, "Context tokens from the start of a window to that of the next.", above=0
     )
-    max_answer_length: int = flag(30, "Tokens in the longest answer that is considered.")
-    n_best_size: int = flag(20, "Answers per question in nbest_predictions.json.")
+    max_answer_length: int = flag(30, "Tokens in the longest answer that is considered.", above=0)
+    n_best_size: int = flag(
+        20, "Answers per question in nbest_predictions.json.", above=0, most=1000
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(
         None, "Default: fp16 on a GPU, no on a CPU."
     )
@@ -99,10 +102,6 @@ class EvaluateConfig:
                 )
             if math.isnan(self.null_threshold):
                 raise UserError("--null_threshold is nan: give a number.")
-        for name in (*WINDOW_SETTINGS, "max_answer_length", "n_best_size"):
-            value, top = getattr(self, name), MOST.get(name, LARGEST)
-            if value is not None and not 0 < value <= top:
-                raise UserError(f"--{name} is {value}: give a number above 0, {top} at most.")
         self.sets()
 
     def sets(self) -> list[suites.EvaluationSet]:

@@ -33,13 +33,13 @@ from kdfast.common.files import (
     write_json,
     write_sums,
 )
+from kdfast.common.precision import AUTOCAST
 from kdfast.common.ranks import Ranks
 from kdfast.data.batches import cut_by_tokens
 from kdfast.data.windows import Windows
 from kdfast.models.inference import forward_windows
 from kdfast.models.load import SpanModel
 from kdfast.models.loader import flat_positions
-from kdfast.models.precision import AUTOCAST
 
 FORMAT = 3  # part of every key
 VERIFIED_BYTES = 4 * 2**30  # a larger cache is not compared with its sums: that takes too long

@@ -13,29 +13,15 @@ import torch
 from torch import nn
 
 from kdfast.common.errors import UserError
+from kdfast.common.run import Run
 from kdfast.config import TrainConfig
 from kdfast.models import load
 from kdfast.models.checks import nonfinite_weight
 from kdfast.models.load import SpanModel
-from kdfast.models.loader import MicroBatch
-from kdfast.models.precision import AUTOCAST
 from kdfast.teachers import cache
 from kdfast.teachers.layer_losses import AttentionCapture, AttentionTerm, RelationTerm, hidden_term
 from kdfast.tokenizers.load import has_token_types, load_tokenizer
 from kdfast.tokenizers.template import Template, same_tokens
-from kdfast.training.step import Stepper
-
-
-class LayerStepper(Stepper):
-    """Steps that learn from the teacher's layers. forward: LayerTerms."""
-
-    PARTS = ("hidden", "attention")
-    # The gradients of attention are small: at 2**16 a third of them would be 0 in half precision.
-    INITIAL_SCALE = 2.0**20
-
-    def losses(self, terms: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Losses (B,) and their parts (B, 2); terms: (B, 2)."""
-        return terms.sum(1), terms
 
 
 class LayerTerms(nn.Module):
@@ -135,7 +121,7 @@ def layers_apart(layers: int, teacher_layers: int) -> int:
 
 def find_teacher(config: TrainConfig, student: load.Loaded) -> str:
     """weights_key of the teacher. Raises UserError for one whose tokens are not the student's."""
-    name = config.teacher[0]
+    name = config.model.teacher[0]
     folder = load.local_folder(name, "--teacher")
     own = load_tokenizer(folder, "--teacher")
     if not same_tokens(own, student.tokenizer):
@@ -154,26 +140,20 @@ def find_teacher(config: TrainConfig, student: load.Loaded) -> str:
     return cache.weights_key(folder)
 
 
-def make_learner(
-    config: TrainConfig,
-    student: SpanModel,
-    device: torch.device,
-    precision: str,
-) -> tuple[nn.Module, type[Stepper]]:
-    """What trains in the stage of a run, and the kind of its steps.
+def load_layer_teacher(config: TrainConfig, student: SpanModel, run: Run) -> LayerTerms:
+    """The student with the teacher that stage layers needs, loaded on the run's device.
 
-    In stage layers the teacher is loaded. Its span head is not used: it may have none.
+    The teacher's span head is not used: it may have none. Raises UserError for a teacher that does
+    not fit.
     """
-    if config.stage != "layers":
-        return student, Stepper
-    name = config.teacher[0]
-    loaded = load.load_reader(name, "--teacher", new_head_seed=config.seed)
-    load.check_fits(loaded, config.max_seq_length, name)
+    name, seed = config.model.teacher[0], config.optimization.seed
+    loaded = load.load_reader(name, "--teacher", new_head_seed=seed)
+    load.check_fits(loaded, config.windows.max_seq_length, name)
     if weight := nonfinite_weight(loaded.model.named_parameters()):
         raise UserError(
             f"--teacher {name} has weights that are not finite ({weight}): name a sound model."
         )
-    terms = LayerTerms(student, loaded.model, config.attention_loss, config.seed).to(device)
-    if precision != "no":
-        terms.teacher.cast_linear_layers(AUTOCAST[precision])
-    return terms, LayerStepper
+    terms = LayerTerms(student, loaded.model, config.model.attention_loss, seed).to(run.device)
+    if run.dtype is not None:
+        terms.teacher.cast_linear_layers(run.dtype)
+    return terms

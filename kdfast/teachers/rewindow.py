@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from kdfast.common.progress import reading_bar
+from kdfast.config import WindowSettings
 from kdfast.data.cache import UNLABELLED, Kinds, cache_folder, damaged, open_array
 from kdfast.data.prepare import Parts, cached_windows, prepare_windows
-from kdfast.data.windows import Windows, WindowSettings
+from kdfast.data.windows import Windows
 from kdfast.teachers.char_spans import spans_of
 from kdfast.tokenizers.encode import ragged, starts_of
 from kdfast.tokenizers.template import Template, tokenizer_key

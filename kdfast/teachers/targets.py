@@ -8,11 +8,11 @@ student's tokens. Rank 0 prints what the user should know.
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from kdfast.common.errors import UserError
 from kdfast.common.progress import passing_bar
 from kdfast.common.ranks import Ranks
+from kdfast.common.run import Run
 from kdfast.config import TrainConfig
 from kdfast.data.windows import Windows
 from kdfast.models import load
@@ -72,16 +72,16 @@ def find(
     if same_tokens(tokenizer, student.tokenizer):
         source = cache.Source(weights, key, windows.key, kind)
         windows = windows.with_token_types(Template.learn(tokenizer).uses_token_types)
-        return Teacher(name, source, windows, config.max_seq_length)
+        return Teacher(name, source, windows, config.windows.max_seq_length)
     refuse_mse(config, name)
     length = load.trained_length(load.load_config(folder, name, "--teacher"))
     read = rewindow(
         windows,
-        config.train_file,
+        config.data.train_file,
         tokenizer,
         max_seq_length=length,
-        doc_stride=config.doc_stride,
-        cache_dir=config.cache_path,
+        doc_stride=config.windows.doc_stride,
+        cache_dir=config.data.cache_path,
     )
     ranks.log(
         f"{name} has another tokenizer than the student: it reads the student's {len(windows)} "
@@ -97,19 +97,19 @@ def find(
 
 def refuse_mse(config: TrainConfig, name: str) -> None:
     """Raise UserError for mse with a teacher `name` whose tokenizer is not the student's."""
-    if config.distillation_loss == "mse":
+    if config.loss.distillation_loss == "mse":
         raise UserError(
             f"--distillation_loss mse compares logits, and --teacher {name}, which has another "
             "tokenizer than the student, gives it probabilities only: use kl_div."
         )
 
 
-def own_logits(config: TrainConfig, one: Teacher, device: torch.device, ranks: Ranks) -> np.ndarray:
+def own_logits(config: TrainConfig, one: Teacher, run: Run) -> np.ndarray:
     """A teacher's raw logits over its windows, from its cache or by a pass: fp16 (tokens, 2)."""
-    tokens = len(one.windows.input_ids)
-    logits = cache.open_shared(config.cache_path, one.source, tokens, ranks)
+    tokens, ranks, device = len(one.windows.input_ids), run.ranks, run.device
+    logits = cache.open_shared(config.data.cache_path, one.source, tokens, ranks)
     if logits is not None:
-        ranks.log(f"Teacher logits: cache {one.source.key} in {config.cache_path}.")
+        ranks.log(f"Teacher logits: cache {one.source.key} in {config.data.cache_path}.")
         return logits
     loaded = load.load_reader(one.name, "--teacher")
     load.check_fits(loaded, one.max_seq_length, one.name)
@@ -118,4 +118,4 @@ def own_logits(config: TrainConfig, one: Teacher, device: torch.device, ranks: R
     model, max_tokens = loaded.model.to(device), forward_tokens(device)
     teacher = cache.TeacherPass(one.source, model, one.windows, device, max_tokens)
     with passing_bar("teacher", "window", len(one.windows), ranks.is_first) as bar:
-        return cache.fill_cache(config.cache_path, teacher, bar.update, ranks)
+        return cache.fill_cache(config.data.cache_path, teacher, bar.update, ranks)

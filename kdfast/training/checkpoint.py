@@ -7,7 +7,7 @@ tells a whole one from one that is torn or was changed.
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,71 +27,49 @@ from kdfast.common.files import (
 from kdfast.data.batches import MicroBatchPolicy
 from kdfast.models.load import SpanModel
 from kdfast.models.save import list_checkpoints, save_model, writing
+from kdfast.training.assemble import Progress, Restored, Training
 from kdfast.training.checkpoint_state import FORMAT, fault_of_state
 from kdfast.training.log import LOG_FILE
-from kdfast.training.optimizer import Updater
+from kdfast.training.optimizer import ScaledAdamW
 
 STATE_FILE = "trainer_state.json"
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 # What torch's AdamW keeps of each parameter.
 ADAM = ("step", "exp_avg", "exp_avg_sq")
-VALUE = "value"  # of a parameter that trains beside the reader
-
-
-@dataclass
-class Progress:
-    """Where a run stands.
-
-    steps: attempted so far. evaluated: steps before the last evaluation. best_f1: of the
-    evaluations so far on `validation` (Validation.key), or None. policy: how its steps are cut,
-    None before the first. clock: Clock.sums of all steps. starts: the steps at which it was
-    started.
-    """
-
-    steps: int = 0
-    evaluated: int = 0
-    best_f1: float | None = None
-    validation: str | None = None
-    policy: MicroBatchPolicy | None = None
-    clock: list[float] = field(default_factory=list)
-    starts: list[int] = field(default_factory=list)
+VALUE = "value"  # of a parameter that trains and is not the reader's
 
 
 def save_checkpoint(
-    output_dir: Path,
-    model: SpanModel,
-    tokenizer,
-    updater: Updater,
-    progress: Progress,
-    identity: dict[str, Any],
-    limit: int,
+    training: Training, tokenizer: Any, identity: dict[str, Any], limit: int
 ) -> Path:
-    """Write output_dir/checkpoint-STEPS beside, sync, rename, and keep the last `limit` up to it.
+    """Write run.output/checkpoint-STEPS under another name, sync, rename; keep the last `limit`.
 
-    Later ones, of a run that was resumed from before them, are deleted: this run passes them anew.
-    identity: what a resumed run must share, see training.resume.
+    Later ones, of a run that was resumed from before them, are deleted: this run passes them again.
+    identity: what a resumed run must share, see training/resume.py.
     """
-    target = output_dir / f"checkpoint-{progress.steps}"
-    beside = output_dir / f"{target.name}.new"
-    with writing(beside):
-        shutil.rmtree(beside, ignore_errors=True)
-        save_model(beside, model, tokenizer)
-        save_file(_trained_tensors(model, updater), beside / OPTIMIZER_FILE)
-        even_modes(beside)
+    output_dir, optimizer = training.run.output, training.optimizer
+    target = output_dir / f"checkpoint-{training.progress.steps}"
+    partial = output_dir / f"{target.name}.new"
+    with writing(partial):
+        shutil.rmtree(partial, ignore_errors=True)
+        save_model(partial, training.student, tokenizer)
+        save_file(_trained_tensors(training.student, optimizer), partial / OPTIMIZER_FILE)
+        even_modes(partial)
         state = {
             "format": FORMAT,
-            "updates": updater.updates,
-            "overflows": updater.overflows,
-            "scaler": None if updater.scaler is None else updater.scaler.state_dict(),
-            "progress": _state_of(progress),
+            "updates": optimizer.updates,
+            "overflows": optimizer.overflows,
+            "scaler": None if optimizer.scaler is None else optimizer.scaler.state_dict(),
+            # `rule` is what files of every version call the policy.
+            "progress": {**asdict(training.progress), "rule": asdict(training.cuts.policy)},
             "identity": identity,
         }
-        write_json(beside / STATE_FILE, state)
-        write_sums(beside, sorted(path.name for path in beside.iterdir()))
-        sync_folder(beside)
+        write_json(partial / STATE_FILE, state)
+        write_sums(partial, sorted(path.name for path in partial.iterdir()))
+        sync_folder(partial)
         shutil.rmtree(target, ignore_errors=True)
-        os.replace(beside, target)
+        os.replace(partial, target)
         sync(output_dir)  # before others are deleted
         checkpoints = list_checkpoints(output_dir)
         passed = checkpoints.index(target) + 1
@@ -100,14 +78,8 @@ def save_checkpoint(
     return target
 
 
-def _state_of(progress: Progress) -> dict[str, Any]:
-    """As the file names it: `rule` for the policy, which files of every version have."""
-    state = asdict(progress)
-    return {"rule": state.pop("policy"), **state}
-
-
 def remove_leftovers(output_dir: Path) -> None:
-    """Delete what a kill amid a write has left beside what it was to replace."""
+    """Delete what a kill during a write has left."""
     for path in output_dir.iterdir():
         if re.fullmatch(r"(checkpoint-\d+|best|last|model)\.(new|old)|\.rehearsal", path.name):
             shutil.rmtree(path, ignore_errors=True)
@@ -124,7 +96,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def load_checkpoint(folder: Path, model: SpanModel, updater: Updater) -> Progress:
+def load_checkpoint(folder: Path, model: SpanModel, optimizer: ScaledAdamW) -> Restored:
     """Put weights, optimizer and scaler back. Raises UserError where they do not fit."""
     state = read_state(folder)
     try:
@@ -132,14 +104,14 @@ def load_checkpoint(folder: Path, model: SpanModel, updater: Updater) -> Progres
         tensors = load_file(folder / OPTIMIZER_FILE)
         if state["updates"] and not any(name.endswith("|step") for name in tensors):
             raise ValueError(f"{OPTIMIZER_FILE} holds no state")
-        _restore_trained(model, updater, tensors)
-        if updater.scaler is not None and state["scaler"]:
-            updater.scaler.load_state_dict(state["scaler"])
-        updater.updates = state["updates"]
-        updater.overflows = state["overflows"]
+        _restore_trained(model, optimizer, tensors)
+        if optimizer.scaler is not None and state["scaler"]:
+            optimizer.scaler.load_state_dict(state["scaler"])
+        optimizer.updates = state["updates"]
+        optimizer.overflows = state["overflows"]
         saved = state["progress"]
         rule = saved.pop("rule")
-        return Progress(policy=rule and MicroBatchPolicy(**rule), **saved)
+        return Restored(Progress(**saved), MicroBatchPolicy(**rule) if rule else None)
     except Exception as error:  # safetensors has its own error type for a torn file
         raise UserError(
             f"--resume_from_checkpoint {folder} cannot be read ({error}): {_other_than(folder)}."
@@ -190,26 +162,28 @@ def torn(folder: Path) -> str | None:
     return fault_in(folder, (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE))
 
 
-def _trained_tensors(model: SpanModel, updater: Updater) -> dict[str, torch.Tensor]:
+def _trained_tensors(model: SpanModel, optimizer: ScaledAdamW) -> dict[str, torch.Tensor]:
     """Adam's state by parameter, and the parameters that the model's own file does not hold."""
     tensors = {
         f"{name}|{key}": value
-        for name, parameter in updater.named.items()
-        for key, value in updater.optimizer.state.get(parameter, {}).items()
+        for name, parameter in optimizer.named.items()
+        for key, value in optimizer.adamw.state.get(parameter, {}).items()
     }
-    beside = {f"{name}|{VALUE}": each for name, each in beside_reader(model, updater).items()}
-    return tensors | beside
+    others = {f"{name}|{VALUE}": each for name, each in not_of_reader(model, optimizer).items()}
+    return tensors | others
 
 
-def beside_reader(model: SpanModel, updater: Updater) -> dict[str, torch.Tensor]:
+def not_of_reader(model: SpanModel, optimizer: ScaledAdamW) -> dict[str, torch.Tensor]:
     """What trains and is not the reader's, by name; it shares memory with the parameters."""
     own = {id(each) for each in model.reader.parameters()}
-    return {name: each.detach() for name, each in updater.named.items() if id(each) not in own}
+    return {name: each.detach() for name, each in optimizer.named.items() if id(each) not in own}
 
 
-def _restore_trained(model: SpanModel, updater: Updater, tensors: dict[str, torch.Tensor]) -> None:
-    parameters = updater.named
-    values = {f"{name}|{VALUE}" for name in beside_reader(model, updater)}
+def _restore_trained(
+    model: SpanModel, optimizer: ScaledAdamW, tensors: dict[str, torch.Tensor]
+) -> None:
+    parameters = optimizer.named
+    values = {f"{name}|{VALUE}" for name in not_of_reader(model, optimizer)}
     states = {f"{name}|{key}" for name in parameters for key in ADAM}
     if not values <= set(tensors) or set(tensors) - values not in (set(), states):
         raise ValueError(f"{OPTIMIZER_FILE} lacks some of the model's parameters")
@@ -222,4 +196,4 @@ def _restore_trained(model: SpanModel, updater: Updater, tensors: dict[str, torc
         if key == VALUE:
             parameter.data.copy_(value)
         else:
-            updater.optimizer.state[parameter][key] = value.to(parameter.device, copy=True)
+            optimizer.adamw.state[parameter][key] = value.to(parameter.device, copy=True)

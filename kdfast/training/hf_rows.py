@@ -10,13 +10,13 @@ import torch
 from transformers import default_data_collator
 
 from kdfast.common.errors import UserError
-from kdfast.common.ranks import Ranks
+from kdfast.common.precision import pick_device, resolve
+from kdfast.common.run import Run
 from kdfast.config import TrainConfig
 from kdfast.config_checks import check_teachers
 from kdfast.data.cache import PickledByPath
 from kdfast.data.windows import Windows
 from kdfast.models import load
-from kdfast.models.precision import pick_device, resolve
 from kdfast.tokenizers.load import FolderTokenizer, load_tokenizer
 from kdfast.training import inputs
 
@@ -79,33 +79,38 @@ class KDDataset(PickledByPath, torch.utils.data.Dataset):
 
 
 def kd_dataset(config: TrainConfig) -> KDDataset:
-    """The rows of config.train_file, with the logits of config.teacher for config.student.
+    """The rows of --train_file, with the logits of --teacher for --student.
 
-    What is not in config.cache_dir yet is computed: features, and one pass of the teacher. Raises
-    UserError as `python -m kdfast.train` does, and for a weight of 0, which needs no teacher.
-    Several teachers, or one with another tokenizer, are averaged or aligned at config.temperature,
-    which the trainer's must be then.
+    What is not in --cache_dir yet is computed: features, and one pass of the teacher. Several
+    teachers are averaged at --temperature, and one with another tokenizer is aligned at it: the
+    trainer's temperature must be the same then.
+
+    Raises:
+        UserError: As `python -m kdfast.train` does, and for a weight of 0, which needs no teacher.
     """
-    if not config.teacher or config.distillation_loss_weight == 0:
+    if not config.model.teacher or config.loss.distillation_loss_weight == 0:
         raise UserError("kd_dataset needs a teacher and a distillation_loss_weight above 0.")
     check_teachers(config)
-    alone = Ranks()
     device = pick_device()
+    run = Run(device, resolve(config.speed.mixed_precision, device))
     student = load.Loaded(None, kd_tokenizer(config))
-    windows = inputs.prepare(config, student, config.train_file, "train", alone)
-    precision = resolve(config.mixed_precision, device)
-    taught = inputs.find_targets(config, windows, student, device, precision, alone)
-    logits = inputs.teacher_logits(config, taught, windows, device, alone)
-    chosen = inputs.trained_windows(config, windows, alone)
-    return KDDataset(windows, chosen, logits, config.temperature if taught.is_derived else None)
+    windows = inputs.prepare(config, student, config.data.train_file, "train", run.ranks)
+    targets = inputs.find_targets(config, windows, student, run)
+    assert targets is not None
+    logits = inputs.teacher_logits(config, targets, windows, run)
+    assert logits is not None
+    chosen = inputs.trained_windows(config, windows, run.ranks)
+    return KDDataset(
+        windows, chosen, logits, config.loss.temperature if targets.is_derived else None
+    )
 
 
 def kd_tokenizer(config: TrainConfig) -> FolderTokenizer:
-    """The tokenizer of config.student, for the Trainer, which writes it as it was read.
+    """The tokenizer of --student, for the Trainer, which writes it as it was read.
 
     (AutoTokenizer of transformers 5 may make another one of the same files.)
     """
-    return load_tokenizer(load.local_folder(config.student, "--student"), "--student")
+    return load_tokenizer(load.local_folder(config.model.student, "--student"), "--student")
 
 
 class KDCollator:

@@ -7,19 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from kdfast.common.errors import UserError
+from kdfast.common.precision import teacher_precision
 from kdfast.common.progress import reading_bar
 from kdfast.common.ranks import Ranks
+from kdfast.common.run import Run
 from kdfast.config import TrainConfig
 from kdfast.data import read, tally
 from kdfast.data.prepare import prepare_windows
-from kdfast.data.windows import Windows, WindowSettings
+from kdfast.data.windows import Windows
 from kdfast.evaluation import metrics, scoring, suites
 from kdfast.models import load
 from kdfast.models.checks import check_windows
-from kdfast.models.precision import teacher_precision
 from kdfast.teachers import cache, targets
 from kdfast.teachers import mixture as derived
 
@@ -49,15 +49,18 @@ class TeacherTargets:
 
 def load_student(config: TrainConfig, ranks: Ranks) -> load.Loaded:
     """The student of --student, or the teacher, cut down to --student_layers where given."""
-    name = config.student or config.teacher[0]
-    role = "--student" if config.student else "--teacher"
+    name = config.model.student_source
+    role = "--student" if config.model.student else "--teacher"
     student = load.load_reader(
-        name, role, new_head_seed=config.seed, embeds_dropout_prob=config.embeds_dropout_prob
+        name,
+        role,
+        new_head_seed=config.optimization.seed,
+        embeds_dropout_prob=config.optimization.embeds_dropout_prob,
     )
-    layers = config.kept_layers()
+    layers = config.model.kept_layers()
     if layers is not None:
         load.keep_layers(student, layers, name)
-    load.check_fits(student, config.max_seq_length, name)
+    load.check_fits(student, config.windows.max_seq_length, name)
     for note in student.notes:
         ranks.log(note)
     return student
@@ -70,13 +73,15 @@ def prepare(
     windows = prepare_windows(
         source,
         student.tokenizer,
-        WindowSettings(config.max_seq_length, config.max_query_length, config.doc_stride),
+        config.windows,
         split=split,
-        cache_dir=config.cache_path,
+        cache_dir=config.data.cache_path,
         progress=reading_bar(source),
     )
     if student.model is not None:
-        check_windows(student.model.reader, windows, config.max_seq_length, config.cache_path)
+        check_windows(
+            student.model.reader, windows, config.windows.max_seq_length, config.data.cache_path
+        )
     for note in windows.notes(training=split == "train"):
         ranks.log(note)
     return windows
@@ -86,23 +91,24 @@ def find_targets(
     config: TrainConfig,
     windows: Windows,
     student: load.Loaded,
-    device: torch.device,
-    precision: str,
-    ranks: Ranks,
+    run: Run,
 ) -> TeacherTargets | None:
     """Whose logits the student learns from; None where they have no weight."""
     if not config.learns_answers:
-        if config.teacher and config.stage == "predictions":
-            ranks.log("--distillation_loss_weight is 0: the teacher's logits are not computed.")
+        if config.model.teacher and config.model.stage == "predictions":
+            run.ranks.log("--distillation_loss_weight is 0: the teacher's logits are not computed.")
         return None
-    kind = teacher_precision(precision, device)
-    found = [targets.find(config, name, windows, student, kind, ranks) for name in config.teacher]
+    kind = teacher_precision(run.precision, run.device)
+    found = [
+        targets.find(config, name, windows, student, kind, run.ranks)
+        for name in config.model.teacher
+    ]
     if len(found) == 1 and found[0].aligner is None:
         return TeacherTargets(found, found[0].source)
     mixture = derived.Mixture(
         windows=windows.key,
-        temperature=config.temperature,
-        weights=config.teacher_weights or [1 / len(found)] * len(found),
+        temperature=config.loss.temperature,
+        weights=config.model.teacher_weights or [1 / len(found)] * len(found),
         sources=[each.source.key for each in found],
     )
     return TeacherTargets(found, mixture)
@@ -112,8 +118,7 @@ def teacher_logits(
     config: TrainConfig,
     taught: TeacherTargets | None,
     windows: Windows,
-    device: torch.device,
-    ranks: Ranks,
+    run: Run,
 ) -> np.ndarray | None:
     """The logits of `taught`, from its cache, which is made where it is not there.
 
@@ -123,18 +128,18 @@ def teacher_logits(
     if taught is None:
         return None
     if not taught.is_derived:
-        return targets.own_logits(config, taught.teachers[0], device, ranks)
+        return targets.own_logits(config, taught.teachers[0], run)
     mixture = taught.source
-    logits = cache.open_shared(config.cache_path, mixture, len(windows.input_ids), ranks)
+    logits = cache.open_shared(config.data.cache_path, mixture, len(windows.input_ids), run.ranks)
     if logits is None:
         shares = [
             each.probabilities(
-                targets.own_logits(config, each, device, ranks), windows, config.temperature
+                targets.own_logits(config, each, run), windows, config.loss.temperature
             )
             for each in taught.teachers
         ]
-        logits = derived.fill_cache(config.cache_path, mixture, windows, shares, ranks)
-    ranks.log(f"Teacher distributions: cache {mixture.key} in {config.cache_path}.")
+        logits = derived.fill_cache(config.data.cache_path, mixture, windows, shares, run.ranks)
+    run.ranks.log(f"Teacher distributions: cache {mixture.key} in {config.data.cache_path}.")
     return logits
 
 
@@ -142,7 +147,9 @@ def trained_windows(config: TrainConfig, windows: Windows, ranks: Ranks) -> np.n
     """The windows that teach something: unlabelled ones only where there is a teacher."""
     keep = np.array(windows.trainable)
     unlabelled = keep & (windows.start_positions == -100)
-    is_useless = config.stage == "predictions" and not config.learns_answers and unlabelled.any()
+    is_useless = (
+        config.model.stage == "predictions" and not config.learns_answers and unlabelled.any()
+    )
     if is_useless:
         count = unlabelled.sum()
         ranks.log(f"{count} unlabelled windows are left out, as no teacher is learnt from.")
@@ -150,9 +157,11 @@ def trained_windows(config: TrainConfig, windows: Windows, ranks: Ranks) -> np.n
     if not keep.any():
         remedy = "all are left out, as said above: mend the file or the flags"
         if is_useless:
-            needed = "--distillation_loss_weight above 0" if config.teacher else "--teacher"
+            needed = "--distillation_loss_weight above 0" if config.model.teacher else "--teacher"
             remedy = f"give labelled questions, or a {needed} for unlabelled ones"
-        raise UserError(f"--train_file {config.train_file} has no question to train on: {remedy}.")
+        raise UserError(
+            f"--train_file {config.data.train_file} has no question to train on: {remedy}."
+        )
     return np.flatnonzero(keep)
 
 
@@ -161,11 +170,13 @@ def validation_set(config: TrainConfig) -> suites.EvaluationSet | None:
 
     Raises UserError for a rule that lacks a language; that of --language, unless the set has one.
     """
-    if config.validation_file is None:
+    if not config.data.validation_file:
         return None
-    found = suites.own_set(config.validation_file)
-    by_language = (config.metric or found.metric) == "mlqa" and found.language is None
-    return found.scored_by(config.metric, config.language if by_language else None)
+    found = suites.own_set(config.data.validation_file)
+    by_language = (config.evaluation.metric or found.metric) == "mlqa" and found.language is None
+    return found.scored_by(
+        config.evaluation.metric, config.output.language or None if by_language else None
+    )
 
 
 def question_counts(windows: Windows, chosen: np.ndarray) -> dict[str, Any]:
@@ -190,12 +201,12 @@ def load_validation(
         return None
     if found.metric != "squad":
         ranks.log(found.rule.sentence)
-    examples = read.read_examples(config.validation_file, split="validation")
+    examples = read.read_examples(config.data.validation_file, split="validation")
     metrics.gold_answers(examples)  # a set that cannot be scored is refused before training
     return scoring.Validation(
-        windows=prepare(config, student, config.validation_file, "validation", ranks),
+        windows=prepare(config, student, config.data.validation_file, "validation", ranks),
         examples=examples,
-        max_answer_length=config.max_answer_length,
-        n_best_size=config.n_best_size,
+        max_answer_length=config.evaluation.max_answer_length,
+        n_best_size=config.evaluation.n_best_size,
         rule=found.rule,
     )

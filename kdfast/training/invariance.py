@@ -4,15 +4,19 @@ With dropout off the splits differ in the order of sums alone, so that fp64 show
 fp32 what reordering costs.
 """
 
-from dataclasses import asdict, dataclass, replace
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from kdfast.common.errors import UserError
-from kdfast.common.ranks import Ranks
-from kdfast.data.batches import MicroBatchPolicy, shard
-from kdfast.training.step import Stepper
+from kdfast.data.batches import MicroBatchPolicy, TrainingOrder, shard
+from kdfast.training.assemble import Training
+from kdfast.training.callback import Callback
+from kdfast.training.micro_batches import MicroBatches
+from kdfast.training.optimizer import ScaledAdamW
 
 # Windows of the step that take part: in one piece and in fp64 they must fit into memory.
 WINDOWS = 8
@@ -36,28 +40,38 @@ class Split:
     good: bool
 
 
-def check(stepper: Stepper, indices: np.ndarray) -> list[Split]:
+Loop = Callable[[Training, Callback, int], None]
+
+
+def check(training: Training, loop: Loop, indices: np.ndarray) -> list[Split]:
     """The gradient of a step over some of the windows `indices`, split in many ways.
 
-    The first way is the whole in one piece. Ranks are played in turn by this process, with the
-    dealing of a real run; under torchrun the real ones share that play, and share the step once as
-    they are. The model ends in fp32 and with dropout off, the stepper without autocast and scaler.
+    The first way is the whole in one piece. Ranks are played in turn by this process, which shards
+    as a real run does; under torchrun the real ones share that play. The model ends in fp64 and
+    without dropout, `training` with another optimizer.
+
+    Args:
+        training: A run before its first step.
+        loop: `kdfast.train.train_loop`.
+        indices: int (n,), windows.
     """
-    stepper.model.eval()
-    stepper.autocast = stepper.updater.scaler = None
-    indices = indices[:WINDOWS]
-    lengths = stepper.lengths[indices]
-    ways = _ways(stepper, int(lengths.max()))
+    model, ranks = training.model, training.run.ranks
+    model.eval()
+    model.train = lambda mode=True: model  # type: ignore[method-assign]  # no dropout in the loop
+    training.run.precision = "no"
+    training.order = TrainingOrder(indices[:WINDOWS], WINDOWS, seed=0)
+    lengths = training.cuts.lengths
+    ways = _ways(training.cuts.policy, int(lengths[indices[:WINDOWS]].max()), ranks.count)
     found: dict[str, dict[torch.dtype, torch.Tensor]] = {name: {} for name in ways}
     counts: dict[str, int] = {}
-    for dtype in (torch.float64, torch.float32):
-        stepper.forward.to(dtype)
-        for name, (policy, ranks) in ways.items():
-            shares = shard(indices, lengths, ranks, policy) if ranks > 1 else [indices]
-            cuts = [policy.cut(share, stepper.lengths[share]) for share in shares]
-            counts[name] = sum(map(len, cuts))
-            mine = cuts[stepper.ranks.rank :: stepper.ranks.count]
-            found[name][dtype] = _gradient(stepper, mine, len(indices))
+    for dtype in (torch.float32, torch.float64):
+        model.to(dtype)
+        training.optimizer = recorder = Recorder(model, weight_decay=0.0)
+        for name, (policy, count) in ways.items():
+            training.cuts = cuts = PlayedRanks(policy, training.cuts, count)
+            training.progress.steps = 0
+            loop(training, Callback(), 1)
+            found[name][dtype], counts[name] = recorder.gradient, cuts.micro_batches
     whole = found[next(iter(ways))]
     floor = _distance(whole[torch.float32], whole[torch.float64])
     splits = []
@@ -67,6 +81,39 @@ def check(stepper: Stepper, indices: np.ndarray) -> list[Split]:
         good = fp64 <= FP64_BOUND and fp32 <= FP32_FACTOR * floor
         splits.append(Split(name, counts[name], fp64, fp32, good))
     return splits
+
+
+class Recorder(ScaledAdamW):
+    """Keeps a step's gradient, in fp64, and changes no weight."""
+
+    gradient: torch.Tensor
+
+    def clip(self, max_norm: float) -> torch.Tensor:
+        """Clip nothing."""
+        return super().clip(math.inf)
+
+    def step(self, rate: float, skip: torch.Tensor) -> None:
+        pieces = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        self.gradient = torch.cat([piece.flatten().double() for piece in pieces])
+        self.zero_grad()
+
+
+class PlayedRanks(MicroBatches):
+    """Cuts a step as `count` ranks do, and plays them in turn: the real ranks share the play."""
+
+    def __init__(self, policy: MicroBatchPolicy, like: MicroBatches, count: int):
+        super().__init__(policy, like.lengths, like.multiple, like.run)
+        self.count = count
+        self.micro_batches = 0
+
+    def cut(self, indices: np.ndarray) -> list[np.ndarray]:
+        shares = [indices]
+        if self.count > 1:
+            shares = shard(indices, self.lengths[indices], self.count, self.policy)
+        cuts = [self.policy.cut(share, self.lengths[share]) for share in shares]
+        self.micro_batches = sum(map(len, cuts))
+        ranks = self.run.ranks
+        return [batch for cut in cuts[ranks.rank :: ranks.count] for batch in cut]
 
 
 def table(splits: list[Split]) -> str:
@@ -80,47 +127,34 @@ def table(splits: list[Split]) -> str:
     return "\n".join(lines)
 
 
-def report(stepper: Stepper, indices: np.ndarray, ranks: Ranks) -> dict:
+def report(training: Training, loop: Loop) -> None:
     """Say how the gradient of a step depends on how it is split. Raises UserError where it does."""
-    splits = check(stepper, indices)
-    ranks.log(
-        "Distance of the gradient from that of one piece in fp64, over its norm; dropout is off."
-    )
-    ranks.log(table(splits))
+    splits = check(training, loop, training.order.step(0))
+    log = training.run.ranks.log
+    log("Distance of the gradient from that of one piece in fp64, over its norm; dropout is off.")
+    log(table(splits))
     wrong = [each.name for each in splits if not each.good]
     if wrong:
         raise UserError(
             f"The gradient depends on the split: see {', '.join(wrong)} above. Do not train with "
             "this model; report it with the table."
         )
-    return {"splits": [asdict(each) for each in splits]}
 
 
-def _ways(stepper: Stepper, longest: int) -> dict[str, tuple[MicroBatchPolicy, int]]:
+def _ways(
+    run_policy: MicroBatchPolicy, longest: int, real_ranks: int
+) -> dict[str, tuple[MicroBatchPolicy, int]]:
     """Name -> (policy, ranks), the whole in one piece first."""
-    policy = replace(stepper.policy, parts=None)
-    ways = {"one piece": (replace(policy, parts=1), 1), "as this run cuts": (stepper.policy, 1)}
+    policy = replace(run_policy, parts=None)
+    ways = {"one piece": (replace(policy, parts=1), 1), "as this run cuts": (run_policy, 1)}
     for parts in (2, 3, 5):
         ways[f"{parts} equal parts"] = (replace(policy, parts=parts), 1)
     for tokens in (1, 2 * longest, 4 * longest):
         ways[f"micro-batches of {tokens} tokens"] = (replace(policy, max_tokens=tokens), 1)
-    for ranks in sorted({2, 3, 4, WINDOWS + 1, stepper.ranks.count} - {1}):
+    for ranks in sorted({2, 3, 4, WINDOWS + 1, real_ranks} - {1}):
         ways[f"{ranks} ranks"] = (policy, ranks)
     ways["2 ranks, 3 equal parts each"] = (replace(policy, parts=3), 2)
     return ways
-
-
-def _gradient(stepper: Stepper, cuts: list[list[np.ndarray]], count: int) -> torch.Tensor:
-    """The whole gradient in fp64, of a step of `count` windows whose ranks cut it so."""
-    stepper.updater.drop()
-    for batches in cuts:
-        stepper.accumulate(0, batches, count)
-    parameters = stepper.updater.parameters
-    stepper.ranks.sum_gradients(parameters, torch.zeros(1, device=stepper.device))
-    pieces = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
-    gradient = torch.cat([piece.flatten().double() for piece in pieces])
-    stepper.updater.drop()
-    return gradient
 
 
 def _distance(one: torch.Tensor, other: torch.Tensor) -> float:

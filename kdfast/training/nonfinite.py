@@ -21,8 +21,9 @@ from kdfast.data.windows import Windows
 from kdfast.models.checks import nonfinite_weight
 from kdfast.models.loader import MicroBatch
 from kdfast.models.save import kept_models
+from kdfast.training.assemble import Training
 from kdfast.training.optimizer import SCALE_FLOOR
-from kdfast.training.step import Stepper, StepReport
+from kdfast.training.step import StepReport, seed_generators
 
 OVERFLOWS_AT_MOST = 20  # in a row
 EXAMINED_AT_MOST = 3  # steps, under --on_nonfinite skip
@@ -67,51 +68,52 @@ class Finding:
 class NonfiniteSteps:
     """Looks at every step's report, and ends the run, or says what was skipped."""
 
-    def __init__(self, stepper: Stepper, windows: Windows):
-        self.stepper = stepper
+    def __init__(self, training: Training, windows: Windows):
+        self.training = training
         self.windows = windows
         self.scales: deque[tuple[int, float]] = deque(maxlen=6)  # (first step, loss scale)
         self.overflowed: deque[int] = deque(maxlen=100)
         self.count = 0
 
-    def check(self, report: StepReport) -> str | None:
+    def check(self, report: StepReport, micro_batches: list[np.ndarray]) -> str | None:
         """A sentence about a step that is skipped under --on_nonfinite skip, else None.
 
-        All ranks call it, with equal reports. Raises UserError under halt, and under skip where the
-        weights are not finite, so that no step could succeed.
+        All ranks call it, with equal reports, each with its own micro-batches of the step. Raises
+        UserError under halt, and under skip where the weights are not finite, so that no step could
+        succeed.
         """
-        stepper = self.stepper
+        training = self.training
         if report.loss_scale is not None:
             if not self.scales or self.scales[-1][1] != report.loss_scale:
                 self.scales.append((report.step, report.loss_scale))
             if report.skipped and math.isfinite(report.loss):
                 self.overflowed.append(report.step)
-        why = why_bad(report, stepper.updater.overflows)
+        why = why_bad(report, training.optimizer.overflows)
         if why is None:
             return None
         self.count += 1
-        ends = stepper.config.on_nonfinite == "halt" or bool(
-            nonfinite_weight(stepper.updater.named.items())
+        ends = training.settings.on_nonfinite == "halt" or bool(
+            nonfinite_weight(training.optimizer.named.items())
         )
         if not ends and self.count > EXAMINED_AT_MOST:
             return f"Step {report.step} is skipped: {why}."
-        sentence = self._diagnosis(report, why)
+        sentence = self._diagnosis(report, micro_batches, why)
         if ends:
             raise UserError(sentence)
         return sentence
 
-    def _diagnosis(self, report: StepReport, why: str) -> str:
+    def _diagnosis(self, report: StepReport, micro_batches: list[np.ndarray], why: str) -> str:
         """The step, the questions, the term, the scaler's history and a remedy, in one sentence."""
-        stepper = self.stepper
-        own = examine(stepper, report, stepper.batches)
-        told = stepper.ranks.gather(json.dumps([asdict(each) for each in own]))
+        run = self.training.run
+        own = examine(self.training, report, micro_batches)
+        told = run.ranks.gather(json.dumps([asdict(each) for each in own]))
         findings = [Finding(**each) for text in told for each in json.loads(text)]
         terms = {each.term for each in findings}
         remedy = next((REMEDIES[term] for term in REMEDIES if term in terms), REMEDY)
         return (
             f"Step {report.step} did not reach the weights, as {why}: "
             f"{self._blame(findings)}{self._history()}; {remedy}"
-            f"{kept_models(Path(stepper.config.output_dir).expanduser())}."
+            f"{kept_models(run.output)}."
         )
 
     def _blame(self, findings: list[Finding]) -> str:
@@ -122,7 +124,7 @@ class NonfiniteSteps:
         for each in findings[:NAMED_AT_MOST]:
             if each.term == WEIGHTS:
                 return f"{each.term} are not finite ({each.detail})"
-            who = f" at rank {each.rank}" if self.stepper.ranks.count > 1 else ""
+            who = f" at rank {each.rank}" if self.training.run.ranks.count > 1 else ""
             parts.append(f"not finite is {each.term} of {self._questions(each.windows)}{who}")
         return " and ".join(parts)
 
@@ -170,21 +172,35 @@ def check_weights(model: nn.Module, output_dir: Path) -> None:
         )
 
 
-def examine(stepper: Stepper, report: StepReport, batches: list[np.ndarray]) -> list[Finding]:
+def examine(
+    training: Training, report: StepReport, micro_batches: list[np.ndarray]
+) -> list[Finding]:
     """Run this rank's micro-batches of a reported step again: what is not finite in them."""
-    stepper.model.train()
-    if broken := nonfinite_weight(stepper.updater.named.items()):
-        return [Finding(WEIGHTS, [], stepper.ranks.rank, broken)]
+    rank = training.run.ranks.rank
+    training.model.train()
+    if broken := nonfinite_weight(training.optimizer.named.items()):
+        return [Finding(WEIGHTS, [], rank, broken)]
     bad: dict[str, list[int]] = {}
-    for number, batch in enumerate(stepper.loader.micro_batches(batches)):
+    for number, batch in enumerate(training.loader.micro_batches(micro_batches)):
         # Not under no_grad, where attention may take another kernel than it took.
-        with stepper.autocast_to(stepper.autocast):
-            output, _, parts = stepper.rows(report.step, number, batch)
-        named = dict(zip(stepper.PARTS, parts.detach().unbind(-1), strict=True))
+        output, _, parts = rows(training, report.step, number, batch)
+        named = dict(zip(training.objective.parts, parts.detach().unbind(-1), strict=True))
         terms = _bad_terms(batch, output.detach(), named)
-        for term, rows in (terms or _bad_gradients(stepper, report, number, batch)).items():
-            bad.setdefault(term, []).extend(batches[number][list(rows)].tolist())
-    return [Finding(term, windows, stepper.ranks.rank) for term, windows in bad.items()]
+        for term, places in (terms or _bad_gradients(training, report, number, batch)).items():
+            bad.setdefault(term, []).extend(micro_batches[number][list(places)].tolist())
+    return [Finding(term, windows, rank) for term, windows in bad.items()]
+
+
+def rows(
+    training: Training, step: int, number: int, batch: MicroBatch
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output, row losses and their parts of micro-batch `number`, as the step computed them."""
+    run = training.run
+    seed_generators(training.settings.seed, step, run.ranks.rank, number)
+    with run.autocast():
+        output = training.forward(**batch.inputs)
+        with run.full_precision():
+            return output, *training.objective.loss(output, batch)
 
 
 def _bad_terms(
@@ -215,17 +231,16 @@ def _bad_terms(
 
 
 def _bad_gradients(
-    stepper: Stepper, report: StepReport, number: int, batch: MicroBatch
+    training: Training, report: StepReport, number: int, batch: MicroBatch
 ) -> dict[str, list[int]]:
     """The rows of a micro-batch of finite losses whose scaled gradient is not finite."""
     scale = report.loss_scale
 
-    def is_finite(rows: Sequence[int]) -> bool:
+    def is_finite(places: Sequence[int]) -> bool:
         # Run again each time: a compiled graph cannot be gone through twice.
-        with stepper.autocast_to(stepper.autocast):
-            _, row_loss, _ = stepper.rows(report.step, number, batch)
-        loss = row_loss[list(rows)].sum() / report.windows * (1.0 if scale is None else scale)
-        wanted = stepper.updater.parameters
+        _, row_loss, _ = rows(training, report.step, number, batch)
+        loss = row_loss[list(places)].sum() / report.windows * (1.0 if scale is None else scale)
+        wanted = training.optimizer.parameters
         gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
         return all(bool(torch.isfinite(each).all()) for each in gradients if each is not None)
 

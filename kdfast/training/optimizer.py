@@ -1,4 +1,4 @@
-"""AdamW, its schedule, and the update that a bad gradient never reaches."""
+"""AdamW with fp16's loss scale, its schedule, and the step that a bad gradient never reaches."""
 
 import math
 
@@ -7,18 +7,6 @@ from torch import nn
 
 # A loss scale below this would make gradients smaller than they are.
 SCALE_FLOOR = 1.0
-
-
-def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
-    """Fused AdamW (betas 0.9 and 0.999, eps 1e-8) with weight decay on all that trains."""
-    return torch.optim.AdamW(
-        trained(model).values(),
-        lr=0.0,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        weight_decay=weight_decay,
-        fused=True,
-    )
 
 
 def learning_rate(peak: float, updates: int, total: int, warmup_ratio: float) -> float:
@@ -32,81 +20,84 @@ def learning_rate(peak: float, updates: int, total: int, warmup_ratio: float) ->
     return peak * max(0, total - updates) / max(1, total - warmup)
 
 
-def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name -> parameter of those that are not frozen."""
-    return {name: each for name, each in model.named_parameters() if each.requires_grad}
+class ScaledAdamW:
+    """Fused AdamW (betas 0.9 and 0.999, eps 1e-8; decay on every parameter) behind a GradScaler.
 
+    Everything happens on the device, without a wait of the host.
 
-class Updater:
-    """Unscale, clip, and step, all on the device.
+    Args:
+        model: What trains is all of it that is not frozen.
+        weight_decay: AdamW's.
+        scaler: For fp16; None: the loss is not scaled.
 
-    model: what trains is all of it that is not frozen, `named` in its order. scaler: a GradScaler
-    for fp16, else None. `updates` counts the steps that reached the weights: it drives the rate,
-    as Adam's own count does its bias correction. `overflows` counts the overflows of the scaler
-    since the last of them.
+    Attributes:
+        named: Name -> parameter that trains, in the model's order.
+        adamw: torch's optimizer.
+        updates: Steps that reached the weights. They drive the learning rate.
+        overflows: Overflows of the scaler since the last of them.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.AdamW,
-        scaler: torch.amp.GradScaler | None,
-        max_grad_norm: float,
+        self, model: nn.Module, weight_decay: float, scaler: torch.amp.GradScaler | None = None
     ):
-        self.named = trained(model)
+        self.named = {name: each for name, each in model.named_parameters() if each.requires_grad}
         self.parameters = list(self.named.values())
-        self.optimizer = optimizer
+        self.adamw = torch.optim.AdamW(
+            self.parameters,
+            lr=0.0,
+            betas=(0.9, 0.999),
+            eps=1e-8,
+            weight_decay=weight_decay,
+            fused=True,
+        )
         self.scaler = scaler
-        self.max_grad_norm = max_grad_norm
         self.updates = 0
         self.overflows = 0
         if scaler is not None:
             # The scaler makes its state at the first loss, and a rank may have none in a step.
             scaler.scale(torch.zeros(1, device=self.parameters[0].device))
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Accumulate the gradients of `loss`, scaled where there is a scaler."""
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss times the loss scale, to call backward() of."""
+        return loss if self.scaler is None else self.scaler.scale(loss)
 
-    def drop(self) -> None:
-        """Forget the gradients of a step that could not be completed, and the memory they held."""
-        self.optimizer.zero_grad(set_to_none=True)
+    def loss_scale(self) -> torch.Tensor:
+        """The present scale, an fp32 scalar on the device; 1.0 without a scaler."""
+        return self.scale(torch.ones((), device=self.parameters[0].device))
+
+    def zero_grad(self) -> None:
+        """Forget the gradients, and the memory they held."""
+        self.adamw.zero_grad(set_to_none=True)
         if self.parameters[0].is_cuda:
             torch.cuda.empty_cache()
 
-    def update(
-        self, rate: float, loss: torch.Tensor, dropped: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """One optimizer step with learning rate `rate`, and gradients set to None.
-
-        loss: scalar on the device, the step's own. dropped: bool scalar on the device, True where
-        the gradients are not to be used.
-        Returns (norm, skipped, scale), fp32 scalars on the device: the norm before clipping; 1.0
-        where it or the loss is not finite or the step dropped, in which case weights and Adam's
-        state stay as they were; and the loss scale of the step, 1.0 without a scaler. Unless the
-        step was dropped, finish() completes it.
-        """
-        scale = torch.ones((), device=loss.device)
+    def unscale(self) -> None:
+        """Divide the gradients by the loss scale."""
         if self.scaler is not None:
-            scale = self.scaler.scale(scale)
-            self.scaler.unscale_(self.optimizer)
+            self.scaler.unscale_(self.adamw)
+
+    def clip(self, max_norm: float) -> torch.Tensor:
+        """Clip the gradients; returns their norm before, an fp32 scalar on the device."""
         gradients = [each.grad for each in self.parameters if each.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
-        skipped = 1.0 - (torch.isfinite(norm) & torch.isfinite(loss)).float()
-        if dropped is not None:
-            skipped = torch.maximum(skipped, dropped.float())
-        for group in self.optimizer.param_groups:
+        torch.nn.utils.clip_grads_with_norm_(self.parameters, max_norm, norm)
+        return norm
+
+    def step(self, rate: float, skip: torch.Tensor) -> None:
+        """One step with learning rate `rate`; gradients are set to None.
+
+        Where skip, a bool scalar on the device, is True, weights and Adam's state stay as they are.
+        """
+        for group in self.adamw.param_groups:
             group["lr"] = rate
         # Fused AdamW leaves everything as it is where found_inf is 1, without a read by the host.
-        self.optimizer.found_inf = skipped
-        self.optimizer.step()
-        del self.optimizer.found_inf
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm, skipped, scale
+        self.adamw.found_inf = skip.float()  # type: ignore[attr-defined]  # torch's own protocol
+        self.adamw.step()
+        del self.adamw.found_inf
+        self.adamw.zero_grad(set_to_none=True)
 
-    def finish(self, loss: float, norm: float, scale: float) -> None:
-        """Count a step that update() has made or skipped, and let the scaler learn from it.
+    def count(self, loss: float, norm: float, scale: float) -> None:
+        """Count a step that was made or skipped, and let the scaler learn from it.
 
         A loss that is not finite is no fault of the scale, which stays; and an overflow lowers it
         to SCALE_FLOOR at most.

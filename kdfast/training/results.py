@@ -2,93 +2,109 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 
 from kdfast.common.errors import UserError
-from kdfast.common.ranks import Ranks
+from kdfast.common.progress import training_bar
 from kdfast.common.signals import StopSignals
 from kdfast.config import TrainConfig
+from kdfast.data.windows import Windows
 from kdfast.evaluation import scoring
 from kdfast.models.load import Loaded, first_line
 from kdfast.models.save import keep_weights, place_copy, place_model, replace_model
-from kdfast.training.checkpoint import Progress, save_checkpoint
-from kdfast.training.log import Clock, Speed, TrainLog
-from kdfast.training.nonfinite import check_weights
-from kdfast.training.optimizer import Updater
+from kdfast.training.assemble import Training
+from kdfast.training.callback import Callback
+from kdfast.training.checkpoint import save_checkpoint
+from kdfast.training.log import Clock, TrainLog, progress_line
+from kdfast.training.nonfinite import NonfiniteSteps, check_weights
 from kdfast.training.step import StepReport
+from kdfast.training.work import matmul_rate
 
 
-@dataclass
-class Results:
-    """All ranks call all methods, and the first one writes.
+class Results(Callback):
+    """Log, evaluations, checkpoints and the student of a run.
 
-    total: steps of the whole run. identity: what a resumed run must share with this one.
-    evaluation: the last one of this process. Methods raise UserError where the disk is full.
+    All ranks call all methods, and the first one writes. Raises UserError where the disk is full.
+
+    Args:
+        config: All settings.
+        training: The run as it trains.
+        student: Its model with the tokenizer.
+        windows: Those of the training data.
+        validation: What is evaluated, if anything.
+        identity: What a resumed run must share with this one.
+
+    Attributes:
+        evaluation: The last one of this process.
     """
 
-    config: TrainConfig
-    output: Path
-    student: Loaded
-    updater: Updater
-    progress: Progress
-    total: int
-    identity: dict[str, Any]
-    validation: scoring.Validation | None
-    clock: Clock
-    device: torch.device
-    precision: str
-    ranks: Ranks
-    stop: StopSignals
-    evaluation: scoring.Evaluation | None = field(default=None, init=False)
-
-    def __post_init__(self) -> None:
-        self._saved = self.progress.steps  # a run that was resumed there has that checkpoint
+    def __init__(
+        self,
+        config: TrainConfig,
+        training: Training,
+        student: Loaded,
+        windows: Windows,
+        validation: scoring.Validation | None,
+        identity: dict[str, Any],
+    ):
+        run, progress = training.run, training.progress
+        self.config = config
+        self.training = training
+        self.student = student
+        self.validation = validation
+        self.identity = identity
+        self.run = run
+        self.progress = progress
+        self.output = run.output
+        self.evaluation: scoring.Evaluation | None = None
+        self.nonfinite = NonfiniteSteps(training, windows)
+        self.matmul_rate = matmul_rate(run.device, run.dtype or torch.float32)
+        self.clock = Clock(training.work, self.matmul_rate, progress.clock)
+        self.bar = training_bar(progress.steps, training.total_steps, run.ranks.is_first)
+        self._saved = progress.steps  # a run that was resumed there has that checkpoint
         self._placed = False
-        self.log = None
-        if self.ranks.is_first:
-            tensorboard = self.config.report_to == "tensorboard"
-            done = self.progress
-            self.log = TrainLog(self.output, done.steps, done.evaluated, tensorboard)
+        self.log: TrainLog | None = None
+        if run.ranks.is_first:
+            tensorboard = config.output.report_to == "tensorboard"
+            self.log = TrainLog(run.output, progress.steps, progress.evaluated, tensorboard)
 
-    def step(self, report: StepReport, lengths: np.ndarray) -> Speed:
-        """Count and log a step over windows of these lengths; returns its speed."""
-        self.progress.steps += 1
-        speed = self.clock.add(report, lengths)
+    def log_step(self, report: StepReport, indices: np.ndarray) -> None:
+        """Count, log and show a step over the windows `indices`."""
+        speed = self.clock.add(report, self.training.cuts.lengths[indices])
         if self.log:
             self.log.step(report, speed)
-        return speed
+        line = progress_line(report, speed)
+        steps, total = self.progress.steps, self.training.total_steps
+        self.bar.set_postfix_str(line, refresh=False)
+        self.bar.update()
+        if self.bar.disable and steps % max(1, total // 10) == 0:
+            self.run.ranks.log(f"step {steps} of {total}: {line}")
 
-    def must_evaluate(self) -> bool:
-        """Whether an evaluation is due after the steps so far."""
-        steps = self.progress.steps
-        return (
-            self.validation is not None
-            and self.progress.evaluated < steps
-            and self._is_due(self.config.eval_steps)
-        )
+    def check_finite(self, report: StepReport, micro_batches: list[np.ndarray]) -> None:
+        """Raise UserError for a step that must end the run; say which one was skipped."""
+        if skipped := self.nonfinite.check(report, micro_batches):
+            self.run.ranks.log(skipped)
 
-    def must_save(self) -> bool:
-        """Whether a checkpoint is due after the steps so far."""
-        return bool(
-            self.config.save_steps
-            and self._saved < self.progress.steps
-            and self._is_due(self.config.save_steps)
-        )
+    def evaluate_if_due(self) -> None:
+        """Evaluate, and keep the model where it is the best so far.
 
-    def evaluate(self) -> str | None:
-        """Evaluate, and keep the model where it is the best so far; returns a line that rank 0 is
-        to say. Where the run is to stop there is none, and the evaluation is still due.
+        Where a signal ends an evaluation, it is still due.
         """
+        progress, every = self.progress, self.config.evaluation.eval_steps
+        if self.validation is None or progress.evaluated >= progress.steps:
+            return
+        if self.run.stop.agreed or not self._is_due(every):
+            return
+        self.bar.refresh()  # or it would show an earlier step as long as this takes
         with self.clock.stopped():
-            evaluation = self._score(self.stop)
+            evaluation = self._score(self.run.stop)
             if evaluation is None:
-                return None
-            progress, f1 = self.progress, evaluation.metrics["f1"]
+                return
+            f1 = evaluation.metrics["f1"]
             is_best = progress.best_f1 is None or f1 > progress.best_f1
             if is_best:
                 progress.best_f1 = f1
@@ -97,8 +113,16 @@ class Results:
                 self.log.evaluation(progress.steps, evaluation.metrics)
                 if is_best:
                     replace_model(self.output / "best", self.student.model, self.student.tokenizer)
-        line = f"step {progress.steps}: {scoring.line(evaluation.metrics)}"
-        return line if self.ranks.is_first else None
+        self.run.ranks.log(f"step {progress.steps}: {scoring.line(evaluation.metrics)}")
+
+    def save_if_due(self) -> None:
+        """Write a checkpoint every --save_steps, and after the last step."""
+        every = self.config.output.save_steps
+        if every and self._saved < self.progress.steps and self._is_due(every):
+            if self.run.stop.agreed:
+                return  # `save` follows
+            self.save()
+            self.run.stop.can_resume = True
 
     def save(self) -> None:
         """Write a checkpoint of the steps so far, unless there is one.
@@ -111,22 +135,22 @@ class Results:
                 self.log.flush()
                 self.progress.clock = self.clock.sums.tolist()
                 save_checkpoint(
-                    self.output,
-                    self.student.model,
+                    self.training,
                     self.student.tokenizer,
-                    self.updater,
-                    self.progress,
                     self.identity,
-                    self.config.save_total_limit,
+                    self.config.output.save_total_limit,
                 )
         self._saved = self.progress.steps
 
-    def place_student(self) -> None:
-        """The last model into output_dir, before anything else can fail.
+    def place_student_if_last(self) -> None:
+        """After the last step, put the model into output_dir before anything else can fail.
 
         Raises UserError where no step has changed the weights, or they are not finite.
         """
-        if self.updater.updates == 0:
+        is_last = self.progress.steps >= self.training.total_steps
+        if not is_last or self._placed or self.run.stop.agreed:
+            return
+        if self.training.optimizer.updates == 0:
             raise UserError(
                 "No step reached the weights, as every gradient was not finite: check the "
                 "student's weights, or lower --learning_rate."
@@ -168,7 +192,7 @@ class Results:
         if not self.log:
             return
         self.log.close()
-        if self.config.load_best_model_at_end:
+        if self.config.evaluation.load_best_model_at_end:
             replace_model(self.output / "last", self.student.model, self.student.tokenizer)
             place_copy(self.output / "best", self.output)
 
@@ -178,9 +202,9 @@ class Results:
         progress, found = self.progress, self.evaluation
         return {
             "steps": progress.steps,
-            "updates": self.updater.updates,
+            "updates": self.training.optimizer.updates,
             "starts": progress.starts,
-            "cuts": asdict(progress.policy),
+            "cuts": asdict(self.training.cuts.policy),
             "train_speed": asdict(self.clock.speed()),
             **(self.validation.rule.named() if self.validation else {}),
             "metrics": None if found is None else found.metrics,
@@ -189,12 +213,16 @@ class Results:
         }
 
     def _score(self, stop: StopSignals | None) -> scoring.Evaluation | None:
-        model = self.student.model
-        found = self.validation.score(model, self.device, self.precision, self.ranks, stop)
+        run = self.run
+        found = self.validation.score(
+            self.student.model, run.device, run.precision, run.ranks, stop
+        )
         self.evaluation = found or self.evaluation
         return found
 
     def _is_due(self, every: int | None) -> bool:
         """Every so many steps, and after the last one."""
         steps = self.progress.steps
-        return steps >= self.total or (every is not None and steps > 0 and steps % every == 0)
+        return steps >= self.training.total_steps or (
+            every is not None and steps > 0 and steps % every == 0
+        )

@@ -1,6 +1,5 @@
 """Going on with a run: from which checkpoint, and whether it is the same run still."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ from kdfast.models.save import mend_model
 from kdfast.teachers import cache
 from kdfast.tokenizers.template import tokenizer_key
 from kdfast.training import checkpoint
-from kdfast.training.optimizer import Updater
+from kdfast.training.assemble import Restored
+from kdfast.training.optimizer import ScaledAdamW
 
 
 def restarted(config: TrainConfig, output: Path, ranks: Ranks) -> TrainConfig:
@@ -24,8 +24,8 @@ def restarted(config: TrainConfig, output: Path, ranks: Ranks) -> TrainConfig:
     if ranks.restarts == 0:
         return config
     if checkpoint.list_checkpoints(output):
-        return replace(config, resume_from_checkpoint="last", overwrite=False)
-    return replace(config, resume_from_checkpoint=None, overwrite=True)
+        return config.replace(resume_from_checkpoint="last", overwrite=False)
+    return config.replace(resume_from_checkpoint=None, overwrite=True)
 
 
 class Resumed:
@@ -34,7 +34,7 @@ class Resumed:
     def __init__(self, folder: Path, config: TrainConfig):
         self.folder = folder
         self.identity = checkpoint.read_state(folder)["identity"]
-        self.allowed = config.allowed_changes()
+        self.allowed = config.output.allowed_changes()
         self.changed: list[str] = []
 
     @classmethod
@@ -45,8 +45,8 @@ class Resumed:
         kill has left in the folder.
         """
         folder = ""
-        if config.resume_from_checkpoint and ranks.is_first:
-            found, notes = checkpoint.find_checkpoint(config.resume_from_checkpoint, output)
+        if config.output.resume_from_checkpoint and ranks.is_first:
+            found, notes = checkpoint.find_checkpoint(config.output.resume_from_checkpoint, output)
             for name in ("best", "last"):
                 mend_model(output / name)
             checkpoint.remove_leftovers(output)
@@ -79,17 +79,15 @@ class Resumed:
         return f"{name} ({self.identity.get(name)} -> {value})" if name in OBJECTIVE else name
 
     def restore(
-        self, output: Path, model: load.SpanModel, updater: Updater, validation: str | None
-    ) -> checkpoint.Progress:
+        self, output: Path, validation: str | None, model: load.SpanModel, optimizer: ScaledAdamW
+    ) -> Restored:
         """Load the checkpoint. validation: key of the set that this run evaluates on, if any."""
-        progress = checkpoint.load_checkpoint(self.folder, model, updater)
+        progress, policy = checkpoint.load_checkpoint(self.folder, model, optimizer)
         is_kept = validation == progress.validation and (output / "best").is_dir()
         if validation is not None and not is_kept:  # figures of different sets do not compare
             progress.best_f1 = None
             progress.evaluated = min(progress.evaluated, progress.steps - 1)
-        if CUTS.intersection(self.changed):
-            progress.policy = None
-        return progress
+        return Restored(progress, None if CUTS.intersection(self.changed) else policy)
 
     def notes(self, environment: dict[str, Any], steps: int) -> list[str]:
         """What a user should hear: where the run stands, and what is not as it was."""
@@ -105,8 +103,8 @@ class Resumed:
 
 def settings_of(config: TrainConfig, precision: str) -> dict[str, Any]:
     """The settings that decide what a run learns, as a checkpoint's identity holds them."""
-    settings = {name: getattr(config, name) for name in OBJECTIVE}
-    return {**settings, "mixed_precision": precision}
+    values = config.flat()
+    return {**{name: values[name] for name in OBJECTIVE}, "mixed_precision": precision}
 
 
 def keys_of(
@@ -120,10 +118,8 @@ def keys_of(
 
     teachers: weights_key of each. logits: key of the cache of what they say.
     """
-    if config.student:
-        folder = load.local_folder(config.student, "--student")
-    else:
-        folder = load.local_folder(config.teacher[0], "--teacher")
+    role = "--student" if config.model.student else "--teacher"
+    folder = load.local_folder(config.model.student_source, role)
     return {
         "student": cache.weights_key(folder),
         "teacher": teachers,

@@ -25,26 +25,27 @@ def open_output(config: TrainConfig) -> Path:
 
     Raises UserError for a folder that holds anything else, or that cannot be written.
     """
-    output = Path(config.output_dir).expanduser()
+    output = config.output.folder
     if output.exists() and not output.is_dir():
         raise UserError(f"--output_dir {output} is a file: name a folder.")
-    sources = [("teacher", each) for each in config.teacher or ()]
-    sources += [(name, getattr(config, name)) for name in ("student", "train_file")]
-    for name, given in [*sources, ("validation_file", config.validation_file)]:
+    data, model = config.data, config.model
+    sources = [("teacher", each) for each in model.teacher]
+    sources += [("student", model.student), ("train_file", data.train_file)]
+    for name, given in [*sources, ("validation_file", data.validation_file)]:
         read = Path(given).expanduser().resolve() if given else None
         if read and read.exists() and output.resolve() in (read, *read.parents):
             raise UserError(
                 f"--output_dir {output} holds --{name} {given}, which the run would overwrite: "
                 "name another folder."
             )
-    if config.resume_from_checkpoint:
+    if config.output.resume_from_checkpoint:
         if not output.is_dir():
             raise UserError(
                 f"--output_dir {output} does not exist, so there is nothing to resume there: "
                 "name the folder of the earlier run."
             )
     elif output.is_dir() and any(not path.name.startswith(".") for path in output.iterdir()):
-        if not config.overwrite:
+        if not config.output.overwrite:
             remedy = "name another"
             remedy += ", or add --overwrite" if is_run(output) else ""
             remedy += ", or --resume_from_checkpoint last" if list_checkpoints(output) else ""
@@ -143,5 +144,6 @@ def write_run(output: Path, content: dict[str, Any]) -> None:
 
 def local_paths(config: TrainConfig) -> list[str]:
     """What flags named that is on this machine: read elsewhere, `models/small` looks like an id."""
-    named = [config.student, *(config.teacher or ()), config.train_file, config.validation_file]
+    model, data = config.model, config.data
+    named = [model.student, *model.teacher, data.train_file, data.validation_file]
     return [name for name in named if name and Path(name).expanduser().exists()]

@@ -36,9 +36,8 @@ def distance(values, gradient):
 def step_of(run, indices):
     """One step, its gradient before the update, and the report."""
     kept = []
-    update = run.updater.update
-    run.updater.update = lambda *given: (kept.append(vector(run)), update(*given))[1]
-    report = run.stepper.run(3, indices)
+    run.optimizer.unscale = lambda: kept.append(vector(run))  # in fp64 there is no scale
+    report = run.step(3, indices)
     return kept[0], report
 
 
@@ -47,10 +46,10 @@ def test_ranks_have_the_gradient_of_one(setup, monkeypatch, count, windows):
     run = setup(dtype=torch.float64, max_tokens_per_micro_batch=150)
     monkeypatch.setattr(ranks, "BUCKET_BYTES", 5000)
     indices = np.arange(windows)
-    run.updater.updates = 2
+    run.optimizer.updates = 2
 
     def rank_step(rank):
-        with Ranks.join() as run.stepper.ranks:
+        with Ranks.join() as run.training.run.ranks:
             gradient, report = step_of(run, indices)
             return gradient.tolist(), report, weights(run).tolist()
 
@@ -72,15 +71,15 @@ def test_the_rank_with_the_least_memory_decides_for_all(setup):
     indices = np.arange(12)
 
     def hook(gradient):
-        if run.stepper.ranks.rank == 1 and run.stepper.policy.max_tokens > 200:
+        if run.training.run.ranks.rank == 1 and run.training.cuts.policy.max_tokens > 200:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
     run.model.reader.base_model.encoder.layer[0].output.dense.weight.register_hook(hook)
 
     def rank_step(rank):
-        with Ranks.join() as run.stepper.ranks:
+        with Ranks.join() as run.training.run.ranks:
             gradient, report = step_of(run, indices)
-            return gradient.tolist(), report.max_tokens, run.stepper.policy.max_tokens
+            return gradient.tolist(), report.max_tokens, run.training.cuts.policy.max_tokens
 
     found = forks.run(2, rank_step)
     gradient, _ = step_of(run, indices)
@@ -93,15 +92,15 @@ def test_the_rank_with_the_least_memory_decides_for_all(setup):
 def test_a_gradient_that_is_not_finite_at_one_rank_is_skipped_by_all(setup):
     run = setup()
     before = weights(run)
-    run.updater.updates = 2
+    run.optimizer.updates = 2
 
     def rank_step(rank):
-        with Ranks.join() as run.stepper.ranks:
+        with Ranks.join() as run.training.run.ranks:
             if rank == 1:
-                run.stepper.loader.teacher_logits = np.full_like(
-                    run.stepper.loader.teacher_logits, np.nan
+                run.training.loader.teacher_logits = np.full_like(
+                    run.training.loader.teacher_logits, np.nan
                 )
-            report = run.stepper.run(0, np.arange(8))
+            report = run.step(0, np.arange(8))
             return report.skipped, torch.equal(weights(run), before)
 
     assert forks.run(2, rank_step) == [(True, True)] * 2

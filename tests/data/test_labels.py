@@ -5,9 +5,9 @@ import unicodedata
 import numpy as np
 import pytest
 
+from kdfast.config import WindowSettings
 from kdfast.data.prepare import windows_of
 from kdfast.data.read import Answer, Example, read_examples
-from kdfast.data.windows import WindowSettings
 from tests.corpora import shared
 from tests.data.made_up import SMALL, characters, random_examples
 from tests.small_tokenizers import FAMILIES, of_family

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdfast.common.errors import UserError
+from kdfast.config import WindowSettings
 from kdfast.data.prepare import windows_of
 from kdfast.data.read import read_examples
-from kdfast.data.windows import WindowSettings
 from kdfast.evaluation import answers, metrics, predictions
 from kdfast.training.log import read_log
 from tests import small_tokenizers

@@ -27,6 +27,7 @@ from kdfast.models import loader
 from kdfast.models.checks import check_windows
 from kdfast.teachers import cache
 from kdfast.training import checkpoint
+from kdfast.training.assemble import Progress
 from kdfast.training.nonfinite import NonfiniteSteps
 from tests import steppers
 from tests.hostile.mutations import (
@@ -44,25 +45,24 @@ def ground(tmp_path_factory):
     home = tmp_path_factory.mktemp("ground")
     run = steppers.make(home, precision="fp16", max_tokens_per_micro_batch=400)
     for step in range(2):
-        run.stepper.run(step, np.arange(8))
-    progress = checkpoint.Progress(steps=2, best_f1=10.0, policy=run.stepper.policy)
+        run.step(step, np.arange(8))
+    run.training.run.output = home
+    run.training.progress = Progress(steps=2, best_f1=10.0)
     identity = {"mixed_precision": "fp16", "seed": 42}
-    saved = checkpoint.save_checkpoint(
-        home, run.model, run.loaded.tokenizer, run.updater, progress, identity, 1
-    )
+    saved = checkpoint.save_checkpoint(run.training, run.loaded.tokenizer, identity, 1)
     source = cache.Source("weights", "tokenizer", run.windows.key, "no")
     teacher = cache.TeacherPass(source, run.model, run.windows, torch.device("cpu"), 400)
     cache.fill_cache(home / "cache", teacher)
     return types.SimpleNamespace(
         home=home,
         run=run,
-        nonfinite=NonfiniteSteps(run.stepper, run.windows),
+        nonfinite=NonfiniteSteps(run.training, run.windows),
         checkpoint=saved,
         source=source,
         student=home / "student",
         features=cache_folder(home / "cache", run.windows.key),
         teacher=home / "cache" / "teacher" / source.key,
-        examples=read_examples(run.stepper.config.train_file),
+        examples=read_examples(run.config.data.train_file),
     )
 
 
@@ -92,20 +92,21 @@ def spoiled(data, path: Path) -> Damaged:
 
 def used(ground, windows, logits, work):
     """`work`, and one step over the windows with the teacher's logits; whether all went well."""
-    stepper = ground.run.stepper
+    run, training = ground.run, ground.run.training
     kept = ground.run.model.state_dict()
     kept = {name: each.clone() for name, each in kept.items()}
-    parts = stepper.loader, stepper.lengths
+    parts = training.loader, training.cuts.lengths
     try:
         work()
-        stepper.loader = loader.HostLoader(windows, logits)
-        stepper.lengths = windows.lengths
-        ground.nonfinite.check(stepper.run(3, np.arange(min(8, len(windows)))))
+        training.loader = loader.HostLoader(windows, logits)
+        training.cuts.lengths = windows.lengths
+        report = run.step(3, np.arange(min(8, len(windows))))
+        ground.nonfinite.check(report, run.step.micro_batches)
     except UserError as error:
         check_sentence(error)
         return False
     finally:
-        stepper.loader, stepper.lengths = parts
+        training.loader, training.cuts.lengths = parts
         ground.run.model.load_state_dict(kept)
     return True
 
@@ -118,13 +119,13 @@ def test_a_checkpoint(ground, data):
     with spoiled(data, ground.checkpoint / data.draw(st.sampled_from(names))):
 
         def load():
-            progress = checkpoint.load_checkpoint(ground.checkpoint, run.model, run.updater)
-            run.stepper.policy = progress.policy or run.stepper.policy
+            _, policy = checkpoint.load_checkpoint(ground.checkpoint, run.model, run.optimizer)
+            run.training.cuts.policy = policy or run.training.cuts.policy
 
-        policy = run.stepper.policy
-        used(ground, run.windows, run.stepper.loader.teacher_logits, load)
-        run.stepper.policy = policy
-        run.updater.optimizer.state.clear()
+        before = run.training.cuts.policy
+        used(ground, run.windows, run.training.loader.teacher_logits, load)
+        run.training.cuts.policy = before
+        run.optimizer.adamw.state.clear()
 
 
 @examples(50)
@@ -141,7 +142,7 @@ def test_a_feature_cache(ground, data):
             check_sentence(error)
             return
         windows.notes()
-        logits = run.stepper.loader.teacher_logits
+        logits = run.training.loader.teacher_logits
 
         def score():
             validation.score(run.model, torch.device("cpu"), "no")
@@ -219,7 +220,7 @@ def test_headers_that_claim_more_than_there_is(ground):
     run, tokens = ground.run, len(ground.run.windows.input_ids)
     content = len(text).to_bytes(8, "little") + text + data[8 + size :]
     with Damaged(path, content), pytest.raises(UserError, match="cannot be read"):
-        checkpoint.load_checkpoint(ground.checkpoint, run.model, run.updater)
+        checkpoint.load_checkpoint(ground.checkpoint, run.model, run.optimizer)
 
     path = ground.teacher / "header.json"
     header = json.loads(path.read_text()) | {"tokens": 10**15}
@@ -328,10 +329,10 @@ def test_nan_in_a_teacher_cache_is_caught_at_the_step(ground):
     with Damaged(ground.teacher / "logits.npy", content.getvalue()):
         tokens = len(run.windows.input_ids)
         cached = cache.open_cache(ground.home / "cache", ground.source, tokens, verify=False)
-        run.stepper.loader, kept = loader.HostLoader(run.windows, cached), run.stepper.loader
+        run.training.loader, kept = loader.HostLoader(run.windows, cached), run.training.loader
         with pytest.raises(UserError, match=r"the teacher's logits of question n2 \(window 5\)"):
-            ground.nonfinite.check(run.stepper.run(4, np.arange(8)))
-        run.stepper.loader = kept
+            ground.nonfinite.check(run.step(4, np.arange(8)), run.step.micro_batches)
+        run.training.loader = kept
 
 
 def test_each_window_is_looked_at(ground):

@@ -10,7 +10,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def data(setup):
     run = setup()
-    return run.windows, run.stepper.loader.teacher_logits
+    return run.windows, run.training.loader.teacher_logits
 
 
 def assert_equal(one, other):

@@ -4,10 +4,12 @@ import torch
 from torch.nn import functional
 
 from kdfast.common.errors import UserError
+from kdfast.config import LossSettings
 from kdfast.models import checks, load
 from kdfast.teachers import layer_losses, layers
+from kdfast.train import train_loop
 from kdfast.training import invariance
-from kdfast.training.step import Stepper
+from kdfast.training.step import layer_objective, span_objective
 from tests import readers, steppers
 
 PLAIN = ["bert", "camembert", "electra", "roberta", "xlm-roberta"]
@@ -191,8 +193,8 @@ def test_fp16_keeps_the_gradients_of_attention():
         return halves[0].grad.double() / scale
 
     exact = gradient(torch.float32, 1.0)
-    usual = gradient(torch.float16, Stepper.INITIAL_SCALE)
-    own = gradient(torch.float16, layers.LayerStepper.INITIAL_SCALE)
+    usual = gradient(torch.float16, span_objective(LossSettings()).initial_scale)
+    own = gradient(torch.float16, layer_objective().initial_scale)
     assert (usual == 0).double().mean() > 0.1
     assert (own == 0).double().mean() < 0.05
     assert (own - exact).norm() < 0.5 * (usual - exact).norm()
@@ -220,7 +222,7 @@ def test_every_split_has_the_same_gradient(tmp_path, attention, width):
     run = steppers.make(
         tmp_path, stage="layers", attention_loss=attention, dropout=0.3, teacher_name=teacher
     )
-    splits = invariance.check(run.stepper, np.arange(12))
+    splits = invariance.check(run.training, train_loop, np.arange(12))
     assert all(each.good for each in splits), invariance.table(splits)
     assert max(each.fp64 for each in splits) < 1e-12
 
@@ -230,14 +232,14 @@ def test_a_step_learns_and_reports_its_parts(tmp_path):
     run = steppers.make(
         tmp_path, stage="layers", attention_loss="probabilities", teacher_name=teacher
     )
-    before = run.stepper.forward.projection.detach().clone()
+    before = run.training.forward.projection.detach().clone()
     head = run.model.reader.qa_outputs.weight.clone()
-    reports = [run.stepper.run(step, np.arange(8)) for step in range(6)]
+    reports = [run.step(step, np.arange(8)) for step in range(6)]
     assert reports[-1].loss < reports[1].loss
     for each in reports:
         assert each.loss == pytest.approx(sum(each.parts.values()), rel=1e-5)
         assert list(each.parts) == ["hidden", "attention"] and min(each.parts.values()) > 0
-    assert not torch.equal(run.stepper.forward.projection, before)
+    assert not torch.equal(run.training.forward.projection, before)
     assert torch.equal(run.model.reader.qa_outputs.weight, head)
 
 

@@ -10,26 +10,25 @@ from safetensors.torch import load_file, save_file
 
 from kdfast.common.errors import UserError
 from kdfast.training import checkpoint
-from kdfast.training.checkpoint import Progress
+from kdfast.training.assemble import Progress
 
 IDENTITY = {"seed": 1, "windows": "abc"}
 
 
 def save(run, folder, steps, identity=IDENTITY, limit=2):
-    progress = Progress(steps=steps, best_f1=50.0)
-    return checkpoint.save_checkpoint(
-        folder, run.model, run.loaded.tokenizer, run.updater, progress, identity, limit
-    )
+    run.training.run.output = folder
+    run.training.progress = Progress(steps=steps, best_f1=50.0)
+    return checkpoint.save_checkpoint(run.training, run.loaded.tokenizer, identity, limit)
 
 
 def train(run, first, last):
-    return [run.stepper.run(step, np.arange(step, step + 8)) for step in range(first, last)]
+    return [run.step(step, np.arange(step, step + 8)) for step in range(first, last)]
 
 
 def state_of(run):
     tensors = dict(run.model.named_parameters())
     for name, parameter in list(tensors.items()):
-        for key, value in run.updater.optimizer.state[parameter].items():
+        for key, value in run.optimizer.adamw.state[parameter].items():
             tensors[f"{name}|{key}"] = value
     return tensors
 
@@ -37,10 +36,10 @@ def state_of(run):
 def test_overflows_in_a_row_go_on_being_counted(setup, tmp_path):
     run = setup(precision="fp16")
     train(run, 0, 2)
-    run.updater.overflows = 7
+    run.optimizer.overflows = 7
     resumed = setup(precision="fp16")
-    checkpoint.load_checkpoint(save(run, tmp_path, 2), resumed.model, resumed.updater)
-    assert resumed.updater.overflows == 7
+    checkpoint.load_checkpoint(save(run, tmp_path, 2), resumed.model, resumed.optimizer)
+    assert resumed.optimizer.overflows == 7
 
 
 @pytest.mark.parametrize("precision", ["no", "fp16"])
@@ -48,24 +47,25 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(setup, tmp_path, pre
     whole = setup(precision=precision, dropout=0.1)
     train(whole, 0, 3)
     if precision == "fp16":  # so that the scaler's state matters: the next steps overflow
-        scaler = whole.updater.scaler
+        scaler = whole.optimizer.scaler
         scaler.load_state_dict({**scaler.state_dict(), "scale": 2.0**24})
     folder = save(whole, tmp_path, 3)
     wanted = train(whole, 3, 7)
 
     resumed = setup(precision=precision, dropout=0.1)
     torch.rand(5)
-    progress = checkpoint.load_checkpoint(folder, resumed.model, resumed.updater)
+    progress, policy = checkpoint.load_checkpoint(folder, resumed.model, resumed.optimizer)
     assert progress == Progress(steps=3, best_f1=50.0)
+    assert policy == whole.training.cuts.policy
     assert str(train(resumed, 3, 7)) == str(wanted)  # as text, for the norms that are NaN
     assert (precision == "fp16") == any(report.skipped for report in wanted)
     ours, theirs = state_of(resumed), state_of(whole)
     assert ours.keys() == theirs.keys() and any("exp_avg_sq" in name for name in ours)
     for name in ours:
         assert torch.equal(ours[name], theirs[name]), name
-    assert resumed.updater.updates == whole.updater.updates
+    assert resumed.optimizer.updates == whole.optimizer.updates
     if precision == "fp16":
-        assert resumed.updater.scaler.state_dict() == whole.updater.scaler.state_dict()
+        assert resumed.optimizer.scaler.state_dict() == whole.optimizer.scaler.state_dict()
 
 
 def test_only_the_last_ones_are_kept(setup, tmp_path):
@@ -96,14 +96,14 @@ def test_torn_or_absent_checkpoints_are_named(setup, tmp_path):
     with pytest.raises(UserError, match="holds no checkpoint"):
         checkpoint.find_checkpoint("last", tmp_path)
     with pytest.raises(UserError, match=r"trainer_state.json"):
-        checkpoint.load_checkpoint(tmp_path, run.model, run.updater)
+        checkpoint.load_checkpoint(tmp_path, run.model, run.optimizer)
     folder = save(run, tmp_path, 1)
     for name in ("model.safetensors", "optimizer.safetensors"):
         folder = save(run, tmp_path, 1)
         content = (folder / name).read_bytes()
         (folder / name).write_bytes(content[: len(content) // 2])
         with pytest.raises(UserError, match="cannot be read"):
-            checkpoint.load_checkpoint(folder, run.model, run.updater)
+            checkpoint.load_checkpoint(folder, run.model, run.optimizer)
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint(setup, tmp_path, monkeypatch):
@@ -142,7 +142,7 @@ def test_an_incomplete_optimizer_or_state_is_refused(setup, tmp_path):
         tensors = load_file(folder / "optimizer.safetensors")
         save_file(dict(list(tensors.items())[:kept]), folder / "optimizer.safetensors")
         with pytest.raises(UserError, match="cannot be read"):
-            checkpoint.load_checkpoint(folder, run.model, run.updater)
+            checkpoint.load_checkpoint(folder, run.model, run.optimizer)
     (folder / "trainer_state.json").write_text('{"format": 1}')
     with pytest.raises(UserError, match="holds no trainer_state"):
-        checkpoint.load_checkpoint(folder, run.model, run.updater)
+        checkpoint.load_checkpoint(folder, run.model, run.optimizer)

@@ -19,19 +19,19 @@ def weights(run):
 
 def trained(setup, **changes):
     run = setup(max_tokens_per_micro_batch=150, **changes)
-    run.updater.updates = 2  # the first rates are 0
-    run.teacher = run.stepper.loader.teacher_logits
-    run.nonfinite = NonfiniteSteps(run.stepper, run.windows)
+    run.optimizer.updates = 2  # the first rates are 0
+    run.teacher = run.training.loader.teacher_logits
+    run.nonfinite = NonfiniteSteps(run.training, run.windows)
     return run
 
 
 def set_scale(run, scale):
-    run.updater.scaler.load_state_dict({**run.updater.scaler.state_dict(), "scale": scale})
+    run.optimizer.scaler.load_state_dict({**run.optimizer.scaler.state_dict(), "scale": scale})
 
 
 def step(run, number=0, windows=12):
-    report = run.stepper.run(number, np.arange(windows))
-    return report, run.nonfinite.check(report)
+    report = run.step(number, np.arange(windows))
+    return report, run.nonfinite.check(report, run.step.micro_batches)
 
 
 def halted(run, number=0):
@@ -80,9 +80,9 @@ def test_skip_counts_and_goes_on(setup, monkeypatch):
         report, said = step(run, number)
         assert report.skipped and f"Step {number}" in said
         assert ("(window 5)" in said) == (number < EXAMINED_AT_MOST)
-    assert torch.equal(weights(run), before) and run.updater.updates == 2
+    assert torch.equal(weights(run), before) and run.optimizer.updates == 2
     report, said = step(run, 5, windows=5)
-    assert said is None and run.updater.updates == 3 and not torch.equal(weights(run), before)
+    assert said is None and run.optimizer.updates == 3 and not torch.equal(weights(run), before)
 
 
 @pytest.mark.parametrize("action", ["halt", "skip"])
@@ -111,7 +111,7 @@ def test_a_huge_learning_rate_is_not_learned_from(setup):
 
 def test_a_window_without_a_token(setup):
     run = trained(setup)
-    micro_batch = run.stepper.loader.micro_batch
+    micro_batch = run.training.loader.micro_batch
 
     def emptied(indices):
         batch = micro_batch(indices)
@@ -126,39 +126,40 @@ def test_a_window_without_a_token(setup):
             inputs={**batch.inputs, "attention_mask": mask},
         )
 
-    run.stepper.loader.micro_batch = emptied
+    run.training.loader.micro_batch = emptied
     report = StepReport(0, np.nan, {}, np.nan, 0.0, 12, 0, 0, 0, 0, True)
-    findings = nonfinite.examine(run.stepper, report, run.stepper.cut(np.arange(12)))
+    findings = nonfinite.examine(run.training, report, run.training.cuts.cut(np.arange(12)))
     assert [(each.term, each.windows) for each in findings] == [(nonfinite.EMPTY, [4])]
 
 
 def test_a_loss_alone_keeps_the_weights(setup):
     run = trained(setup)
-    rows = run.stepper.rows
+    loss = run.training.objective.loss
 
-    def spoilt(*key):
-        logits, row_loss, parts = rows(*key)
-        return logits, row_loss + np.inf, parts  # of the same gradient
+    def spoilt(logits, batch):
+        row_loss, parts = loss(logits, batch)
+        return row_loss + np.inf, parts  # of the same gradient
 
-    run.stepper.rows = spoilt
+    run.training.objective = replace(run.training.objective, loss=spoilt)
     assert "as the loss is inf" in halted(run)
-    assert run.updater.updates == 2
+    assert run.optimizer.updates == 2
 
 
 def overflowing(run, is_bad=lambda: True):
     """The gradient of window 5 overflows at any scale, and its loss is finite."""
-    rows = run.stepper.rows
+    loss = run.training.objective.loss
+    own = torch.from_numpy(run.windows.padded([5])["input_ids"])[0]
 
-    def spoilt(step, number, batch):
-        logits, row_loss, parts = rows(step, number, batch)
-        cut = run.stepper.cut(np.arange(12))[number]
-        if is_bad() and 5 in cut:
-            factor = torch.ones(len(cut), 1)
-            factor[cut.tolist().index(5)] = np.inf
+    def spoilt(logits, batch):
+        row_loss, parts = loss(logits, batch)
+        ids = batch.inputs["input_ids"]
+        is_window = [torch.equal(row[: len(own)], own) for row in ids]
+        if is_bad() and any(is_window):
+            factor = torch.where(torch.tensor(is_window), np.inf, 1.0)[:, None]
             row_loss.register_hook(lambda slope: torch.where(slope == 0, slope, slope * factor))
-        return logits, row_loss, parts
+        return row_loss, parts
 
-    run.stepper.rows = spoilt
+    run.training.objective = replace(run.training.objective, loss=spoilt)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
@@ -184,7 +185,7 @@ def test_the_scalers_overflow_is_a_fault_at_the_floor_only(setup):
     )
     assert "8 from step 7, 4 from step 8, 2 from step 9, 1 from step 10" in sentence
     assert "with 11 overflows lately" in sentence and "give --mixed_precision no" in sentence
-    assert run.updater.scaler.get_scale() == 1.0  # and not below
+    assert run.optimizer.scaler.get_scale() == 1.0  # and not below
 
 
 def test_twenty_overflows_in_a_row_are_a_fault(setup):
@@ -196,7 +197,7 @@ def test_twenty_overflows_in_a_row_are_a_fault(setup):
     assert "the gradient has overflowed in 20 steps in a row" in halted(run, 19)
 
 
-def test_a_good_step_between_overflows_starts_the_count_anew(setup):
+def test_a_good_step_between_overflows_starts_the_count_again(setup):
     run = trained(setup, precision="fp16")
     set_scale(run, 2.0**40)
     bad = True
@@ -205,10 +206,10 @@ def test_a_good_step_between_overflows_starts_the_count_anew(setup):
         step(run, number)
     bad = False
     set_scale(run, 1.0)
-    assert not step(run, 19)[0].skipped and run.updater.overflows == 0
+    assert not step(run, 19)[0].skipped and run.optimizer.overflows == 0
     bad = True
     set_scale(run, 2.0**40)
-    assert step(run, 20)[1] is None and run.updater.overflows == 1
+    assert step(run, 20)[1] is None and run.optimizer.overflows == 1
 
 
 def test_the_rank_that_has_the_window_tells(setup):
@@ -218,9 +219,9 @@ def test_the_rank_that_has_the_window_tells(setup):
         from kdfast.common.ranks import Ranks
 
         try:
-            with Ranks.join() as run.stepper.ranks:
+            with Ranks.join() as run.training.run.ranks:
                 if rank == 1:  # as where a file of that node is damaged
-                    window = run.stepper.cut(np.arange(12))[0][0]
+                    window = run.training.cuts.cut(np.arange(12))[0][0]
                     spoil_teacher(run, window)
                 step(run, 3)
         except UserError as error:
@@ -233,6 +234,6 @@ def test_the_rank_that_has_the_window_tells(setup):
 
 def test_what_is_no_longer_found_is_said(setup):
     run = trained(setup)
-    report = run.stepper.run(0, np.arange(12))
+    report = run.step(0, np.arange(12))
     with pytest.raises(UserError, match="run again it was finite"):
-        run.nonfinite.check(replace(report, loss=float("inf")))
+        run.nonfinite.check(replace(report, loss=float("inf")), run.step.micro_batches)

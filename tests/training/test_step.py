@@ -9,17 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kdfast.common.errors import UserError
 from kdfast.fused_kd_loss import fused_kd_loss
 from kdfast.models import load
-from kdfast.training.optimizer import learning_rate
-
-
-def gradient(run, batches, step=3):
-    """All gradients of one step over `batches` as one vector, and the loss."""
-    run.model.train()
-    run.model.zero_grad()
-    count = sum(map(len, batches))
-    sums = run.stepper.accumulate(step, batches, count)
-    return torch.cat([each.grad.flatten() for each in run.model.parameters()]), sums
-
+from kdfast.training.optimizer import ScaledAdamW, learning_rate
+from kdfast.training.step import StepSums
+from tests.steppers import gradient
 
 SPLITS = {
     "accumulate 1": {"gradient_accumulation_steps": 1},
@@ -36,19 +28,19 @@ SPLITS = {
 def test_every_split_has_the_gradient_of_the_padded_batch(setup, split, kind):
     run = setup(dtype=torch.float64, distillation_loss=kind, **SPLITS[split])
     indices = np.arange(len(run.windows))
-    batches = run.stepper.cut(indices)
-    ours, sums = gradient(run, batches)
+    batches = run.training.cuts.cut(indices)
+    ours, report = gradient(run, batches)
     # The padded batch, through the public function alone.
     run.model.zero_grad()
-    batch = run.stepper.loader.micro_batch(indices)
-    config = run.stepper.config
+    batch = run.training.loader.micro_batch(indices)
+    config = run.config
     loss = fused_kd_loss(
         run.model(**batch.inputs),
         batch.teacher_logits,
         batch.start_positions,
         batch.end_positions,
-        temperature=config.temperature,
-        distillation_loss_weight=config.distillation_loss_weight,
+        temperature=config.loss.temperature,
+        distillation_loss_weight=config.loss.distillation_loss_weight,
         distillation_loss=kind,
         mask=batch.mask,
     )
@@ -56,12 +48,12 @@ def test_every_split_has_the_gradient_of_the_padded_batch(setup, split, kind):
     whole = torch.cat([each.grad.flatten() for each in run.model.parameters()])
     assert len(batches) > 1 or split == "accumulate 1"
     assert (ours - whole).norm() < 1e-10 * whole.norm()
-    torch.testing.assert_close(sums[0].double(), loss.detach(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(torch.tensor(report.loss).double(), loss.detach(), rtol=1e-6, atol=0)
 
 
 def test_that_check_sees_a_mean_of_means(setup):
     run = setup(dtype=torch.float64, gradient_accumulation_steps=5)
-    batches = run.stepper.cut(np.arange(len(run.windows)))
+    batches = run.training.cuts.cut(np.arange(len(run.windows)))
     assert len({len(batch) for batch in batches}) > 1
     whole, _ = gradient(run, batches)
     parts = [gradient(run, [batch])[0] for batch in batches]
@@ -71,7 +63,7 @@ def test_that_check_sees_a_mean_of_means(setup):
 
 def test_loss_is_the_weighted_sum_of_its_parts(setup):
     run = setup(distillation_loss_weight=0.3)
-    report = run.stepper.run(0, np.arange(8))
+    report = run.step(0, np.arange(8))
     assert report.loss == pytest.approx(
         0.3 * report.parts["soft"] + 0.7 * report.parts["hard"], rel=1e-5
     )
@@ -81,7 +73,7 @@ def test_loss_is_the_weighted_sum_of_its_parts(setup):
 
 def test_a_step_replays_whatever_ran_before(setup):
     run = setup(dropout=0.3, max_tokens_per_micro_batch=150)
-    batches = run.stepper.cut(np.arange(12))
+    batches = run.training.cuts.cut(np.arange(12))
     first, _ = gradient(run, batches, step=3)
     other, _ = gradient(run, batches, step=4)
     torch.rand(17)
@@ -113,13 +105,26 @@ class HostReads(TorchDispatchMode):
 @pytest.mark.parametrize("precision", ["no", "fp16"])
 def test_no_host_read_in_the_micro_batches_and_the_update(setup, precision, monkeypatch):
     run = setup(precision=precision, max_tokens_per_micro_batch=150)
-    batches = run.stepper.cut(np.arange(12))
+    seen = []
+
+    def watched(owner, name):
+        original = getattr(owner, name)
+
+        def counted(*given):
+            found = original(*given)
+            seen.append((name, reads.count))
+            return found
+
+        monkeypatch.setattr(owner, name, counted)
+
+    watched(StepSums, "add")
+    if (
+        precision == "no"
+    ):  # a CPU's GradScaler and, under it, fused AdamW read on the host themselves
+        watched(ScaledAdamW, "step")
     with HostReads() as reads:
-        sums = run.stepper.accumulate(0, batches, 12)
-        if precision == "no":  # a CPU's GradScaler and fused AdamW read on the host themselves
-            run.updater.update(1e-3, sums[0])
-    assert len(batches) > 1
-    assert reads.count == 0
+        run.step(0, np.arange(12))
+    assert len(seen) > 2 and {count for _, count in seen} == {0}
     with HostReads() as reads:
         assert torch.ones(1).sum() == 1
     assert reads.count == 1
@@ -130,43 +135,43 @@ def weights(run):
 
 
 def adam_steps(run):
-    return {float(state["step"]) for state in run.updater.optimizer.state.values()}
+    return {float(state["step"]) for state in run.optimizer.adamw.state.values()}
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_a_bad_gradient_never_reaches_the_weights(setup, precision):
     run = setup(precision=precision)
     for step in range(3):
-        run.stepper.run(step, np.arange(8))
-    before, updates = weights(run), run.updater.updates
-    scale = run.updater.scaler.get_scale() if precision == "fp16" else None
+        run.step(step, np.arange(8))
+    before, updates = weights(run), run.optimizer.updates
+    scale = run.optimizer.scaler.get_scale() if precision == "fp16" else None
     steps = adam_steps(run)
-    good = run.stepper.loader.teacher_logits
-    run.stepper.loader.teacher_logits = np.full_like(good, np.nan)
-    report = run.stepper.run(3, np.arange(8))
+    good = run.training.loader.teacher_logits
+    run.training.loader.teacher_logits = np.full_like(good, np.nan)
+    report = run.step(3, np.arange(8))
     assert report.skipped
     assert torch.equal(weights(run), before)
-    assert run.updater.updates == updates and adam_steps(run) == steps
+    assert run.optimizer.updates == updates and adam_steps(run) == steps
     if precision == "fp16":  # which is not to blame
-        assert run.updater.scaler.get_scale() == scale and run.updater.overflows == 0
-    run.stepper.loader.teacher_logits = good
-    report = run.stepper.run(4, np.arange(8))
+        assert run.optimizer.scaler.get_scale() == scale and run.optimizer.overflows == 0
+    run.training.loader.teacher_logits = good
+    report = run.step(4, np.arange(8))
     assert not report.skipped
     assert report.lr == learning_rate(1e-3, updates, 10, 0.2)
     assert not torch.equal(weights(run), before)
-    assert run.updater.updates == updates + 1
+    assert run.optimizer.updates == updates + 1
 
 
 def test_an_overflow_of_the_scale_is_skipped_and_the_scale_falls(setup):
     run = setup(precision="fp16")
-    run.updater.scaler.load_state_dict({**run.updater.scaler.state_dict(), "scale": 2.0**30})
+    run.optimizer.scaler.load_state_dict({**run.optimizer.scaler.state_dict(), "scale": 2.0**30})
     before = weights(run)
     skipped = 0
-    while run.updater.updates < 2:
-        skipped += run.stepper.run(skipped, np.arange(8)).skipped
+    while run.optimizer.updates < 2:
+        skipped += run.step(skipped, np.arange(8)).skipped
         assert skipped < 40
     assert skipped > 3
-    assert run.updater.scaler.get_scale() == 2.0 ** (30 - skipped)
+    assert run.optimizer.scaler.get_scale() == 2.0 ** (30 - skipped)
     assert not torch.equal(weights(run), before)
 
 
@@ -174,7 +179,7 @@ def test_half_precision_learns_what_full_precision_learns(setup):
     losses = {}
     for precision in ("no", "fp16", "bf16"):
         run = setup(precision=precision)
-        losses[precision] = [run.stepper.run(step, np.arange(16)).loss for step in range(6)]
+        losses[precision] = [run.step(step, np.arange(16)).loss for step in range(6)]
     assert losses["no"][-1] < losses["no"][0]
     np.testing.assert_allclose(losses["fp16"], losses["no"], rtol=5e-3)
     np.testing.assert_allclose(losses["bf16"], losses["no"], rtol=3e-2)
@@ -184,13 +189,11 @@ def test_gradients_are_clipped_after_unscaling(setup):
     norms = {}
     for precision in ("no", "fp16"):
         run = setup(precision=precision, max_grad_norm=1e-3)
-        gradient_, _ = gradient(run, run.stepper.cut(np.arange(8)), step=0)
-        run.model.zero_grad()
-        report = run.stepper.run(0, np.arange(8))
-        scale = 1.0 if precision == "no" else 2.0**10
-        assert report.grad_norm == pytest.approx(gradient_.norm().item() / scale, rel=1e-4)
+        gradient_, _ = gradient(run, run.training.cuts.cut(np.arange(8)), step=0)
+        report = run.step(0, np.arange(8))
+        assert report.grad_norm == pytest.approx(gradient_.norm().item(), rel=1e-4)
         # Adam's first mean is a tenth of the gradient that it was given.
-        moments = [state["exp_avg"] for state in run.updater.optimizer.state.values()]
+        moments = [state["exp_avg"] for state in run.optimizer.adamw.state.values()]
         given = torch.cat([each.flatten() for each in moments]).norm().item() / 0.1
         assert given == pytest.approx(1e-3, rel=1e-3)
         norms[precision] = report.grad_norm
@@ -206,11 +209,10 @@ def test_schedule():
 
 def test_one_update_is_adamw_with_decay_everywhere(setup):
     run = setup(dtype=torch.float64, max_grad_norm=1e9)
-    run.updater.updates = 2
+    run.optimizer.updates = 2
     start = weights(run)
-    grad, _ = gradient(run, run.stepper.cut(np.arange(8)), step=0)
-    run.model.zero_grad()
-    report = run.stepper.run(0, np.arange(8))
+    grad, _ = gradient(run, run.training.cuts.cut(np.arange(8)), step=0)
+    report = run.step(0, np.arange(8))
     assert report.lr == 1e-3
     # The first step of Adam moves by the gradient over its own size.
     expected = start * (1 - 1e-3 * 0.01) - 1e-3 * grad / (grad.abs() + 1e-8)
@@ -218,15 +220,16 @@ def test_one_update_is_adamw_with_decay_everywhere(setup):
 
 
 def test_without_a_teacher_the_gold_spans_are_all(setup):
-    report = setup(teacher=False).stepper.run(0, np.arange(8))
+    report = setup(teacher=False).step(0, np.arange(8))
     assert report.parts["soft"] == 0.0 and report.loss == pytest.approx(report.parts["hard"])
 
 
 def refuse_above(run, max_tokens, error):
-    """Raises `error` amid the backward pass of the first layer, however often, above a budget."""
+    """Raises `error` in the backward pass of the first layer, however often, above a budget."""
 
     def hook(gradient):
-        if run.stepper.policy.parts is None and run.stepper.policy.max_tokens > max_tokens:
+        policy = run.training.cuts.policy
+        if policy.parts is None and policy.max_tokens > max_tokens:
             raise error
 
     run.model.reader.base_model.encoder.layer[0].output.dense.weight.register_hook(hook)
@@ -243,12 +246,12 @@ OUT_OF_MEMORY = {
 def test_a_step_that_runs_out_of_memory_is_run_again_in_smaller_parts(setup, error):
     run = setup(dropout=0.3, max_tokens_per_micro_batch=1000)
     refuse_above(run, 300, OUT_OF_MEMORY[error])
-    run.stepper.run(0, np.arange(12))
-    report = run.stepper.run(1, np.arange(12))
-    assert run.stepper.policy.max_tokens <= 300 and report.micro_batches > 2
-    other = setup(dropout=0.3, max_tokens_per_micro_batch=run.stepper.policy.max_tokens)
-    other.stepper.run(0, np.arange(12))
-    assert other.stepper.run(1, np.arange(12)) == report
+    run.step(0, np.arange(12))
+    report = run.step(1, np.arange(12))
+    assert run.training.cuts.policy.max_tokens <= 300 and report.micro_batches > 2
+    other = setup(dropout=0.3, max_tokens_per_micro_batch=run.training.cuts.policy.max_tokens)
+    other.step(0, np.arange(12))
+    assert other.step(1, np.arange(12)) == report
     assert torch.equal(weights(run), weights(other))
 
 
@@ -256,14 +259,14 @@ def test_memory_for_less_than_a_window_is_said(setup):
     run = setup(max_tokens_per_micro_batch=1000)
     refuse_above(run, 0, torch.OutOfMemoryError("CUDA out of memory."))
     with pytest.raises(UserError, match="not enough memory for a single window"):
-        run.stepper.run(0, np.arange(12))
+        run.step(0, np.arange(12))
 
 
 def test_other_errors_are_not_taken_for_missing_memory(setup):
     run = setup()
     refuse_above(run, 0, RuntimeError("CUDA error: an illegal memory access was encountered"))
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        run.stepper.run(0, np.arange(12))
+        run.step(0, np.arange(12))
 
 
 def test_equal_parts_are_doubled_where_memory_does_not_suffice(setup):
@@ -271,12 +274,12 @@ def test_equal_parts_are_doubled_where_memory_does_not_suffice(setup):
     tried = []
 
     def hook(gradient):
-        tried.append(run.stepper.policy.parts)
-        if run.stepper.policy.parts < 8:
+        tried.append(run.training.cuts.policy.parts)
+        if run.training.cuts.policy.parts < 8:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
     run.model.reader.base_model.encoder.layer[0].output.dense.weight.register_hook(hook)
-    report = run.stepper.run(0, np.arange(12))
+    report = run.step(0, np.arange(12))
     assert sorted(set(tried)) == [2, 4, 8] and report.micro_batches == 8
 
 
@@ -287,7 +290,7 @@ def test_gradient_checkpointing_changes_no_gradient(setup):
         calls = []
         inner = run.model.reader.base_model.encoder.layer[0].intermediate
         inner.register_forward_hook(lambda *arguments, calls=calls: calls.append(1))
-        batches = run.stepper.cut(np.arange(12))
+        batches = run.training.cuts.cut(np.arange(12))
         gradients.append(gradient(run, batches)[0])
         assert len(calls) == (2 if flag else 1) * len(batches)
     assert torch.equal(*gradients)
@@ -297,19 +300,19 @@ def test_gradient_checkpointing_changes_no_gradient(setup):
 def test_compiled_for_any_shape_in_a_handful_of_compilations(setup):
     run = setup(dtype=torch.float64, torch_compile=True)
     compiled = CompileCounter()
-    run.stepper.forward = run.model.compiled(compiled)
-    run.stepper.loader.multiple = run.stepper.multiple = load.COMPILED_WIDTH
+    run.training.forward = run.model.compiled(compiled)
+    run.training.loader.multiple = run.training.cuts.multiple = load.COMPILED_WIDTH
     everything = np.arange(len(run.windows))
-    eager = run.stepper.loader
+    eager = run.training.loader
     shapes = set()
     for max_tokens in (1, 100, 200, 300, 400, 700, 2000):
-        run.stepper.policy = replace(run.stepper.policy, max_tokens=max_tokens)
-        cuts = run.stepper.cut(everything)
+        run.training.cuts.policy = replace(run.training.cuts.policy, max_tokens=max_tokens)
+        cuts = run.training.cuts.cut(everything)
         shapes |= {batch.inputs["input_ids"].shape for batch in eager.micro_batches(cuts)}
         ours, _ = gradient(run, cuts)
-        forward, run.stepper.forward = run.stepper.forward, run.model
+        forward, run.training.forward = run.training.forward, run.model
         whole, _ = gradient(run, cuts)
-        run.stepper.forward = forward
+        run.training.forward = forward
         assert (ours - whole).norm() < 1e-10 * whole.norm()
     assert len(shapes) > 12 and all(width % 8 == 0 for _, width in shapes)
     assert compiled.frame_count <= 6
