@@ -95,10 +95,10 @@ def check_invariance(config: TrainConfig) -> None:
         run = train.start_run(config, ranks, stop)
         train.log_config(config, run)
         student = inputs.load_student(config, ranks)
-        windows = inputs.prepare(config, student, config.data.train_file, "train", ranks)
+        windows = inputs.prepare_for(config, student, config.data.train_file, "train", ranks)
         if config.model.stage == "layers":
             find_teacher(config, student)
-        targets = inputs.find_targets(config, windows, student, run)
+        targets = inputs.find_targets(config, windows, student.tokenizer, run)
         logits = inputs.teacher_logits(config, targets, windows, run)
         data = TrainingData(windows, logits, inputs.trained_windows(config, windows, ranks))
         invariance.report(assemble(config, run, student.model, data), train.train_loop)

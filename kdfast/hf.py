@@ -6,7 +6,7 @@ cache, and a step has the same gradient however it is accumulated or spread over
 
 from collections.abc import Iterator, Mapping
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Trainer
@@ -26,9 +26,13 @@ from kdfast.training.hf_rows import (
 __all__ = ["KDCollator", "KDDataset", "KDMixin", "KDTrainer", "kd_dataset", "kd_tokenizer"]
 
 LABELS = ("start_positions", "end_positions")
+if TYPE_CHECKING:  # what KDMixin stands before
+    Base = Trainer
+else:
+    Base = object
 
 
-class KDMixin:
+class KDMixin(Base):
     """Put before a Trainer class: `class KDTrainer(KDMixin, Trainer)`.
 
     kd: the settings of the loss: temperature, distillation_loss_weight, distillation_loss and
@@ -49,7 +53,7 @@ class KDMixin:
     # What compute_loss returns is divided already: the Trainer must not divide it again.
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args, kd: TrainConfig, **kwargs):
+    def __init__(self, *args: Any, kd: TrainConfig, **kwargs: Any):
         self.kd = kd
         collate = kwargs.get("data_collator", args[2] if len(args) > 2 else None)
         super().__init__(*args, **kwargs)
@@ -84,6 +88,7 @@ class KDMixin:
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
+        assert self._signature_columns is not None
         for name in TEACHER_COLUMNS:
             if name not in self._signature_columns:
                 self._signature_columns.append(name)
@@ -97,12 +102,20 @@ class KDMixin:
         count = self.accelerator.gather(torch.tensor([count], device=device)).sum()
         return batches, count
 
-    def prediction_step(self, model, inputs, *args, **kwargs):
+    def prediction_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
         if any(inputs.get(name) is None for name in self.label_names):
             inputs = {k: v for k, v in inputs.items() if k not in TEACHER_COLUMNS}
         return super().prediction_step(model, inputs, *args, **kwargs)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
         """The batch's part of the step's loss, or its own mean where there is no step."""
         inputs = dict(inputs)
         teacher, _ = (inputs.pop(name, None) for name in TEACHER_COLUMNS)

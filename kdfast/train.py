@@ -168,14 +168,14 @@ def distil(
     student = inputs.load_student(config, ranks)
     if ranks.is_first:
         rehearse_saving(output, student, config.model.student_source)
-    windows = inputs.prepare(config, student, config.data.train_file, "train", ranks)
+    windows = inputs.prepare_for(config, student, config.data.train_file, "train", ranks)
     validation = inputs.load_validation(config, student, ranks)
-    targets = inputs.find_targets(config, windows, student, run)
+    targets = inputs.find_targets(config, windows, student.tokenizer, run)
+    taught_by = targets.weights if targets else None
     if config.model.stage == "layers":
         taught_by = [layers.find_teacher(config, student)]
-    else:
-        taught_by = targets and targets.weights
-    keys = resume.keys_of(config, student, windows, taught_by, targets and targets.key)
+    cache_key = targets.key if targets else None
+    keys = resume.keys_of(config, student, windows, taught_by, cache_key)
     ranks.assert_same_on_all_ranks(keys)
     if resumed:
         resumed.check(keys)
@@ -185,7 +185,8 @@ def distil(
     chosen = inputs.trained_windows(config, windows, ranks)
     data = TrainingData(windows, logits, chosen)
 
-    restore = resumed and partial(resumed.restore, output, validation and validation.key)
+    set_key = validation.key if validation else None
+    restore = partial(resumed.restore, output, set_key) if resumed else None
     training = assemble(config, run, student.model, data, restore)
     progress, total = training.progress, training.total_steps
     if resumed:
@@ -219,7 +220,7 @@ def distil(
         "student_parameters": sum(each.numel() for each in training.student.parameters()),
         "train_windows": len(chosen),
         "questions": inputs.question_counts(windows, chosen),
-        "teacher_cache": targets and targets.key,
+        "teacher_cache": cache_key,
         "layers_stage": stages.earlier(config),
         "local_paths": local_paths(config),
         "matmul_flops_per_second": results.matmul_rate,

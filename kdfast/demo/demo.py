@@ -61,7 +61,9 @@ def score_teacher(config: TrainConfig) -> dict[str, Any]:
     loaded = load.load_reader(config.model.teacher[0], "--teacher")
     precision = resolve(config.speed.mixed_precision, device)
     validation = load_validation(config, loaded, Ranks())
+    assert validation is not None  # the demo has a set
     result = validation.score(loaded.model.to(device), device, precision)
+    assert result is not None  # no signal can end it
     return row(
         {
             "metrics": result.metrics,

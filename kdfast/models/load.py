@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForQuestionAnswering
+from transformers import AutoConfig, AutoModelForQuestionAnswering, PreTrainedTokenizerFast
 
 from kdfast.common.errors import UserError
 from kdfast.models.checks import (
@@ -129,7 +129,7 @@ class Loaded:
     """A model with its tokenizer; `notes` are sentences that a program should say aloud."""
 
     model: SpanModel
-    tokenizer: object
+    tokenizer: PreTrainedTokenizerFast
     notes: list[str] = field(default_factory=list)
 
 

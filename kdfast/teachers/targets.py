@@ -8,6 +8,7 @@ student's tokens. Rank 0 prints what the user should know.
 from dataclasses import dataclass
 
 import numpy as np
+from transformers import PreTrainedTokenizerFast
 
 from kdfast.common.errors import UserError
 from kdfast.common.progress import passing_bar
@@ -57,7 +58,7 @@ def find(
     config: TrainConfig,
     name: str,
     windows: Windows,
-    student: load.Loaded,
+    own_tokenizer: PreTrainedTokenizerFast,
     kind: str,
     ranks: Ranks,
 ) -> Teacher:
@@ -69,7 +70,7 @@ def find(
     tokenizer = load_tokenizer(folder, "--teacher")
     key = tokenizer_key(tokenizer)
     weights = cache.weights_key(folder)
-    if same_tokens(tokenizer, student.tokenizer):
+    if same_tokens(tokenizer, own_tokenizer):
         source = cache.Source(weights, key, windows.key, kind)
         windows = windows.with_token_types(Template.learn(tokenizer).uses_token_types)
         return Teacher(name, source, windows, config.windows.max_seq_length)
@@ -90,7 +91,7 @@ def find(
     )
     if cut := read.windows.counts["truncated_questions"]:
         ranks.log(f"{cut} questions fill more than half of what {name} reads, and were cut for it.")
-    templates = Template.learn(student.tokenizer), Template.learn(tokenizer)
+    templates = Template.learn(own_tokenizer), Template.learn(tokenizer)
     source = cache.Source(weights, key, read.windows.key, kind)
     return Teacher(name, source, read.windows, length, Aligner(windows, read, *templates))
 

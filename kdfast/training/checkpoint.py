@@ -132,7 +132,7 @@ def find_checkpoint(name: str, output_dir: Path) -> tuple[Path, list[str]]:
             )
         read_state(folder)
         return folder, []
-    notes = []
+    notes: list[str] = []
     for folder in reversed(list_checkpoints(output_dir)):
         if (fault := torn(folder)) is None:
             read_state(folder)

@@ -46,7 +46,9 @@ def _list(is_good: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, list) and all(map(is_good, value))
 
 
-CUTS = dict.fromkeys((each.name for each in fields(MicroBatchPolicy)), _number)
+CUTS: dict[str, Callable[[Any], bool]] = dict.fromkeys(
+    (each.name for each in fields(MicroBatchPolicy)), _number
+)
 CUTS |= {"max_tokens": _whole(1, 2**24), "parts": _optional(_whole(1, 2**24))}
 # torch's names of a GradScaler's state.
 SCALER = {

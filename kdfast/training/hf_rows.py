@@ -93,9 +93,9 @@ def kd_dataset(config: TrainConfig) -> KDDataset:
     check_teachers(config)
     device = pick_device()
     run = Run(device, resolve(config.speed.mixed_precision, device))
-    student = load.Loaded(None, kd_tokenizer(config))
-    windows = inputs.prepare(config, student, config.data.train_file, "train", run.ranks)
-    targets = inputs.find_targets(config, windows, student, run)
+    tokenizer = kd_tokenizer(config)
+    windows = inputs.prepare(config, tokenizer, config.data.train_file, "train", run.ranks)
+    targets = inputs.find_targets(config, windows, tokenizer, run)
     assert targets is not None
     logits = inputs.teacher_logits(config, targets, windows, run)
     assert logits is not None

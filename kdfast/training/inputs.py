@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerFast
 
 from kdfast.common.errors import UserError
 from kdfast.common.precision import teacher_precision
@@ -67,40 +68,49 @@ def load_student(config: TrainConfig, ranks: Ranks) -> load.Loaded:
 
 
 def prepare(
-    config: TrainConfig, student: load.Loaded, source: str, split: str, ranks: Ranks
+    config: TrainConfig, tokenizer: PreTrainedTokenizerFast, source: str, split: str, ranks: Ranks
 ) -> Windows:
-    """The windows of a data source, from the cache where they are there; says what was found."""
+    """The windows of a data source, from the cache where they are there; logs what was found."""
     windows = prepare_windows(
         source,
-        student.tokenizer,
+        tokenizer,
         config.windows,
         split=split,
         cache_dir=config.data.cache_path,
         progress=reading_bar(source),
     )
-    if student.model is not None:
-        check_windows(
-            student.model.reader, windows, config.windows.max_seq_length, config.data.cache_path
-        )
     for note in windows.notes(training=split == "train"):
         ranks.log(note)
+    return windows
+
+
+def prepare_for(
+    config: TrainConfig, student: load.Loaded, source: str, split: str, ranks: Ranks
+) -> Windows:
+    """As `prepare`; raises UserError for windows that the student cannot read."""
+    windows = prepare(config, student.tokenizer, source, split, ranks)
+    longest = config.windows.max_seq_length
+    check_windows(student.model.reader, windows, longest, config.data.cache_path)
     return windows
 
 
 def find_targets(
     config: TrainConfig,
     windows: Windows,
-    student: load.Loaded,
+    tokenizer: PreTrainedTokenizerFast,
     run: Run,
 ) -> TeacherTargets | None:
-    """Whose logits the student learns from; None where they have no weight."""
+    """Whose logits the student learns from; None where they have no weight.
+
+    windows, tokenizer: the student's.
+    """
     if not config.learns_answers:
         if config.model.teacher and config.model.stage == "predictions":
             run.ranks.log("--distillation_loss_weight is 0: the teacher's logits are not computed.")
         return None
     kind = teacher_precision(run.precision, run.device)
     found = [
-        targets.find(config, name, windows, student, kind, run.ranks)
+        targets.find(config, name, windows, tokenizer, kind, run.ranks)
         for name in config.model.teacher
     ]
     if len(found) == 1 and found[0].aligner is None:
@@ -127,9 +137,9 @@ def teacher_logits(
     """
     if taught is None:
         return None
-    if not taught.is_derived:
-        return targets.own_logits(config, taught.teachers[0], run)
     mixture = taught.source
+    if not isinstance(mixture, derived.Mixture):
+        return targets.own_logits(config, taught.teachers[0], run)
     logits = cache.open_shared(config.data.cache_path, mixture, len(windows.input_ids), run.ranks)
     if logits is None:
         shares = [
@@ -204,7 +214,7 @@ def load_validation(
     examples = read.read_examples(config.data.validation_file, split="validation")
     metrics.gold_answers(examples)  # a set that cannot be scored is refused before training
     return scoring.Validation(
-        windows=prepare(config, student, config.data.validation_file, "validation", ranks),
+        windows=prepare_for(config, student, config.data.validation_file, "validation", ranks),
         examples=examples,
         max_answer_length=config.evaluation.max_answer_length,
         n_best_size=config.evaluation.n_best_size,

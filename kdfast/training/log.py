@@ -4,7 +4,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -152,7 +152,7 @@ class Clock:
         )
 
     @contextmanager
-    def stopped(self):
+    def stopped(self) -> Iterator[None]:
         """Time inside does not count."""
         yield
         self._since = time.perf_counter()

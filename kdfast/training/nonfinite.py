@@ -209,7 +209,9 @@ def _bad_terms(
     """For each term that is the first bad one of some windows, their rows in the micro-batch."""
     mask = batch.mask
     if mask is None:
-        mask = torch.ones_like(batch.inputs["input_ids"], dtype=torch.bool)
+        ids = batch.inputs["input_ids"]
+        assert ids is not None
+        mask = torch.ones_like(ids, dtype=torch.bool)
 
     def is_bad(logits: torch.Tensor) -> torch.Tensor:
         return (~torch.isfinite(logits).all(-1) & mask).any(1)

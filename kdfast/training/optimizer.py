@@ -91,9 +91,9 @@ class ScaledAdamW:
         for group in self.adamw.param_groups:
             group["lr"] = rate
         # Fused AdamW leaves everything as it is where found_inf is 1, without a read by the host.
-        self.adamw.found_inf = skip.float()  # type: ignore[attr-defined]  # torch's own protocol
+        self.adamw.__dict__["found_inf"] = skip.float()
         self.adamw.step()
-        del self.adamw.found_inf
+        del self.adamw.__dict__["found_inf"]
         self.adamw.zero_grad(set_to_none=True)
 
     def count(self, loss: float, norm: float, scale: float) -> None:

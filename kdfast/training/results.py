@@ -101,7 +101,7 @@ class Results(Callback):
             return
         self.bar.refresh()  # or it would show an earlier step as long as this takes
         with self.clock.stopped():
-            evaluation = self._score(self.run.stop)
+            evaluation = self._score(self.validation, self.run.stop)
             if evaluation is None:
                 return
             f1 = evaluation.metrics["f1"]
@@ -188,7 +188,7 @@ class Results(Callback):
         """Close the log; under --load_best_model_at_end put the best model into output_dir, and
         the last one into last/."""
         if self.validation and self.evaluation is None:  # the run was complete already
-            self._score(None)
+            self._score(self.validation, None)
         if not self.log:
             return
         self.log.close()
@@ -199,24 +199,24 @@ class Results(Callback):
     def figures(self) -> dict[str, Any]:
         """What run.json holds of the run's course. train_speed is that of all `steps`, those before
         the last of `starts` included, on whatever machines they ran."""
-        progress, found = self.progress, self.evaluation
+        progress, found, speed = self.progress, self.evaluation, self.clock.speed()
         return {
             "steps": progress.steps,
             "updates": self.training.optimizer.updates,
             "starts": progress.starts,
             "cuts": asdict(self.training.cuts.policy),
-            "train_speed": asdict(self.clock.speed()),
+            "train_speed": speed and asdict(speed),
             **(self.validation.rule.named() if self.validation else {}),
             "metrics": None if found is None else found.metrics,
             "eval_windows_per_second": None if found is None else found.windows_per_second,
             "best_f1": progress.best_f1,
         }
 
-    def _score(self, stop: StopSignals | None) -> scoring.Evaluation | None:
-        run = self.run
-        found = self.validation.score(
-            self.student.model, run.device, run.precision, run.ranks, stop
-        )
+    def _score(
+        self, validation: scoring.Validation, stop: StopSignals | None
+    ) -> scoring.Evaluation | None:
+        run, model = self.run, self.student.model
+        found = validation.score(model, run.device, run.precision, run.ranks, stop)
         self.evaluation = found or self.evaluation
         return found
 

@@ -65,7 +65,7 @@ def held(config: TrainConfig, ranks: Ranks) -> Iterator[list[TrainConfig]]:
             goes_on = bool(config.output.resume_from_checkpoint) or ranks.restarts > 0
             runs = [of_layers(config), of_predictions(config)]
             if goes_on:
-                runs = _continued(*runs, may_begin=ranks.restarts > 0)
+                runs = _continued(runs[0], runs[1], may_begin=ranks.restarts > 0)
             check_no_links(output)
             for each in runs:
                 open_output(each)
