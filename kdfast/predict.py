@@ -23,7 +23,7 @@ from kdfast.common import program
 from kdfast.common.errors import UserError
 from kdfast.common.files import make_writable
 from kdfast.common.settings import flag
-from kdfast.data.questions import check_text
+from kdfast.data.pairs import check_text
 from kdfast.data.read import iter_examples
 from kdfast.data.tally import Tally
 from kdfast.evaluation.reader_settings import ReaderSettings

@@ -19,8 +19,8 @@ from kdfast.common.precision import AUTOCAST, device_of, resolve
 from kdfast.config import WindowSettings
 from kdfast.data.batches import cut_by_tokens
 from kdfast.data.examples import Example
+from kdfast.data.pairs import Pair, pair_of, pairs_of
 from kdfast.data.prepare import windows_of
-from kdfast.data.questions import Pair, pair_of, pairs_of
 from kdfast.data.windows import Windows
 from kdfast.evaluation.pipeline_answers import pipeline_answers
 from kdfast.evaluation.reader_settings import ReaderSettings

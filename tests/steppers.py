@@ -7,9 +7,8 @@ import numpy as np
 import torch
 
 from kdfast.common.run import Run
-from kdfast.config import TrainConfig
+from kdfast.config import TrainConfig, WindowSettings
 from kdfast.data.prepare import prepare_windows
-from kdfast.data.windows import WindowSettings
 from kdfast.models import load, loader
 from kdfast.train import train_loop
 from kdfast.training.assemble import TrainingData, assemble

@@ -132,7 +132,7 @@ def test_no_circle():
         ("kdfast.data.read", "import torch.nn"),
         ("kdfast.kernels.reference", "from . import backends"),
         ("kdfast.kernels.reference", "import kdfast"),
-        ("kdfast.fused_kd_loss", "def late():\n    from kdfast.data.read import Example"),
+        ("kdfast.fused_kd_loss", "def late():\n    from kdfast.data.examples import Example"),
         ("kdfast.fused_kd_loss", "import triton.language"),
         ("kdfast.kernels.native", "from kdfast.kernels import triton_launch"),
         ("kdfast.training.step", "from kdfast.train import main"),

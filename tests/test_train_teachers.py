@@ -9,9 +9,8 @@ import torch
 from transformers import AutoModelForQuestionAnswering
 
 from kdfast.common.errors import UserError
-from kdfast.config import TrainConfig
+from kdfast.config import TrainConfig, WindowSettings
 from kdfast.data.prepare import prepare_windows
-from kdfast.data.windows import WindowSettings
 from kdfast.hf import kd_dataset
 from kdfast.teachers import cache as teacher
 from kdfast.teachers.alignment import Aligner

@@ -16,9 +16,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from kdfast import Reader
+from kdfast.config import WindowSettings
 from kdfast.data.examples import Example
 from kdfast.data.prepare import windows_of
-from kdfast.data.windows import WindowSettings
 from kdfast.models.load import load_reader
 from kdfast.models.save import save_model
 from kdfast.tokenizers.load import load_tokenizer

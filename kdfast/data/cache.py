@@ -55,10 +55,8 @@ class MappedFile(NamedTuple):
         root = value
         while isinstance(root, np.ndarray) and isinstance(root.base, np.ndarray):
             root = root.base
-        if not isinstance(root, np.memmap):
-            return value
-        is_whole = value.flags.c_contiguous and value.nbytes == root.nbytes
-        if not is_whole or value.__array_interface__["data"] != root.__array_interface__["data"]:
+        is_map = isinstance(root, np.memmap) and value.flags.c_contiguous
+        if not is_map or value.nbytes != root.nbytes:
             return value
         return cls(str(root.filename), value.dtype.str, root.offset, value.shape)
 
@@ -120,7 +118,7 @@ class ArrayFile:
         self._write_header()
 
     def _write_header(self) -> None:
-        # 128 bytes whatever the length, so that it can be replaced when the length is known.
+        # 128 bytes for any length, so that it can be replaced when the length is known.
         descr = np.lib.format.dtype_to_descr(np.dtype(self.kinds[0]))
         header = {"descr": descr, "fortran_order": False, "shape": (self.length,)}
         self.file.seek(0)

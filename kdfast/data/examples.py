@@ -15,27 +15,23 @@ NEARBY = 5
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """start: characters from the start of the context, whatever the record states; None: nothing"""
+    """An answer as a record states it."""
 
     text: str
-    start: int | None = None
+    start: int | None = None  # characters from the start of the context, right or wrong
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One question. `answers` is None where unlabelled and () where it has no answer.
-
-    numbered: the record has no id, and `id` is its number in the file, from 0.
-    renamed_from: the record's id, where an earlier question has the same.
-    """
+    """One question with its context and answers."""
 
     id: str
     title: str
     question: str
     context: str
-    answers: tuple[Answer, ...] | None
-    numbered: bool = False
-    renamed_from: str | None = None
+    answers: tuple[Answer, ...] | None  # None: unlabelled; (): the context has no answer
+    numbered: bool = False  # the record has no id, and `id` is its number in the file, from 0
+    renamed_from: str | None = None  # the record's id, where an earlier question has the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +101,11 @@ def locate(context: str, answer: Answer) -> Place | Lost:
 
 
 def first_place(context: str, answers: Sequence[Answer]) -> tuple[int, Place] | Lost:
-    """The first of `answers` that has a place: its number, and the place.
+    """The first of `answers` that has a place in `context`.
 
-    If none has: AMBIGUOUS where one of them stands there more than once.
+    Returns:
+        Its number and its place. Where none has a place: AMBIGUOUS if one of them stands in the
+        context more than once, else ABSENT.
     """
     lost = Lost.ABSENT
     for number, answer in enumerate(answers):

@@ -33,24 +33,24 @@ class _Context:
 
 @dataclass
 class Parser:
-    """Makes examples of the records of one source, in their order.
-
-    tally: counts what a user should hear, and under tally.UNREAD's keys what could not be used.
-    fault: what was wrong with the first record that could not.
-    """
+    """Makes examples of the records of one source, in their order."""
 
     source: str
-    tally: Tally
-    fault: str | None = None
+    tally: Tally  # counts what a user should hear, and what could not be used
+    fault: str | None = None  # what was wrong with the first record that could not be used
     _number: int = 0
     _ids: set[str] = field(default_factory=set)
     _context: str = ""
 
     def examples(self, where: str, node: Any) -> Iterator[Example]:
-        """The questions in `node`: a record, or what holds records, however deep.
+        """Yields the questions in a record, or in an object that holds records at any depth.
 
-        where: what a message calls it. Equal contexts that follow one another are one string.
-        Raises UserError for a form that is not read.
+        Args:
+            where: what a message calls it.
+            node: the decoded value.
+
+        Raises:
+            UserError: for a form that is not read.
         """
         return self._walk(where, node, "", _Context())
 
@@ -167,7 +167,8 @@ def _pairs(raw: Any, context: str, start: Any = None) -> Iterator[tuple[Any, Any
 
     Lists of {text, answer_start}, {text: [...], answer_start: [...]}, one {text, answer_start},
     texts, one text, and each of these as JSON or as Python prints it, unless the text itself, such
-    as "[1]", stands in the context. start: a place, or places, that stand beside the value.
+    as "[1]", stands in the context. start: the place, or places, that stand next to the
+    value.
     """
     if isinstance(raw, str):
         decoded = _decoded(raw)
@@ -175,9 +176,9 @@ def _pairs(raw: Any, context: str, start: Any = None) -> Iterator[tuple[Any, Any
             raw = decoded
     items = raw if isinstance(raw, list) else [] if raw is None else [raw]
     starts = start if isinstance(start, list) else [start]
-    for item, beside in zip_longest(items, starts[: len(items)]):
+    for item, place in zip_longest(items, starts[: len(items)]):
         if not isinstance(item, dict):
-            yield item, beside
+            yield item, place
             continue
         key = first_of(item, TEXTS)
         texts, places = (item[key] if key else [item]), _of(item, STARTS)

@@ -119,7 +119,7 @@ def cached_windows(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with folder.with_name(f"{folder.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not folder.is_dir():  # unless another process wrote it meanwhile
+            if not folder.is_dir():  # unless another process has written it by now
                 _write(folder, kinds, arrays, header)
     except OSError as error:
         raise UserError(

@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from kdfast.common.errors import UserError
-from kdfast.data.examples import Answer, Example
+from kdfast.data.examples import Example
 from kdfast.data.parsing import Parser
 from kdfast.data.records import file_items
 from kdfast.data.tally import Tally
-
-__all__ = ["Answer", "Example", "check_ids", "fingerprint", "iter_examples", "read_examples"]
 
 _FILE_LIKE = re.compile(
     r"^[/~.]|\\|/.*/|\.(json|jsonl|ndjson|parquet|csv|tsv|txt|gz)$", re.IGNORECASE
@@ -34,23 +32,23 @@ def read_examples(
 def iter_examples(
     source: str, *, split: str | None = None, tally: Tally | None = None
 ) -> Iterator[Example]:
-    """Yields the questions of `source` in order.
-
-    source: a file of any form that docs/data.md lists; or `id[@revision][:config[:split]]` of a
-    dataset that `datasets.load_dataset` knows, with a question a row. `split` is used where a hub
-    name gives none ("train" if None). At the revision refs/convert/parquet, the hub's own
-    conversion of every data set, a config must be given.
+    """Yields the questions of a file or a dataset in order.
 
     Every id is given once: a question without one has its number in the file, from 0, and one whose
-    id an earlier question has gets it with "#2", and so on.
+    id an earlier question has gets it with "#2", and so on. Questions that follow one another on
+    equal contexts share one context string.
 
-    tally: counts what a user should hear of the questions, and those that cannot be used, by the
-    keys of tally.UNREAD.
+    Args:
+        source: a file of any form that docs/data.md lists; or `id[@revision][:config[:split]]` of
+            a dataset that `datasets.load_dataset` knows, with a question a row. At the revision
+            refs/convert/parquet, the hub's own conversion of every dataset, give a config.
+        split: used where a dataset's name gives none; "train" if None.
+        tally: counts what a user should hear of the questions, and those that cannot be used, by
+            the keys of tally.UNREAD.
 
-    Questions that stand together on equal contexts share one context string.
-
-    Raises UserError for a source that is missing, unreadable or of a form that is not read, and
-    where none of its questions can be used.
+    Raises:
+        UserError: for a source that is missing, unreadable or of a form that is not read, and where
+            none of its questions can be used.
     """
     parser = Parser(source, Tally() if tally is None else tally)
     found = False
@@ -77,8 +75,17 @@ def check_ids(source: str, examples: Iterable[Example]) -> None:
 
 
 def fingerprint(source: str, *, split: str | None = None) -> str:
-    """The sha256, in hex, of what `source` holds, without parsing it: of the bytes of a file, or
-    of the `datasets` fingerprint of a hub name. Raises UserError where there is no such source."""
+    """The sha256 of a source's content, which is not parsed.
+
+    Args:
+        source, split: as `iter_examples` takes them.
+
+    Returns:
+        In hex: of a file the sum of its bytes, of a dataset that of its `datasets` fingerprint.
+
+    Raises:
+        UserError: where there is no such source.
+    """
     path = _path(source)
     if path is None:
         dataset = _load_dataset(source, split)

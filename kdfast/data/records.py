@@ -40,10 +40,15 @@ _FORMS = (
 
 
 def file_items(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yields (where, item) of a file, opened and read once, so that it may be a pipe.
+    """Yields the records of a file, which is opened and read once, so that it may be a pipe.
 
-    where: the item's line or row, "" for the one value of a JSON file. Of JSONL, CSV and Parquet
-    only a part is in memory. Raises UserError for what is no such file.
+    Of JSONL, CSV and Parquet only a part is in memory at a time.
+
+    Yields:
+        The record's line or row ("" for the one value of a JSON file), and the record.
+
+    Raises:
+        UserError: for a file that cannot be read, or is of no such kind.
     """
     try:
         with path.open("rb") as raw:
@@ -160,7 +165,7 @@ def _parquet_rows(path: Path, raw: io.BufferedReader) -> Iterator[tuple[str, Any
 
 
 def usable(key: str, value: Any) -> tuple[str, str]:
-    """A text that a tokenizer takes, and ""; or "" and what is wrong with it."""
+    """The text of a record's key, and why a tokenizer cannot take it; one of the two is ""."""
     text = text_of(value)
     if text is None:
         return "", f"its {key} is {kind_of(value)}"

@@ -40,13 +40,13 @@ COUNTED = {**UNREAD, **UNTRAINED, **READ, **LABELS}
 
 @dataclass
 class Tally:
-    """Of how many questions something is true, and the ids of the first three of them."""
+    """Of how many questions something is true, by the keys above, and the first three ids."""
 
     counts: dict[str, int] = field(default_factory=dict)
     first: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, what: str, name: str | None = None) -> None:
-        """Counts one more question; `name` is its id, if it is to be told."""
+        """Counts one more question. name: its id, where messages are to show it."""
         self.counts[what] = self.counts.get(what, 0) + 1
         if name is None:
             return
@@ -59,7 +59,7 @@ class Tally:
         return self.counts.get("read", self.counts.get("questions", 0))
 
     def notes(self, settings: Mapping[str, Any], training: bool = True) -> list[str]:
-        """A sentence for each thing that is so. training: also what concerns labels alone."""
+        """A sentence for each thing that is true. training: also what concerns labels alone."""
         sentences = {key: f"{text}: left out" for key, text in UNREAD.items()} | READ
         if training:
             sentences |= {key: f"{text}: left out of training" for key, text in UNTRAINED.items()}

@@ -36,14 +36,18 @@ def fault_of(arrays: dict[str, np.ndarray]) -> str | None:
     if fault := _fault_of_sizes(arrays):
         return fault
     for name, data in STARTS.items():
-        starts, total = arrays[name], len(arrays[data])
-        if starts[0] != 0 or starts[-1] != total or (starts[1:] < starts[:-1]).any():
-            return f"{name} does not rise from 0 to {total}"
+        if not rises(arrays[name], len(arrays[data])):
+            return f"{name} does not rise from 0 to {len(arrays[data])}"
     if fault := _fault_of_windows(arrays):
         return fault
     if not _is_text(arrays["question_id_bytes"], arrays["question_id_start"]):
         return "question_id_bytes is not UTF-8"
     return "input_ids holds a number below 0" if arrays["input_ids"].min() < 0 else None
+
+
+def rises(starts: np.ndarray, total: int) -> bool:
+    """Whether the runs that begin at `starts` lie one after another in `total` entries."""
+    return bool(starts[0] == 0 and starts[-1] == total and (starts[1:] >= starts[:-1]).all())
 
 
 def _fault_of_sizes(arrays: dict[str, np.ndarray]) -> str | None:
@@ -98,20 +102,16 @@ def _is_text(data: np.ndarray, starts: np.ndarray) -> bool:
 
 def fault_of_header(header: dict[str, Any]) -> str | None:
     """What is wrong with the entries of a header that Windows reads; None where nothing is."""
-    counts = header.get("counts")
-    if not isinstance(counts, dict) or not counts.keys() >= {"questions", *COUNTED}:
-        return "no counts"
-    if not all(type(count) is int for count in counts.values()):
-        return "counts that are no numbers"
-    first = header.get("first")
-    lists = first.values() if isinstance(first, dict) else [None]
-    if not all(isinstance(ids, list) and all(isinstance(i, str) for i in ids) for ids in lists):
-        return "no ids of the first questions"
-    if not isinstance(header.get("settings"), dict):
-        return "no settings"
-    pad = header.get("pad_token_id")
-    if type(pad) is not int or not 0 <= pad < 2**31:
-        return "no pad_token_id"
-    if not isinstance(header.get("uses_token_types"), bool):
-        return "no uses_token_types"
-    return None
+    counts, first, pad = (header.get(name) for name in ("counts", "first", "pad_token_id"))
+    is_sound = {
+        "counts": isinstance(counts, dict)
+        and counts.keys() >= {"questions", *COUNTED}
+        and all(type(count) is int for count in counts.values()),
+        "first": isinstance(first, dict)
+        and all(isinstance(ids, list) for ids in first.values())
+        and all(isinstance(each, str) for ids in first.values() for each in ids),
+        "settings": isinstance(header.get("settings"), dict),
+        "pad_token_id": type(pad) is int and 0 <= pad < 2**31,
+        "uses_token_types": isinstance(header.get("uses_token_types"), bool),
+    }
+    return next((f"no sound {name}" for name, sound in is_sound.items() if not sound), None)

@@ -47,14 +47,16 @@ class _Batch:
 class WindowBuilder:
     """Cuts windows out of examples.
 
-    tokenizer: a fast one of transformers.
-
-    overlap: where given, it replaces settings.doc_stride: each window begins with the last
-    `overlap` context tokens of the one before it, or with half a window where a question leaves no
-    room for more.
-
-    spool: a file in which the tokens of the contexts seen so far are kept, so that a context which
-    comes back later is not tokenised again; what it holds is of no use afterwards.
+    Args:
+        tokenizer: a fast one.
+        template: the tokenizer's.
+        settings: how the windows are cut.
+        overlap: where given, it replaces settings.doc_stride: each window begins with the last
+            `overlap` context tokens of the one before it, or with half a window where a question
+            leaves no room for more.
+        spool: a file that keeps the tokens of the contexts seen so far, so that a context which
+            comes back later is not tokenised again. It is of no use afterwards.
+        tally: counts what a user should hear of the questions.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -64,10 +66,6 @@ class WindowBuilder:
     spool: BinaryIO = field(default_factory=io.BytesIO)
     tally: Tally = field(default_factory=Tally)
 
-    @property
-    def counts(self) -> dict[str, int]:
-        return self.tally.counts
-
     def arrays(self, examples: Iterable[Example]) -> Iterator[dict[str, np.ndarray]]:
         """Yields dictionaries whose arrays, joined over all of them by name, are those of Windows.
 
@@ -75,7 +73,7 @@ class WindowBuilder:
         entry for each context.
         """
         names = ("questions", "contexts", "windows", "tokens", "context_tokens", "question_tokens")
-        self.counts.update(dict.fromkeys((*names, *COUNTED, "unanswerable"), 0))
+        self.tally.counts.update(dict.fromkeys((*names, *COUNTED, "unanswerable"), 0))
         self._known: dict[bytes, int] = {}
         self._spooled = [0]
         self._id_bytes = 0
@@ -132,7 +130,7 @@ class WindowBuilder:
         return np.frombuffer(self.spool.read(12 * (end - start)), dtype=np.int32).reshape(-1, 3)
 
     def _batch(self, plan: _Batch, new: Tokens, questions: Tokens) -> dict[str, np.ndarray]:
-        counts, template, limit = self.counts, self.template, self.settings.max_query_length
+        counts, template, limit = self.tally.counts, self.template, self.settings.max_query_length
         batch, local, fresh = plan.examples, plan.local, len(plan.texts)
         numbers = np.array([*range(plan.first_new, plan.first_new + fresh), *plan.old])
         contexts = self._with_recalled(plan, new)
@@ -267,8 +265,8 @@ class WindowBuilder:
         answered &= ~lost
         for unheld in np.flatnonzero(lost):
             self.tally.add("no_token", batch[unheld].id)
-        self.counts["unlabelled"] += int((~labelled).sum())
-        self.counts["unanswerable"] += int((labelled & ~answered & trainable).sum())
+        self.tally.counts["unlabelled"] += int((~labelled).sum())
+        self.tally.counts["unanswerable"] += int((labelled & ~answered & trainable).sum())
         none = np.where(labelled, -1, UNLABELLED)
         return np.where(answered, first, none), np.where(answered, last, none), trainable
 

@@ -32,7 +32,7 @@ def check_settings(settings: WindowSettings, template: Template) -> None:
     if settings.doc_stride > room:
         raise UserError(
             f"--doc_stride {settings.doc_stride}: more than the {room} tokens that "
-            f"--max_seq_length {settings.max_seq_length} leaves for the context beside a question "
+            f"--max_seq_length {settings.max_seq_length} leaves for the context next to a question "
             f"of --max_query_length {settings.max_query_length} and {template.size} special "
             "tokens, so that windows would leave gaps: change one of them"
         )
@@ -68,25 +68,31 @@ class Windows(PickledByPath):
 
     A window is special tokens, question, special tokens, a run of its context, special tokens.
 
-    input_ids uint16, or int32 where an id needs it, (tokens,): all windows after one another, no
-        padding
-    window_start int64 (W + 1,): where each window begins in input_ids; lengths int32 (W,)
-    question, context int32 (W,): which question and which context
-    first_token, count int32 (W,): the window holds `count` of its context's tokens, from there on
-    prefix int32 (W,): position in the window at which the context begins
-    start_positions, end_positions int32 (W,): the answer's first and last token, as positions in
-        the window; 0: no answer in this window; -100: unlabelled question
-    trainable bool (W,): False where the question's answer has no place in its context, or no
-        window holds it whole
-    question_token_start int64 (Q + 1,), context_token_start int64 (C + 1,): where the tokens of
-        each question and context begin in the arrays of the two lines below
-    question_char_start, context_char_start uint16, or int32 where needed: each token's first
-        character, leading blanks left out
-    question_char_count, context_char_count uint8, uint16 or int32: how many its characters are
-    question_ids: Q strings
-    pad_token_id; uses_token_types: token type 1 from `prefix` to the window's end
-    key: hex, names the content; settings: what the windows were cut by; tally: what is so of
-        how many questions, see `notes`; counts: the tally's
+    Attributes:
+        input_ids: uint16, or int32 where an id needs it, (tokens,). All windows after one another,
+            without padding.
+        window_start: int64 (W + 1,). Where each window begins in input_ids.
+        lengths: int32 (W,). Tokens of each window.
+        question, context: int32 (W,). The numbers of its question and of its context.
+        first_token, count: int32 (W,). The window holds `count` of its context's tokens, from
+            `first_token` on.
+        prefix: int32 (W,). The position in the window at which the context begins.
+        start_positions, end_positions: int32 (W,). The answer's first and last token, as positions
+            in the window; 0: no answer in this window; -100: unlabelled question.
+        trainable: bool (W,). False where the question's answer has no place in its context, or no
+            window holds it whole.
+        question_token_start, context_token_start: int64 (Q + 1,) and (C + 1,). Where the tokens of
+            each question and context begin in the four arrays below.
+        question_char_start, context_char_start: uint16, or int32 where needed. Each token's first
+            character, leading blanks left out.
+        question_char_count, context_char_count: uint8, uint16 or int32. Each token's characters.
+        question_ids: Q strings.
+        pad_token_id: the token that fills a batch.
+        uses_token_types: token type 1 from `prefix` to the window's end, else all are 0.
+        key: hex, names the content.
+        settings: what the windows were cut by.
+        tally: of how many questions something is true, see `notes`.
+        counts: those of the tally.
     """
 
     input_ids: np.ndarray
@@ -128,12 +134,18 @@ class Windows(PickledByPath):
         return others
 
     def padded(self, indices: Any, width: int | None = None) -> dict[str, np.ndarray]:
-        """The given windows side by side, padded on the right.
+        """The given windows as a batch, padded on the right.
 
-        indices: n window numbers, any order. width: of the result; the longest of them if None.
-        Returns input_ids int64 (n, width), attention_mask bool (n, width), token_type_ids int64
-        (n, width; all 0 unless uses_token_types). Raises ValueError if a window is longer than
-        width.
+        Args:
+            indices: n window numbers, any order.
+            width: of the result; that of the longest of them if None.
+
+        Returns:
+            input_ids int64 (n, width), attention_mask bool (n, width), token_type_ids int64
+            (n, width), all 0 unless uses_token_types.
+
+        Raises:
+            ValueError: where a window is longer than width.
         """
         indices = np.asarray(indices, dtype=np.int64)
         lengths = self.lengths[indices]
@@ -152,11 +164,15 @@ class Windows(PickledByPath):
         return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
 
     def char_span(self, window: Any, start: Any, end: Any) -> tuple[Any, Any]:
-        """The characters of a span: context[first:past] of the window's context.
+        """The characters of a span of tokens: context[first:past] of the window's context.
 
-        window: window numbers; start, end: positions in the window of the span's first and last
-        token, both among its context tokens; scalars or arrays of one shape. Returns int64 of that
-        shape. Positions outside the context tokens give characters of another place: not checked.
+        Args:
+            window: window numbers, one or an array.
+            start, end: positions in the window of the span's first and last token, of the same
+                shape. Both must be context tokens, which is not checked.
+
+        Returns:
+            first and past, int64 of that shape.
         """
         base = (
             self.context_token_start[self.context[window]]
@@ -175,9 +191,10 @@ class Windows(PickledByPath):
             begin = end
 
     def notes(self, training: bool = True) -> list[str]:
-        """What a user should hear about these windows: one sentence for each thing that is so.
+        """What a user should hear about these windows, a sentence for each thing.
 
-        training: also what concerns the labels that training uses.
+        Args:
+            training: also what concerns the labels that training uses.
         """
         return self.tally.notes(self.settings, training)
 
@@ -185,9 +202,11 @@ class Windows(PickledByPath):
 def open_windows(folder: Path, key: str) -> Windows:
     """The windows in a finished folder, mapped.
 
-    The arrays are read once: no index that is made of what they hold leads out of them, and no
-    label out of its window. Raises UserError where one would, and for a file that is missing,
-    shortened or of another key.
+    The arrays are read once to check that no index in them leads out of another array, and no label
+    out of its window.
+
+    Raises:
+        UserError: where one does, and for a file that is missing, shortened or of another key.
     """
     header = read_json_object(folder / HEADER)
     if header.get("key") != key:

@@ -14,8 +14,9 @@ from kdfast.common.progress import reading_bar
 from kdfast.common.ranks import Ranks
 from kdfast.common.settings import LARGEST
 from kdfast.config import WindowSettings
+from kdfast.data.examples import Example
 from kdfast.data.prepare import prepare_windows
-from kdfast.data.read import Example, read_examples
+from kdfast.data.read import read_examples
 from kdfast.data.windows import Windows
 from kdfast.evaluation import latency, metrics, scoring, tables
 from kdfast.evaluation.settings import EvaluateConfig

@@ -12,7 +12,7 @@ from kdfast.common.progress import passing_bar
 from kdfast.common.ranks import Ranks
 from kdfast.common.signals import StopSignals
 from kdfast.data.batches import cut_by_tokens
-from kdfast.data.read import Example
+from kdfast.data.examples import Example
 from kdfast.data.windows import Windows
 from kdfast.evaluation import answers, metrics
 from kdfast.evaluation.metric_rules import SQUAD, MetricRule

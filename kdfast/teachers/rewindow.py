@@ -20,6 +20,7 @@ from kdfast.common.progress import reading_bar
 from kdfast.config import WindowSettings
 from kdfast.data.cache import UNLABELLED, Kinds, cache_folder, damaged, open_array
 from kdfast.data.prepare import Parts, cached_windows, prepare_windows
+from kdfast.data.validate import rises
 from kdfast.data.windows import Windows
 from kdfast.teachers.char_spans import spans_of
 from kdfast.tokenizers.encode import ragged, starts_of
@@ -99,8 +100,8 @@ def rewindow(
     windows = cached_windows(cache_dir, key, arrays, header, more=FIRST)
     folder = cache_folder(cache_dir, key)
     first = open_array(folder, "first_piece", FIRST["first_piece"])
-    if len(first) != len(student) + 1:
-        raise damaged(folder, f"first_piece has {len(first)} entries, not {len(student) + 1}")
+    if len(first) != len(student) + 1 or not rises(first, len(windows)):
+        raise damaged(folder, f"first_piece is not of {len(student)} windows in {len(windows)}")
     return Rewindowed(windows, first)
 
 

@@ -31,12 +31,11 @@ def starts_of(lengths: np.ndarray | Sequence[int]) -> np.ndarray:
 
 @dataclass
 class Tokens:
-    """The tokens of several texts after one another. starts int64 (n + 1,), ids int32 (tokens,),
-    offsets int32 (tokens, 2) in characters."""
+    """The tokens of several texts after one another."""
 
-    starts: np.ndarray
-    ids: np.ndarray
-    offsets: np.ndarray
+    starts: np.ndarray  # int64 (texts + 1,), where each text's tokens begin
+    ids: np.ndarray  # int32 (tokens,)
+    offsets: np.ndarray  # int32 (tokens, 2), [first, past the last) character of each
 
     @classmethod
     def encode(cls, backend: Tokenizer, texts: list[str], limit: int | None = None) -> Tokens:

@@ -1,4 +1,4 @@
-"""The one door to a model's tokenizer: read as its files say, and written for others to read."""
+"""A model's tokenizer: read as its files say, and written so that others read it too."""
 
 from __future__ import annotations
 
@@ -44,15 +44,10 @@ BERT_SETTINGS = {
 
 
 class FolderTokenizer(PreTrainedTokenizerFast):
-    """A fast tokenizer that is written as it was read.
+    """A fast tokenizer that is written as it was read."""
 
-    `read` is the text of the tokenizer.json that it came from (None: from vocabulary files), and
-    `read_as` what its backend was then, so that a tokenizer which was changed since is written as
-    it is now.
-    """
-
-    read: bytes | None = None
-    read_as: str = ""
+    read: bytes | None = None  # the tokenizer.json that it came from; None: vocabulary files
+    read_as: str = ""  # its backend then; one that was changed since is written as it is now
 
     def save_pretrained(
         self, save_directory: str | PathLike[Any], *_: Any, **__: Any
@@ -87,7 +82,7 @@ class FolderTokenizer(PreTrainedTokenizerFast):
 
 
 def load_tokenizer(folder: Path, role: str) -> FolderTokenizer:
-    """The tokenizer in a model's `folder`, which gives the ids that transformers 4.57 gave.
+    """The tokenizer in a model's folder, which gives the ids that transformers 4.57 gave.
 
     tokenizer.json is used as it stands. Transformers 4 changed it after reading, in two ways:
 
@@ -99,8 +94,8 @@ def load_tokenizer(folder: Path, role: str) -> FolderTokenizer:
       where tokenizer_config.json states them, but no default of a class replaces what
       tokenizer.json says: there kdfast goes by the file, and not by transformers 4.
 
-    AutoTokenizer of transformers 5 builds normalizer and pre-tokenizer from the class, whatever the
-    file says; so it is not used.
+    AutoTokenizer is not used: that of transformers 5 builds normalizer and pre-tokenizer from the
+    class, and not from the file.
 
     Without tokenizer.json it is made of the vocabulary's files as transformers 4 did
     (vocabulary_files.py), a SentencePiece model with its own character map.
@@ -108,7 +103,12 @@ def load_tokenizer(folder: Path, role: str) -> FolderTokenizer:
     `model_input_names` holds "token_type_ids" where the model was trained with them, see
     `uses_token_types`.
 
-    Raises UserError, naming `role` (such as "--teacher"), where there is none that loads.
+    Args:
+        folder: of the model.
+        role: what an error calls it, such as "--teacher".
+
+    Raises:
+        UserError: where there is no tokenizer that loads.
     """
     try:
         return _load(folder)

@@ -38,7 +38,7 @@ def backend_text(tokenizer: PreTrainedTokenizerFast) -> str:
 
 @dataclass(frozen=True)
 class Template:
-    """What a tokenizer puts around a question and a context."""
+    """The special tokens that a tokenizer puts around a question and a context, as ids."""
 
     before: tuple[int, ...]
     between: tuple[int, ...]
@@ -54,8 +54,10 @@ class Template:
     def learn(cls, tokenizer: PreTrainedTokenizerFast) -> Template:
         """Learns it from the encoding of a pair.
 
-        Raises UserError for a tokenizer without a Rust backend, without a padding token, without a
-        token in front (which stands for "no answer"), or with token types of an unknown pattern.
+        Raises:
+            UserError: for a tokenizer without a Rust backend, without a padding token, without a
+                token in front (which stands for "no answer"), or with token types of an unknown
+                pattern.
         """
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         if not getattr(tokenizer, "is_fast", False):
@@ -99,17 +101,17 @@ class Template:
 
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerFast) -> str:
-    """The sha256, in hex, of all that decides a tokenizer's output: its backend with truncation
-    and padding off, the special tokens it puts around a pair, and its padding token.
+    """The sha256, in hex, of all that decides a tokenizer's output.
 
-    Raises UserError as `Template.learn` does.
+    That is its backend with truncation and padding off, the special tokens it puts around a pair,
+    and its padding token. Raises UserError as `Template.learn` does.
     """
     template = Template.learn(tokenizer)
     return hashlib.sha256(f"{backend_text(tokenizer)}\n{template}".encode()).hexdigest()
 
 
 def same_tokens(tokenizer: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> bool:
-    """Whether two tokenizers make the same tokens, whatever their models read of token types."""
+    """Whether two tokenizers make the same tokens. Token types may differ."""
     kept, others = (Template.learn(each) for each in (tokenizer, other))
     return backend_text(tokenizer) == backend_text(other) and kept == replace(
         others, uses_token_types=kept.uses_token_types

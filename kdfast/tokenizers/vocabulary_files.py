@@ -50,13 +50,17 @@ class SlowTokenizer:
 def convert(
     folder: Path, name: str, settings: dict[str, Any], special: dict[str, Any]
 ) -> Tokenizer:
-    """The `tokenizers` object of `folder`'s vocabulary files.
+    """The `tokenizers` object of a folder's vocabulary files.
 
-    name: the slow class. settings: of tokenizer_config.json. special: the special tokens by key,
-    as in tokenizer.SPECIAL_TOKENS.
+    Args:
+        folder: of the model.
+        name: the slow class.
+        settings: the content of tokenizer_config.json.
+        special: the special tokens by key, as in classes.SPECIAL_TOKENS.
 
-    Raises UserError, to be read after the folder's name, where the class is
-    unknown or has no files there, and other errors for damaged files.
+    Raises:
+        UserError: where the class is unknown or has no files there. Its sentence goes on after the
+            folder's name. Damaged files raise other errors.
     """
     if name not in FILES:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Where a tokenizer says that its tokens, and the words they are pieces of, stand in a text."""
+"""The characters of a text that a tokenizer's tokens stand for, and the words they belong to."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 class WordOffsets:
     """The tokens of several texts after one another.
 
-    starts int64 (texts + 1,): where each text's tokens begin
-    offsets int32 (tokens, 2): the characters of each, [first, past the last), as the tokenizer
-        gives them: unlike Windows.context_offsets they may begin with a blank
-    first, last int64 (tokens,): the first and the last token of the word that each is a piece of
+    Attributes:
+        starts: int64 (texts + 1,). Where each text's tokens begin.
+        offsets: int32 (tokens, 2). The characters of each, [first, past the last), as the tokenizer
+            gives them: unlike those of Windows they may begin with a blank.
+        first, last: int64 (tokens,). The first and the last token of the word that each belongs to.
     """
 
     starts: np.ndarray
@@ -31,7 +32,7 @@ class WordOffsets:
 
     @classmethod
     def encode(cls, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> WordOffsets:
-        """The words of `texts`. tokenizer: a fast one of transformers."""
+        """The tokens of `texts` and their words. tokenizer: a fast one."""
         with whole_texts(tokenizer.backend_tokenizer) as backend:
             encodings = backend.encode_batch(texts, add_special_tokens=False)
         starts = starts_of([len(encoding.ids) for encoding in encodings])
@@ -53,10 +54,15 @@ class WordOffsets:
     def characters(
         self, start: np.ndarray, end: np.ndarray, low: np.ndarray, high: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """First character, and the one past the last, of spans of tokens widened to whole words.
+        """The characters of spans of tokens that are widened to whole words.
 
-        start, end int64 (n,): the tokens of each span; low, high: the first and the last token that
-        may take part, so that a word which a window cuts counts as what the window holds of it.
+        Args:
+            start, end: int64 (n,). The first and the last token of each span.
+            low, high: int64 (n,). The first and the last token that it may be widened to: those of
+                a window, which may hold a part of a word.
+
+        Returns:
+            The first character and the one past the last, int32 (n,) each.
         """
         start = np.maximum(self.first[start], low)
         end = np.minimum(self.last[end], high)

@@ -7,7 +7,7 @@ import numpy as np
 
 from kdfast.config import WindowSettings
 from kdfast.data.cache import ARRAYS
-from kdfast.data.read import Answer, Example
+from kdfast.data.examples import Answer, Example
 
 SMALL = WindowSettings(max_seq_length=48, max_query_length=24, doc_stride=7)
 

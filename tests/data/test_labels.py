@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from kdfast.config import WindowSettings
+from kdfast.data.examples import Answer, Example
 from kdfast.data.prepare import windows_of
-from kdfast.data.read import Answer, Example, read_examples
+from kdfast.data.read import read_examples
 from tests.corpora import shared
 from tests.data.made_up import SMALL, characters, random_examples
 from tests.small_tokenizers import FAMILIES, of_family

@@ -13,8 +13,9 @@ import pytest
 from kdfast.common.errors import UserError
 from kdfast.data import prepare, windowing
 from kdfast.data.cache import FORMAT, HEADER, cache_folder
+from kdfast.data.examples import Answer, Example
 from kdfast.data.prepare import prepare_windows, windows_of
-from kdfast.data.read import Answer, Example, read_examples
+from kdfast.data.read import read_examples
 from kdfast.tokenizers.template import tokenizer_key
 from tests.corpora import shared
 from tests.data.made_up import (

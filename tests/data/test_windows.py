@@ -10,8 +10,9 @@ import pytest
 from kdfast.common.errors import UserError
 from kdfast.config import WindowSettings
 from kdfast.data import windowing
+from kdfast.data.examples import Example
 from kdfast.data.prepare import windows_of
-from kdfast.data.read import Example, read_examples
+from kdfast.data.read import read_examples
 from kdfast.tokenizers.template import Template, tokenizer_key
 from tests.corpora import shared
 from tests.data.made_up import SMALL, TEXT, assert_same_windows, characters, random_examples

@@ -17,7 +17,7 @@ SUFFIX = 1
 
 
 class FakeWindows:
-    """What answers.py uses of `features.Windows`; a context token is one character and a space."""
+    """What answers.py uses of `Windows`; a context token is one character and a space."""
 
     def __init__(self, question, prefix, count, first_token=None):
         self.question = np.array(question, dtype=np.int32)

@@ -10,9 +10,9 @@ import torch
 
 from kdfast.common.errors import UserError
 from kdfast.common.files import write_sums
+from kdfast.config import WindowSettings
 from kdfast.data.batches import cut_by_tokens
 from kdfast.data.prepare import prepare_windows
-from kdfast.data.windows import WindowSettings
 from kdfast.models import load
 from kdfast.models.inference import forward_windows
 from kdfast.models.loader import HostLoader, flat_positions

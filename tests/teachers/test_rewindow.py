@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from kdfast.common.errors import UserError
+from kdfast.common.files import SUMS_FILE, write_sums
 from kdfast.data.cache import cache_folder
 from kdfast.data.prepare import prepare_windows, windows_of
 from kdfast.data.read import read_examples
@@ -138,9 +139,11 @@ def test_the_cache_is_used_and_keyed(made, monkeypatch, tmp_path):
     np.testing.assert_array_equal(again.windows.input_ids, found.windows.input_ids)
 
     folder = cache_folder(tmp_path / "cache", found.windows.key)
-    np.save(folder / "first_piece.npy", first[:-1])
-    with pytest.raises(UserError, match="damaged cache"):
-        made(student, teacher, examples)
+    for wrong in (first[:-1], first + 1, first[::-1]):
+        np.save(folder / "first_piece.npy", wrong)
+        write_sums(folder, [path.name for path in folder.iterdir() if path.name != SUMS_FILE])
+        with pytest.raises(UserError, match=r"damaged cache .first_piece is not of"):
+            made(student, teacher, examples)
     shutil.rmtree(folder)
     monkeypatch.undo()
     np.testing.assert_array_equal(made(student, teacher, examples)[1].first, first)

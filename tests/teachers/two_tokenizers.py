@@ -13,8 +13,8 @@ import tokenizers
 import transformers
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
+from kdfast.config import WindowSettings
 from kdfast.data.prepare import prepare_windows
-from kdfast.data.windows import WindowSettings
 from kdfast.teachers.alignment import Aligner
 from kdfast.teachers.rewindow import rewindow
 from kdfast.tokenizers.template import Template

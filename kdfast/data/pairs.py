@@ -1,4 +1,4 @@
-"""The forms in which questions and their contexts are given to a reader."""
+"""The (question, context) pairs that a Reader is called with, in each of their forms."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Pair = tuple[str, str]
 
 
 def check_text(role: str, text: object, *, may_be_empty: bool = False) -> str:
-    """`text`, if it is a text that a tokenizer takes. Raises UserError, naming `role`, if not."""
+    """Returns `text` if a tokenizer takes it, else raises UserError, which calls it `role`."""
     if not isinstance(text, str):
         raise UserError(f"{role} is {type(text).__name__}: give a text.")
     if not text and not may_be_empty:
@@ -26,11 +26,17 @@ def check_text(role: str, text: object, *, may_be_empty: bool = False) -> str:
 
 
 def pairs_of(inputs: tuple, question: object, context: object) -> tuple[list[Pair], bool]:
-    """The (question, context) pairs of a call, in the forms that Reader.__call__ describes, and
-    whether their answers are a list even if there is only one.
+    """The (question, context) pairs of a call, in the forms that Reader.__call__ describes.
 
-    inputs: the arguments without a name. Raises UserError for any other form, and for a text that
-    is none or empty.
+    Args:
+        inputs: the arguments without a name.
+        question, context: those with a name, or None.
+
+    Returns:
+        The pairs, and whether their answers are a list even if there is only one.
+
+    Raises:
+        UserError: for any other form, and for a text that is none or empty.
     """
     if inputs and (question is not None or context is not None):
         raise UserError("Give the questions either as they are or as question= and context=.")
@@ -54,8 +60,14 @@ def pairs_of(inputs: tuple, question: object, context: object) -> tuple[list[Pai
 def pair_of(role: str, item: object, *, may_be_empty: bool = False) -> Pair:
     """The question and the context of one input.
 
-    item: a mapping with both, an object of transformers' SquadExample kind, or a tuple of two
-    texts. role: what an error calls it. Raises UserError for anything else.
+    Args:
+        role: what an error calls the input.
+        item: a mapping with both, an object of transformers' SquadExample kind, or a tuple of two
+            texts.
+        may_be_empty: whether their texts may be "".
+
+    Raises:
+        UserError: for any other input, and for a text that a tokenizer does not take.
     """
     question: object
     context: object
