@@ -20,7 +20,7 @@ PROGRAMS = [
     if "\ndef main(" in path.read_text()
 ]
 # Of programs that are not ours, and parts of a flag's name.
-OTHER_FLAGS = {"nproc_per_node", "max_restarts", "nnodes", "long", "benchmark"}
+OTHER_FLAGS = {"nproc_per_node", "max_restarts", "nnodes", "long", "benchmark", "check"}
 
 
 @pytest.fixture
