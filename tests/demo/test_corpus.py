@@ -196,7 +196,7 @@ def test_relation_and_subject_must_both_be_read(side):
 
 def test_the_tokenizer_knows_every_word_and_splits_names_into_parts():
     pytest.importorskip("transformers")
-    from kdfast.demo.vocabulary import make_tokenizer
+    from tests.demo.vocabulary import make_tokenizer
 
     tokenizer = make_tokenizer(160)
     found, drawn = passages("validation", 1000, seed=9)

@@ -5,8 +5,8 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from kdfast.demo import TEACHER, WINDOW
 from kdfast.demo.passages import passages
-from kdfast.demo.start import start_model
-from kdfast.demo.vocabulary import make_tokenizer
+from tests.demo.start import start_model
+from tests.demo.vocabulary import make_tokenizer
 
 
 def test_the_teacher_is_small_and_loads_in_its_own_precision():

@@ -3,26 +3,26 @@ import json
 import pytest
 
 from kdfast import train
-from kdfast.demo import corpus, tour
+from kdfast.demo import corpus, demo
 
 pytestmark = pytest.mark.program
 
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    """The tour over a corpus of a few passages and two steps a student."""
+    """The demo over a corpus of a few passages and two steps a student."""
     monkeypatch.chdir(tmp_path)
     write = corpus.write_corpus
     monkeypatch.setattr(
-        tour.corpus,
+        demo.corpus,
         "write_corpus",
         lambda folder: write(folder, train_questions=40, validation_questions=20),
     )
-    monkeypatch.setattr(tour, "SETTINGS", {**tour.SETTINGS, "max_steps": 2})
+    monkeypatch.setattr(demo, "SETTINGS", {**demo.SETTINGS, "max_steps": 2})
     return tmp_path / "kdfast-demo"
 
 
-def test_without_arguments_the_tour_ends_with_one_table(small, capsys):
+def test_without_arguments_the_demo_ends_with_one_table(small, capsys):
     assert train.main([]) == 0
     lines = capsys.readouterr().out.strip().splitlines()
     header, _, *rows = [line for line in lines if line.startswith("|")]
@@ -41,7 +41,7 @@ def test_without_arguments_the_tour_ends_with_one_table(small, capsys):
     assert f"{distilled['metrics']['f1']:.1f}" in rows[1]
 
 
-def test_the_tour_can_be_taken_twice(small, capsys):
+def test_the_demo_runs_twice(small, capsys):
     assert train.main([]) == 0
     first = capsys.readouterr().out
     assert train.main([]) == 0

@@ -1,4 +1,4 @@
-"""`python -m kdfast.demo.make_teacher WORK_FOLDER [TEACHER_FOLDER]`: train the embedded teacher.
+"""`python -m tests.demo.make_teacher WORK_FOLDER [TEACHER_FOLDER]`: train the embedded teacher.
 
 Three lessons with kdfast.train itself, on gold spans alone and from short passages to full ones.
 About twenty minutes on one core. The corpora, the runs and their figures stay in WORK_FOLDER; the
@@ -17,8 +17,8 @@ from kdfast import train
 from kdfast.demo import TEACHER, WINDOW
 from kdfast.demo.corpus import write_corpus
 from kdfast.demo.passages import Lesson
-from kdfast.demo.start import start_model
-from kdfast.demo.vocabulary import make_tokenizer
+from tests.demo.start import start_model
+from tests.demo.vocabulary import make_tokenizer
 
 SEED = 1
 # (lesson, questions, steps, warm-up share)
