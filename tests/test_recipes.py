@@ -34,9 +34,10 @@ def test_settings_are_flags_and_the_rest_is_printed(name):
     assert set(recipe.settings) <= set(SETTINGS) - {"recipe"}
     config = train.parse(["--recipe", name, "--output_dir", "out"])
     check(config)
+    settings = config.flat()
     for flag, value in recipe.settings.items():
         value = [value] if flag == "teacher" else value
-        assert getattr(config, flag) == value and type(getattr(config, flag)) is type(value)
+        assert settings[flag] == value and type(settings[flag]) is type(value)
     text = "\n".join(recipe.lines())
     assert recipe.published["model"] in text and recipe.published["hardware"] in text
     for figure in recipe.published["figures"]:
