@@ -10,17 +10,21 @@ if __name__ == "__main__":  # flags come first: what is imported below takes sec
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from kdfast.common.errors import UserError
 from kdfast.common.files import make_writable, write_json
 from kdfast.common.machine import describe_machine
 from kdfast.common.precision import pick_device, resolve
 from kdfast.common.ranks import Ranks
-from kdfast.data import read
+from kdfast.common.run import Run
+from kdfast.data.read import read_examples
 from kdfast.data.tally import Tally
-from kdfast.evaluation import answers, bootstrap, metrics, predictions, scoring, tables
-from kdfast.evaluation.evaluated_model import Contender, questions_of, result_of
+from kdfast.evaluation import answers, bootstrap, metrics, predictions, scoring, suites, tables
+from kdfast.evaluation.evaluated_model import AnswerSettings, EvaluatedModel
+from kdfast.evaluation.metric_rules import MetricRule
 from kdfast.evaluation.settings import EvaluateConfig
 from kdfast.evaluation.suites import EvaluationSet
 
@@ -35,76 +39,151 @@ def start(config: EvaluateConfig) -> None:
 
 
 def evaluate(config: EvaluateConfig, ranks: Ranks) -> str:
-    """Score, and write what --output_dir is for, which the first of the ranks does.
+    """Score, and write what --output_dir is for; only the first rank writes.
 
-    Returns what the program prints, "" for another rank: of one --data the official figures as one
-    JSON object, of a --suite a table.
+    Returns:
+        What the program prints: of one --data the official figures as one JSON object, of a
+        --suite a table, and "" on any rank but the first.
+
+    Raises:
+        UserError: For a mistake in the settings, the data or a model.
     """
     config.check()
     sets = config.sets()
     output = open_folder(config.output_dir)
     if config.predictions is not None:
-        scores = score_files(config, sets[0], ranks)
+        scores = score_predictions(config, config.predictions, sets[0], ranks)
         return report_scores(scores, sets[0], output) if ranks.is_first else ""
 
-    device = pick_device(ranks.local_rank)
-    precision = resolve(config.mixed_precision, device)
-    named = [("--model", config.model)]
+    models = load_models(config, ranks)
+    questions = {each.name: each.read_questions() for each in sets}
+    # In a set of a suite without unanswerable questions no model may abstain.
+    rule = next((each.rule for each in sets if each.unanswerable), sets[0].rule)
+    thresholds = [null_threshold(config, model, rule) for model in models]
+    header = header_of(config, models, sets[0].source)
+    records = []
+    for each in sets:
+        examples = questions.pop(each.name)
+        results = [
+            model.answer(each, examples, threshold if each.unanswerable else math.inf)
+            for model, threshold in zip(models, thresholds, strict=True)
+        ]
+        if not ranks.is_first:
+            continue
+        record = tables.set_record(each, results)
+        records.append(record)
+        by = f"  {each.rule.sentence}" if each.metric != "squad" else ""
+        speed = f"{record['windows_per_second']:.1f} windows/s"
+        ranks.warn(f"{each.name}: {scoring.line(record['metrics'])}  {speed}{by}")
+        if output:
+            write_json(output / f"{each.name}.eval.json", header | record)
+            write_json(output / f"{each.name}.questions.json", tables.question_records(results))
+    if not ranks.is_first:
+        return ""
+    if output:
+        write_json(output / "summary.json", header | {"sets": records})
+        if config.suite is None:
+            answers.write_predictions(results[0].evaluation.answers, output)
+    if config.suite is not None:
+        return tables.table(records)
     if config.compare is not None:
-        named.append(("--compare", config.compare))
-    readers = [Contender(config, name, role, device, precision, ranks) for role, name in named]
-    ranks.assert_same_on_all_ranks(
-        {"settings": config, "weights": [reader.weights for reader in readers]}
+        ranks.warn(tables.table(records))
+    return report_scores(records[0]["metrics"], sets[0], output)
+
+
+def score_predictions(
+    config: EvaluateConfig, file: str, each: EvaluationSet, ranks: Ranks
+) -> dict[str, float]:
+    """The figures of the answers in a file, that of --predictions."""
+    tally = Tally()
+    examples = each.read_questions(tally)
+    for note in tally.notes({}, training=False):
+        ranks.warn(note)
+    found = predictions.read_answers(file, examples)
+    odds = predictions.read_odds(config.null_odds, examples) if config.null_odds else None
+    gold = metrics.gold_answers(examples)
+    missing, unknown = metrics.unmatched_ids(gold, found)
+    if missing:
+        ranks.warn(f"{len(missing)} questions without a prediction score 0, such as {missing[0]}.")
+    if unknown:
+        ranks.warn(f"{len(unknown)} predictions are of unknown questions, such as {unknown[0]}.")
+    if each.metric != "squad":
+        ranks.warn(each.rule.sentence)
+    threshold = 1.0 if config.null_threshold is None else config.null_threshold
+    return metrics.score(gold, found, odds, threshold, each.rule.best_scores)
+
+
+def load_models(config: EvaluateConfig, ranks: Ranks) -> list[EvaluatedModel]:
+    """The models of --model and --compare, the same on all ranks."""
+    device = pick_device(ranks.local_rank)
+    run = Run(device, resolve(config.mixed_precision, device), ranks)
+    settings = AnswerSettings(
+        config.max_seq_length,
+        config.max_query_length,
+        config.doc_stride,
+        config.max_answer_length,
+        config.n_best_size,
+        Path(config.cache_dir).expanduser(),
     )
-    questions = {each.name: read_questions(each) for each in sets}
-    thresholds = [reader.null_threshold() for reader in readers]
-    about = [reader.describe(sets[0].source) for reader in readers]
-    header = {
+    models = [
+        EvaluatedModel(name, role, settings, run)
+        for role, name in (("--model", config.model), ("--compare", config.compare))
+        if name is not None
+    ]
+    ranks.assert_same_on_all_ranks(
+        {"settings": config, "weights": [model.weights for model in models]}
+    )
+    return models
+
+
+def header_of(
+    config: EvaluateConfig, models: list[EvaluatedModel], timed_on: str
+) -> dict[str, Any]:
+    """What each result file says of models, settings and machine. timed_on: data for latencies."""
+    model = models[0]
+    about = [each.describe(timed_on) for each in models]
+    return {
         "format": FORMAT,
         "model": about[0],
         "compared_with": about[1] if len(about) > 1 else None,
         "settings": {
-            **readers[0].windows,
+            **asdict(model.windows),
             "max_answer_length": config.max_answer_length,
-            "precision": precision,
+            "precision": model.run.precision,
             "null_threshold_from": config.null_threshold_from,
         },
-        "bootstrap": {
-            "resamples": bootstrap.RESAMPLES,
-            "level": bootstrap.LEVEL,
-            "seed": bootstrap.SEED,
-        },
-        "ranks": ranks.count,
-        **describe_machine(device),
+        "bootstrap": bootstrap.SETTINGS,
+        "ranks": model.run.ranks.count,
+        **describe_machine(model.run.device),
     }
-    found = []
-    for each in sets:
-        asked = questions.pop(each.name)
-        answered = [
-            reader.answer(each, asked, threshold if each.unanswerable else math.inf)
-            for reader, threshold in zip(readers, thresholds, strict=True)
-        ]
-        if not ranks.is_first:
-            continue
-        found.append(result_of(each, answered))
-        speed = found[-1]["windows_per_second"]
-        by = f"  {each.rule.sentence}" if each.metric != "squad" else ""
-        line = scoring.line(found[-1]["metrics"])
-        ranks.warn(f"{each.name}: {line}  {speed:.1f} windows/s{by}")
-        if output:
-            write_json(output / f"{each.name}.eval.json", header | found[-1])
-            write_json(output / f"{each.name}.questions.json", questions_of(answered))
-    if not ranks.is_first:
-        return ""
-    if output:
-        write_json(output / "summary.json", header | {"sets": found})
-        if config.suite is None:
-            answers.write_predictions(answered[0].evaluation.answers, output)
-    if config.suite is not None:
-        return tables.table(found)
-    if config.compare is not None:
-        ranks.warn(tables.table(found))
-    return report_scores(found[0]["metrics"], sets[0], output)
+
+
+def null_threshold(config: EvaluateConfig, model: EvaluatedModel, rule: MetricRule) -> float:
+    """The threshold of a model: given, the best for F1 by `rule` on other data, or 0.
+
+    Raises UserError for a result that has none, is of another rule, or of one model where there
+    are two, and where the model does best by always abstaining: the official script names that 0.
+    """
+    name = config.null_threshold_from
+    if name is None:
+        return 0.0 if config.null_threshold is None else config.null_threshold
+    figures = predictions.recorded_figures(name, rule)
+    if figures is None:
+        model.run.ranks.warn(f"{model.name}: looking for the best threshold on {name}")
+        examples = read_examples(name, split="validation")
+        other = suites.own_set(name).scored_by(rule.name, rule.language)
+        figures = model.answer(other, examples, 0.0).evaluation.metrics
+    elif config.compare:
+        raise UserError(
+            f"--null_threshold_from {name} is the result of one reader, and --compare "
+            "makes two: give data, on which each gets its own threshold."
+        )
+    if figures["best_f1"] <= 100.0 * figures.get("NoAns_total", 0) / figures["total"]:
+        raise UserError(
+            f"--null_threshold_from {name}: {model.name} does best there by answering nothing, "
+            "so there is no threshold to take: give one by --null_threshold."
+        )
+    return figures["best_f1_thresh"]
 
 
 def report_scores(scores: dict[str, float], each: EvaluationSet, output: Path | None) -> str:
@@ -113,45 +192,6 @@ def report_scores(scores: dict[str, float], each: EvaluationSet, output: Path | 
     if output:
         write_json(output / "metrics.json", named)
     return json.dumps(named, indent=2)
-
-
-def read_questions(each: EvaluationSet, tally: Tally | None = None) -> list[read.Example]:
-    """The questions of a set. What cannot be read or scored is refused before a reader answers."""
-    try:
-        examples = read.read_examples(each.source, split="validation", tally=tally)
-        read.check_ids(each.source, examples)
-        metrics.gold_answers(examples)
-    except UserError as error:
-        if each.file is not None:
-            raise
-        raise UserError(
-            f"Set {each.name}: {error}. --data {each.name}=FILE takes a copy."
-        ) from None
-    return examples
-
-
-def score_files(config: EvaluateConfig, each: EvaluationSet, ranks: Ranks) -> dict[str, float]:
-    """The answers of --predictions to the questions of a set, scored by its rule."""
-    tally = Tally()
-    examples = read_questions(each, tally)
-    for note in tally.notes({}, training=False):
-        ranks.warn(note)
-    gold = metrics.gold_answers(examples)
-    found = predictions.read_values(config.predictions, "--predictions", str)
-    found = predictions.for_examples(found, examples)
-    odds = None
-    if config.null_odds:
-        odds = predictions.read_values(config.null_odds, "--null_odds", float)
-        odds = predictions.for_examples(odds, examples)
-    missing, unknown = metrics.unmatched_ids(gold, found)
-    if missing:
-        ranks.warn(f"{len(missing)} questions without a prediction score 0, such as {missing[0]}.")
-    if unknown:
-        ranks.warn(f"{len(unknown)} predictions are of unknown questions, such as {unknown[0]}.")
-    threshold = 1.0 if config.null_threshold is None else config.null_threshold
-    if each.metric != "squad":
-        ranks.warn(each.rule.sentence)
-    return metrics.score(gold, found, odds, threshold, each.rule.best_scores)
 
 
 def open_folder(name: str | None) -> Path | None:

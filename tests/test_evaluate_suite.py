@@ -140,6 +140,34 @@ def test_a_threshold_of_other_data(world):
     assert status == 2 and "give the result of one set" in err
 
 
+def test_the_rule_of_a_threshold_is_that_of_the_figures(world, monkeypatch):
+    """Both where the other data are answered, and where a result holds the threshold."""
+    used = {}
+    for metric in ("squad", "korquad"):
+        by = ["--metric", metric, "--output_dir", world.path / metric]
+        assert world.run("--data", world.perturbed, "--null_threshold", 1e9, *by)[0] == 0
+        used[metric] = json.loads((world.path / metric / "metrics.json").read_text())
+    assert used["squad"]["best_f1_thresh"] != used["korquad"]["best_f1_thresh"]
+
+    # A set whose own rule is another than that of the other data.
+    monkeypatch.chdir(world.path)
+    (world.path / "KorQuAD").mkdir()
+    own = shutil.copy(world.plain, world.path / "KorQuAD" / "squad_kor_v1")
+    data = ["--data", own.relative_to(world.path), "--output_dir", world.output]
+    status, _, err = world.run(*data, "--null_threshold_from", world.perturbed)
+    assert status == 0, err
+    record = read(world, "squad_kor_v1.eval")
+    assert record["metric"] == "korquad"
+    assert record["null_threshold"] == used["korquad"]["best_f1_thresh"]
+
+    for name in ("metrics", "perturbed.eval"):
+        of = {metric: world.path / metric / f"{name}.json" for metric in used}
+        assert world.run(*data, "--null_threshold_from", of["korquad"])[0] == 0
+        status, out, err = world.run(*data, "--null_threshold_from", of["squad"])
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert "is scored by squad, and this evaluation by korquad" in err
+
+
 def test_no_threshold_where_silence_is_best(world):
     silent = {"best_f1": 50.0, "best_f1_thresh": 0.0, "NoAns_total": 6, "total": 12}
     (world.path / "silent.json").write_text(json.dumps(silent))

@@ -143,7 +143,7 @@ def test_what_fails_after_the_last_save_says_where_the_student_is(
         raise RuntimeError("a bug\nof many lines")
 
     if place == "evaluation":
-        monkeypatch.setattr(scoring.Validation, "score", fails)
+        monkeypatch.setattr(scoring.Validation, "score_unless_stopped", fails)
     else:
         monkeypatch.setattr("kdfast.train.write_run", fails)
     assert world.run(max_steps=2) == 2

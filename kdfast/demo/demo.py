@@ -6,6 +6,7 @@ from typing import Any
 
 from kdfast.common.precision import pick_device, resolve
 from kdfast.common.ranks import Ranks
+from kdfast.common.run import Run
 from kdfast.config import TrainConfig
 from kdfast.demo import SETTINGS, TEACHER, corpus
 from kdfast.models import load
@@ -59,11 +60,10 @@ def score_teacher(config: TrainConfig) -> dict[str, Any]:
     """The teacher's row: it answers the same validation questions in the same way."""
     device = pick_device()
     loaded = load.load_reader(config.model.teacher[0], "--teacher")
-    precision = resolve(config.speed.mixed_precision, device)
+    run = Run(device, resolve(config.speed.mixed_precision, device))
     validation = load_validation(config, loaded, Ranks())
     assert validation is not None  # the demo has a set
-    result = validation.score(loaded.model.to(device), device, precision)
-    assert result is not None  # no signal can end it
+    result = validation.score(loaded.model.to(device), run)
     return row(
         {
             "metrics": result.metrics,

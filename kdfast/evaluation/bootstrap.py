@@ -9,6 +9,7 @@ import numpy as np
 RESAMPLES = 10_000
 LEVEL = 0.95
 SEED = 0
+SETTINGS = {"resamples": RESAMPLES, "level": LEVEL, "seed": SEED}
 _DRAWS_AT_ONCE = 1 << 22  # of the questions of several resamples: bounds the memory
 
 

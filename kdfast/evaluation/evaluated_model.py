@@ -1,146 +1,145 @@
-"""A reader under evaluation: how it is loaded, what it makes of a set, what is written of that."""
+"""A model under evaluation: how it is loaded, its answers to a set, and its speed."""
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from kdfast.common.errors import UserError
 from kdfast.common.files import read_json_object
 from kdfast.common.progress import reading_bar
-from kdfast.common.ranks import Ranks
+from kdfast.common.run import Run
 from kdfast.common.settings import LARGEST
 from kdfast.config import WindowSettings
+from kdfast.data.batches import cut_by_tokens
 from kdfast.data.examples import Example
 from kdfast.data.prepare import prepare_windows
-from kdfast.data.read import read_examples
 from kdfast.data.windows import Windows
-from kdfast.evaluation import latency, metrics, scoring, tables
-from kdfast.evaluation.settings import EvaluateConfig
+from kdfast.evaluation import metrics, scoring
 from kdfast.evaluation.suites import EvaluationSet
 from kdfast.models import load
 from kdfast.models.checks import check_windows
+from kdfast.models.inference import forward_tokens
+from kdfast.models.loader import HostLoader
 from kdfast.models.save import RUN_FILE
 from kdfast.teachers import cache
 from kdfast.tokenizers.template import Template
 
+# Questions that are asked one at a time for the latency: first unmeasured ones, then measured.
+WARM_UP = 8
+PASSES = 40
+
 
 @dataclass(frozen=True)
-class Answered:
-    """A reader's answers to a set, and their scores: over all, and of each question.
+class AnswerSettings:
+    """How the models of an evaluation answer.
 
-    null_threshold: math.inf where the reader may not abstain.
+    Attributes:
+        max_seq_length, max_query_length, doc_stride: As in WindowSettings. None: as a model was
+            trained, or else the default, as far as the model can read.
+        max_answer_length: Tokens in the longest answer that is considered.
+        n_best_size: Answers that are kept for each question.
+        cache_dir: Folder for prepared windows.
+    """
+
+    max_seq_length: int | None
+    max_query_length: int | None
+    doc_stride: int | None
+    max_answer_length: int
+    n_best_size: int
+    cache_dir: Path
+
+    def windows_for(
+        self, trained: dict[str, Any], longest: int = LARGEST, special: int = 0
+    ) -> WindowSettings:
+        """The window settings of a model.
+
+        What was not given is lowered to what the model can use.
+
+        Args:
+            trained: Those that it was trained with, by name, unchecked.
+            longest: The most tokens that it reads.
+            special: How many of them its tokenizer adds to a question and a context.
+        """
+        found = {}
+        for name, default in asdict(WindowSettings()).items():
+            given, own = getattr(self, name), trained.get(name)
+            found[name] = given or (own if type(own) is int and 0 < own <= LARGEST else default)
+        if self.max_seq_length is None:
+            found["max_seq_length"] = min(found["max_seq_length"], longest)
+        room = found["max_seq_length"] - special
+        if self.max_query_length is None and found["max_query_length"] >= room:
+            found["max_query_length"] = max(1, room // 2)
+        room -= found["max_query_length"]
+        if self.doc_stride is None and found["doc_stride"] > room:
+            found["doc_stride"] = max(1, room // 2)
+        return WindowSettings(**found)
+
+
+@dataclass(frozen=True)
+class SetResult:
+    """A model's answers to a set, with its figures and the scores of each question.
+
+    Attributes:
+        windows: How many windows the questions made.
+        null_threshold: math.inf where the model may not abstain.
     """
 
     evaluation: scoring.Evaluation
     scores: metrics.QuestionScores
-    windows: Windows
+    windows: int
     null_threshold: float
 
-    def question_lines(self) -> dict[str, dict[str, Any]]:
-        """Question id -> its answer, the best span, null odds, exact and f1, 0 to 1."""
-        scores, answers = self.scores, self.evaluation.answers
-        return {
-            key: {
-                "answer": answers.predictions[key],
-                "best_span": answers.never_null[key],
-                "null_odds": answers.null_odds[key],
-                "exact": float(exact),
-                "f1": float(f1),
-            }
-            for key, exact, f1 in zip(scores.ids, scores.exact, scores.f1, strict=True)
-        }
 
+class EvaluatedModel:
+    """A model on its device, with its tokenizer and the window settings that suit it.
 
-class Contender:
-    """The model of folder or hub id `name`, on `device`; `role` is the flag that named it."""
+    Args:
+        name: Folder or hub id.
+        role: The flag that named it.
+        settings: How it answers.
+        run: Device and precision, and the ranks that share the windows.
 
-    def __init__(
-        self,
-        config: EvaluateConfig,
-        name: str,
-        role: str,
-        device: torch.device,
-        precision: str,
-        ranks: Ranks,
-    ):
+    Raises:
+        UserError: For a model that does not load, or that reads fewer tokens than a window has.
+    """
+
+    def __init__(self, name: str, role: str, settings: AnswerSettings, run: Run):
         loaded = load.load_reader(name, role)
-        self.config, self.name, self.ranks = config, name, ranks
         folder = load.local_folder(name, role)
+        self.name, self.settings, self.run = name, settings, run
         for note in loaded.notes:
-            self.ranks.warn(note)
+            run.ranks.warn(note)
         self.windows = self._choose_windows(loaded, folder)
-        load.check_fits(loaded, self.windows["max_seq_length"], name)
-        self.device, self.precision = device, precision
+        load.check_fits(loaded, self.windows.max_seq_length, name)
         self.tokenizer = loaded.tokenizer
-        self.model = loaded.model.to(device)
+        self.model = loaded.model.to(run.device)
         self.weights = cache.weights_key(folder)
 
     def answer(
         self, each: EvaluationSet, examples: list[Example], null_threshold: float
-    ) -> Answered:
-        """Its answers to the questions of a set, which are `examples`, scored by the set's rule."""
-        config = self.config
-        windows = self._windows(each.source)
+    ) -> SetResult:
+        """Answer the questions of a set, which are `examples`, and score them by the set's rule."""
+        windows = self._prepare(each.source)
         for note in windows.notes(training=False):
-            self.ranks.warn(f"{self.name}: {note}")
+            self.run.ranks.warn(f"{self.name}: {note}")
         validation = scoring.Validation(
             windows=windows,
             examples=examples,
-            max_answer_length=config.max_answer_length,
-            n_best_size=config.n_best_size,
+            max_answer_length=self.settings.max_answer_length,
+            n_best_size=self.settings.n_best_size,
             null_threshold=null_threshold,
             rule=each.rule,
         )
-        evaluation = validation.score(self.model, self.device, self.precision, self.ranks)
+        evaluation = validation.score(self.model, self.run)
         found = evaluation.answers
         scores = metrics.question_scores(
             metrics.gold_answers(examples), found.never_null, each.rule.best_scores
         )
         scores = metrics.apply_threshold(scores, found.null_odds, null_threshold)
-        return Answered(evaluation, scores, windows, null_threshold)
-
-    def null_threshold(self) -> float:
-        """The threshold of the settings: given, fitted on other data, or 0.
-
-        Raises UserError for a result without one, for that of one reader where there are two, and
-        where the reader does best by abstaining always: the official script names that 0.
-        """
-        config = self.config
-        name = config.null_threshold_from
-        if name is None:
-            return 0.0 if config.null_threshold is None else config.null_threshold
-        content = read_json_object(Path(name).expanduser())
-        figures = content.get("metrics", content)
-        if isinstance(figures, dict) and "best_f1_thresh" in figures:
-            if config.compare:
-                raise UserError(
-                    f"--null_threshold_from {name} is the result of one reader, and --compare "
-                    "makes two: give data, on which each gets its own threshold."
-                )
-        elif "metrics" in content or "sets" in content:
-            raise UserError(
-                f"--null_threshold_from {name} holds no best_f1_thresh: give the result of one set."
-            )
-        else:
-            self.ranks.warn(f"{self.name}: looking for the best threshold on {name}")
-            examples = read_examples(name, split="validation")
-            figures = self.answer(config.own_set(name), examples, 0.0).evaluation.metrics
-        names = ("best_f1_thresh", "best_f1", "total")
-        if not all(type(figures.get(each)) in (int, float) for each in names):
-            raise UserError(
-                f"--null_threshold_from {name} holds a best_f1_thresh without best_f1 and total: "
-                "give the result of an evaluation."
-            )
-        if figures["best_f1"] <= 100.0 * figures.get("NoAns_total", 0) / figures["total"]:
-            raise UserError(
-                f"--null_threshold_from {name}: {self.name} does best there by answering nothing, "
-                "so there is no threshold to take: give one by --null_threshold."
-            )
-        return figures["best_f1_thresh"]
+        return SetResult(evaluation, scores, len(windows), null_threshold)
 
     def describe(self, source: str) -> dict[str, Any]:
         """Name, type, size, weights and latency, the last measured on the questions of `source`."""
@@ -149,83 +148,62 @@ class Contender:
             "type": self.model.reader.config.model_type,
             "parameters": sum(each.numel() for each in self.model.parameters()),
             "weights_sha256": self.weights,
-            "windows": self.windows,
-            "latency": {
-                "data": source,
-                **latency.measure(self.model, self._windows(source), self.device, self.precision),
-            },
+            "windows": asdict(self.windows),
+            "latency": {"data": source, **self._latency(self._prepare(source))},
         }
 
-    def _windows(self, source: str) -> Windows:
-        config = self.config
+    def _prepare(self, source: str) -> Windows:
+        cache_dir = self.settings.cache_dir
         windows = prepare_windows(
             source,
             self.tokenizer,
-            WindowSettings(**self.windows),
+            self.windows,
             split="validation",
-            cache_dir=config.cache_path,
+            cache_dir=cache_dir,
             progress=reading_bar(source),
         )
-        longest = self.windows["max_seq_length"]
-        check_windows(self.model.reader, windows, longest, config.cache_path)
+        check_windows(self.model.reader, windows, self.windows.max_seq_length, cache_dir)
         return windows
 
-    def _choose_windows(self, loaded: load.Loaded, folder: Path) -> dict[str, int]:
-        """The window settings; says them where neither flags nor the usual values decide."""
+    def _choose_windows(self, loaded: load.Loaded, folder: Path) -> WindowSettings:
+        """The window settings; logged where neither flags nor the defaults decide."""
         is_part = folder.name in ("best", "last") or folder.name.startswith("checkpoint-")
         run = (folder.parent if is_part else folder) / RUN_FILE
         trained = read_json_object(run).get("config")
         trained = trained if isinstance(trained, dict) else {}
         longest = load.longest_input(loaded, self.name)
         special = Template.learn(loaded.tokenizer).size
-        found = self.config.window_settings(trained, longest, special)
-        if found != self.config.window_settings({}, LARGEST, special):
-            said = "  ".join(f"{name} {value}" for name, value in found.items())
+        found = self.settings.windows_for(trained, longest, special)
+        if found != self.settings.windows_for({}, special=special):
+            values = "  ".join(f"{name} {value}" for name, value in asdict(found).items())
             of_run = f", as in {run}" * bool(trained)
-            least = f", as it reads {longest} tokens" * (found["max_seq_length"] == longest)
-            self.ranks.warn(f"{self.name}: {said}{of_run}{least}")
+            least = f", as it reads {longest} tokens" * (found.max_seq_length == longest)
+            self.run.ranks.warn(f"{self.name}: {values}{of_run}{least}")
         return found
 
+    def _latency(self, windows: Windows) -> dict[str, Any]:
+        """Milliseconds from a question's windows in memory to their logits there: median and p80.
 
-def result_of(each: EvaluationSet, answered: Sequence[Answered]) -> dict[str, Any]:
-    """What is written of a set that one reader, or two, have answered: the first one's figures, and
-    under "compared" the other's and the difference."""
-    own = answered[0]
-    result = {
-        "name": each.name,
-        "dataset": each.dataset,
-        "config": each.config,
-        "split": each.split,
-        "revision": each.revision,
-        "file": each.file,
-        "language": each.language,
-        "metric": each.rule.name,
-        "windows": len(own.windows),
-        **figures_of(own),
-        "intervals": tables.intervals(own.scores),
-    }
-    if each.by_original:
-        result["worst_forms"] = tables.worst_forms(own.scores)
-    if len(answered) > 1:
-        difference = tables.comparison(own.scores, answered[1].scores)
-        result["compared"] = {**figures_of(answered[1]), "difference": difference}
-    return result
-
-
-def figures_of(answered: Answered) -> dict[str, Any]:
-    """A reader's figures on a set; null_threshold None: it may not abstain there."""
-    threshold = answered.null_threshold
-    return {
-        "metrics": answered.evaluation.metrics,
-        "null_threshold": threshold if math.isfinite(threshold) else None,
-        "windows_per_second": answered.evaluation.windows_per_second,
-    }
-
-
-def questions_of(answered: Sequence[Answered]) -> dict[str, dict[str, Any]]:
-    """Question id -> what the first reader made of it, and under "compared" what the other did."""
-    lines = answered[0].question_lines()
-    for other in answered[1:]:
-        for key, line in other.question_lines().items():
-            lines[key]["compared"] = line
-    return lines
+        The questions stand evenly over the set and are asked one after another; all windows of one
+        go through the model together, as far as a pass has room. Tokenizing and decoding are not
+        in it.
+        """
+        self.model.eval()
+        loader = HostLoader(windows, None)
+        bounds = np.searchsorted(windows.question, np.arange(len(windows.question_ids) + 1))
+        chosen = np.linspace(0, len(bounds) - 2, WARM_UP + PASSES).astype(np.int64)
+        room = forward_tokens(self.run.device)
+        taken = []
+        for question in chosen:
+            indices = np.arange(bounds[question], bounds[question + 1])
+            started = time.perf_counter()
+            for cut in cut_by_tokens(indices, windows.lengths[indices], room):
+                inputs = {
+                    name: None if tensor is None else tensor.to(self.run.device)
+                    for name, tensor in loader.micro_batch(cut).inputs.items()
+                }
+                with torch.inference_mode(), self.run.autocast():
+                    self.model(**inputs).cpu()
+            taken.append(1000 * (time.perf_counter() - started))
+        low, high = np.percentile(taken[WARM_UP:], [50, 80])
+        return {"median_ms": float(low), "p80_ms": float(high), "passes": PASSES}

@@ -1,15 +1,14 @@
 """Evaluation: windows through a model, logits to answers, answers to the official figures."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from kdfast.common.errors import UserError
-from kdfast.common.precision import AUTOCAST
 from kdfast.common.progress import passing_bar
-from kdfast.common.ranks import Ranks
+from kdfast.common.run import Run
 from kdfast.common.signals import StopSignals
 from kdfast.data.batches import cut_by_tokens
 from kdfast.data.examples import Example
@@ -49,7 +48,7 @@ class Validation:
         if list(self.windows.question_ids) != [example.id for example in self.examples]:
             raise UserError(
                 "The prepared features of the validation set are not of its questions: delete "
-                "features/ in --cache_dir, and they are made anew."
+                "features/ in --cache_dir, and they are made again."
             )
 
     @property
@@ -60,28 +59,29 @@ class Validation:
             f"{self.null_threshold} {self.rule.label}"
         )
 
-    def score(
-        self,
-        model: SpanModel,
-        device: torch.device,
-        precision: str,
-        ranks: Ranks | None = None,
-        stop: StopSignals | None = None,
-    ) -> Evaluation | None:
+    def score(self, model: SpanModel, run: Run) -> Evaluation:
         """Let the model answer every question, and score the answers.
 
-        Each of the ranks reads its share of the windows, and all return the same: None where `stop`
-        cut one of them short, and stop.agreed says so.
+        Each of the run's ranks reads its share of the windows, and all return the same.
+
+        Raises:
+            UserError: For logits that are NaN or infinite.
         """
-        ranks, stop = ranks or Ranks(), stop or StopSignals()
+        found = self.score_unless_stopped(model, replace(run, stop=StopSignals()))
+        assert found is not None  # nobody can ask this `stop`
+        return found
+
+    def score_unless_stopped(self, model: SpanModel, run: Run) -> Evaluation | None:
+        """As `score`. None where run.stop cut one of the ranks short; run.stop.agreed says so."""
+        ranks, stop = run.ranks, run.stop
         windows = self.windows
         # In the last row, the ranks that were cut short.
         logits = np.zeros((len(windows.input_ids) + 1, 2), dtype=np.float32)
         everything = np.arange(len(windows))
-        batches = cut_by_tokens(everything, windows.lengths, forward_tokens(device))
+        batches = cut_by_tokens(everything, windows.lengths, forward_tokens(run.device))
         batches = batches[ranks.rank :: ranks.count]
         started = time.perf_counter()
-        passes = forward_windows(model, windows, batches, device, AUTOCAST[precision])
+        passes = forward_windows(model, windows, batches, run.device, run.dtype)
         with passing_bar("evaluate", "window", sum(map(len, batches)), ranks.is_first) as bar:
             for indices, rows in passes:
                 logits[flat_positions(windows, indices)] = rows

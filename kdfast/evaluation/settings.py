@@ -1,20 +1,18 @@
-"""The settings of an evaluation: one dataclass, whose fields are the flags of `kdfast.evaluate`."""
+"""The flags of `kdfast.evaluate`, in a module that is quick to import."""
 
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from kdfast.common import program
 from kdfast.common.errors import UserError
-from kdfast.common.settings import LARGEST, check_values, flag
+from kdfast.common.settings import check_values, flag
 from kdfast.evaluation import suites
 
 ABOUT = (
     "`python -m kdfast.evaluate`: score a reader, or a file of predictions, as SQuAD 2.0 or "
     "another benchmark does."
 )
-WINDOW_SETTINGS = {"max_seq_length": 384, "max_query_length": 64, "doc_stride": 128}
 
 
 @dataclass(frozen=True)
@@ -113,49 +111,10 @@ class EvaluateConfig:
         if self.suite is None:
             if len(data) != 1:
                 raise UserError("--data names several: give one, or name them as sets of --suite.")
-            return [self.own_set(data[0])]
+            return [suites.own_set(data[0]).scored_by(self.metric, self.language)]
         if self.language:
             raise UserError("--language goes with --data: the sets of --suite have their own.")
-        files = {}
-        for each in data:
-            name, equals, file = each.partition("=")
-            if not equals or not file:
-                raise UserError(
-                    f"--data {each} does not say which set of --suite it is: NAME=FILE."
-                )
-            files[name] = file
-        return [each.scored_by(self.metric, None) for each in suites.choose(self.suite, files)]
-
-    def own_set(self, source: str) -> suites.EvaluationSet:
-        """A file or hub dataset as a set, under --metric and --language."""
-        return suites.own_set(source).scored_by(self.metric, self.language)
-
-    def window_settings(
-        self, trained: dict[str, Any], longest: int, special: int
-    ) -> dict[str, int]:
-        """The window settings for a model: those given, else `trained`, its own, else the usual.
-
-        What was not given is lowered to what the model can use. longest: the most tokens that it
-        reads; special: how many of them its tokenizer adds to a question and a context.
-        """
-        found = {}
-        for name, usual in WINDOW_SETTINGS.items():
-            given, own = getattr(self, name), trained.get(name)
-            found[name] = given or (own if type(own) is int and 0 < own <= LARGEST else usual)
-        window, query, stride = WINDOW_SETTINGS
-        if self.max_seq_length is None:
-            found[window] = min(found[window], longest)
-        room = found[window] - special
-        if self.max_query_length is None and found[query] >= room:
-            found[query] = max(1, room // 2)
-        room -= found[query]
-        if self.doc_stride is None and found[stride] > room:
-            found[stride] = max(1, room // 2)
-        return found
-
-    @property
-    def cache_path(self) -> Path:
-        return Path(self.cache_dir).expanduser()
+        return [each.scored_by(self.metric, None) for each in suites.choose(self.suite, data)]
 
 
 def parse(argv: list[str]) -> EvaluateConfig:

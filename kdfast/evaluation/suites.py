@@ -5,13 +5,16 @@ local file takes the place of any of them.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kdfast.common.errors import UserError, unknown_name
+from kdfast.data import read
+from kdfast.data.examples import Example
 from kdfast.data.read import CONVERTED
-from kdfast.evaluation import metric_rules
+from kdfast.data.tally import Tally
+from kdfast.evaluation import metric_rules, metrics
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,20 @@ class EvaluationSet:
             )
         metric_rules.find(found.metric, found.language)
         return found
+
+    def read_questions(self, tally: Tally | None = None) -> list[Example]:
+        """The questions. Raises UserError for any that cannot be read or scored."""
+        try:
+            examples = read.read_examples(self.source, split="validation", tally=tally)
+            read.check_ids(self.source, examples)
+            metrics.gold_answers(examples)
+        except UserError as error:
+            if self.file is not None:
+                raise
+            raise UserError(
+                f"Set {self.name}: {error}. --data {self.name}=FILE takes a copy."
+            ) from None
+        return examples
 
 
 SQUADSHIFTS = "ludwigschmidt/squadshifts"
@@ -152,19 +169,27 @@ def own_set(source: str) -> EvaluationSet:
     )
 
 
-def choose(wanted: Iterable[str], files: Mapping[str, str]) -> list[EvaluationSet]:
-    """The sets that `wanted` names, suites or sets, each once, with `files` in their places.
+def choose(wanted: Iterable[str], files: Iterable[str]) -> list[EvaluationSet]:
+    """The sets of --suite.
 
-    files: set name -> file. Raises UserError for a name that is not known, with the nearest one,
-    and for a file of a set that is not wanted.
+    Args:
+        wanted: Suites or sets by name; each set is taken once.
+        files: "NAME=FILE": the file that is read in place of set NAME.
+
+    Raises:
+        UserError: For a name that is not known, with the nearest one, and for a file of a set
+            that is not wanted.
     """
     chosen: dict[str, EvaluationSet] = {}
     for name in wanted:
         for each in SUITES.get(name) or (_named("--suite", name),):
             chosen[each.name] = each
-    for name, file in files.items():
+    for text in files:
+        name, _, file = text.partition("=")
+        if not file:
+            raise UserError(f"--data {text} does not say which set of --suite it is: NAME=FILE.")
         if _named("--data", name).name not in chosen:
-            raise UserError(f"--data {name}={file} is no set of --suite: add {name} there.")
+            raise UserError(f"--data {text} is no set of --suite: add {name} there.")
         chosen[name] = replace(chosen[name], file=file)
     return list(chosen.values())
 

@@ -1,12 +1,18 @@
-"""What an evaluation says of a set: intervals, the worst of perturbed forms, comparisons, a table.
+"""What is written of a set: figures, intervals, the worst of perturbed forms, comparisons, a table.
 
-Question scores in, plain values for JSON out. Figures are percentages, differences points.
+Records are plain values for JSON. Figures are percentages, differences points.
 """
+
+import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from kdfast.evaluation import bootstrap
+from kdfast.evaluation.evaluated_model import SetResult
 from kdfast.evaluation.metrics import QuestionScores
+from kdfast.evaluation.suites import EvaluationSet
 
 # Headings of the table, and the figures under them.
 COLUMNS = {
@@ -16,6 +22,51 @@ COLUMNS = {
     "NoAns F1": "NoAns_f1",
     "best F1": "best_f1",
 }
+
+
+def set_record(each: EvaluationSet, results: Sequence[SetResult]) -> dict[str, Any]:
+    """The figures of the first model on a set; under "compared" the second's and the difference."""
+    own = results[0]
+    record = {
+        "name": each.name,
+        "dataset": each.dataset,
+        "config": each.config,
+        "split": each.split,
+        "revision": each.revision,
+        "file": each.file,
+        "language": each.language,
+        "metric": each.rule.name,
+        "windows": own.windows,
+        **_model_figures(own),
+        "intervals": intervals(own.scores),
+    }
+    if each.by_original:
+        record["worst_forms"] = worst_forms(own.scores)
+    for other in results[1:]:
+        difference = comparison(own.scores, other.scores)
+        record["compared"] = {**_model_figures(other), "difference": difference}
+    return record
+
+
+def question_records(results: Sequence[SetResult]) -> dict[str, dict[str, Any]]:
+    """Question id -> answer, best span, null odds, exact and f1 (0 to 1) of the first model, and
+    under "compared" those of the second."""
+    records: dict[str, dict[str, Any]] = {}
+    for result in results:
+        scores, answers = result.scores, result.evaluation.answers
+        for key, exact, f1 in zip(scores.ids, scores.exact, scores.f1, strict=True):
+            record = {
+                "answer": answers.predictions[key],
+                "best_span": answers.never_null[key],
+                "null_odds": answers.null_odds[key],
+                "exact": float(exact),
+                "f1": float(f1),
+            }
+            if key in records:
+                records[key]["compared"] = record
+            else:
+                records[key] = record
+    return records
 
 
 def intervals(scores: QuestionScores) -> dict[str, list[float]]:
@@ -110,6 +161,16 @@ def scored_by(result: dict) -> str:
     """The rule that a result file names; one of an earlier version names none, and had SQuAD's."""
     metric, language = result.get("metric", "squad"), result.get("language")
     return f"{metric} ({language})" if metric == "mlqa" else metric
+
+
+def _model_figures(result: SetResult) -> dict[str, Any]:
+    """null_threshold None: the model may not abstain there."""
+    threshold = result.null_threshold
+    return {
+        "metrics": result.evaluation.metrics,
+        "null_threshold": threshold if math.isfinite(threshold) else None,
+        "windows_per_second": result.evaluation.windows_per_second,
+    }
 
 
 def _percent(scores: QuestionScores) -> np.ndarray:

@@ -10,7 +10,6 @@ import torch
 
 from kdfast.common.errors import UserError
 from kdfast.common.progress import training_bar
-from kdfast.common.signals import StopSignals
 from kdfast.config import TrainConfig
 from kdfast.data.windows import Windows
 from kdfast.evaluation import scoring
@@ -101,7 +100,8 @@ class Results(Callback):
             return
         self.bar.refresh()  # or it would show an earlier step as long as this takes
         with self.clock.stopped():
-            evaluation = self._score(self.validation, self.run.stop)
+            evaluation = self.validation.score_unless_stopped(self.student.model, self.run)
+            self.evaluation = evaluation or self.evaluation
             if evaluation is None:
                 return
             f1 = evaluation.metrics["f1"]
@@ -188,7 +188,7 @@ class Results(Callback):
         """Close the log; under --load_best_model_at_end put the best model into output_dir, and
         the last one into last/."""
         if self.validation and self.evaluation is None:  # the run was complete already
-            self._score(self.validation, None)
+            self.evaluation = self.validation.score(self.student.model, self.run)
         if not self.log:
             return
         self.log.close()
@@ -211,14 +211,6 @@ class Results(Callback):
             "eval_windows_per_second": None if found is None else found.windows_per_second,
             "best_f1": progress.best_f1,
         }
-
-    def _score(
-        self, validation: scoring.Validation, stop: StopSignals | None
-    ) -> scoring.Evaluation | None:
-        run, model = self.run, self.student.model
-        found = validation.score(model, run.device, run.precision, run.ranks, stop)
-        self.evaluation = found or self.evaluation
-        return found
 
     def _is_due(self, every: int | None) -> bool:
         """Every so many steps, and after the last one."""

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from kdfast.common import ranks
 from kdfast.common.errors import UserError
 from kdfast.common.ranks import Ranks
+from kdfast.common.run import Run
 from kdfast.data.batches import MicroBatchPolicy, shard
 from kdfast.data.read import read_examples
 from kdfast.evaluation import scoring
@@ -179,10 +180,10 @@ def test_evaluation_is_shared_and_counts_no_window_twice(setup, tmp_path):
 
     def rank_score(rank):
         with Ranks.join() as group:
-            result = validation.score(run.model, CPU, "no", group)
+            result = validation.score(run.model, Run(ranks=group))
             return result.metrics, result.answers.never_null
 
-    alone = validation.score(run.model, CPU, "no")
+    alone = validation.score(run.model, Run())
     for found in forks.run(3, rank_score):
         assert found == (alone.metrics, alone.answers.never_null)
 

@@ -6,7 +6,7 @@ import pytest
 
 from kdfast.common.errors import UserError
 from kdfast.data.examples import Example
-from kdfast.evaluation.predictions import for_examples, read_values
+from kdfast.evaluation.predictions import read_answers, read_odds
 from tests.data.source_files import lines
 
 ANSWERS = {"a": "Rollo", "7": ""}
@@ -33,14 +33,14 @@ FILES = {
 @pytest.mark.parametrize("form", FILES)
 def test_every_form_gives_the_same_answers(tmp_path, form):
     (tmp_path / form).write_text(FILES[form], encoding="utf-8")
-    assert read_values(str(tmp_path / form), "--predictions", str) == ANSWERS
+    assert read_answers(str(tmp_path / form), []) == ANSWERS
 
 
 def test_null_odds(tmp_path):
     (tmp_path / "odds.json").write_text(json.dumps({"a": 0.25, "7": 1}))
     (tmp_path / "hf.json").write_text(json.dumps(RECORDS))
     for name in ("odds.json", "hf.json"):
-        assert read_values(str(tmp_path / name), "--null_odds", float) == {"a": 0.25, "7": 1}
+        assert read_odds(str(tmp_path / name), []) == {"a": 0.25, "7": 1}
 
 
 @pytest.mark.parametrize(
@@ -57,13 +57,14 @@ def test_null_odds(tmp_path):
 def test_what_is_none(tmp_path, content, words):
     (tmp_path / "bad.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=words):
-        read_values(str(tmp_path / "bad.json"), "--predictions", str)
+        read_answers(str(tmp_path / "bad.json"), [])
 
 
-def test_questions_that_share_an_id_share_its_answer():
+def test_questions_that_share_an_id_share_its_answer(tmp_path):
     def named(name, renamed_from=None):
         return Example(name, "", "?", "c", (), renamed_from=renamed_from)
 
     examples = [named("a"), named("a#2", "a"), named("b#2", "b"), named("c")]
     found = {"a": "Rollo", "b": "Otto", "b#2": "Ines"}
-    assert for_examples(found, examples) == {**found, "a#2": "Rollo"}
+    (tmp_path / "found.json").write_text(json.dumps(found))
+    assert read_answers(str(tmp_path / "found.json"), examples) == {**found, "a#2": "Rollo"}

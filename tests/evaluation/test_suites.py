@@ -6,8 +6,8 @@ from kdfast.data import read
 from kdfast.evaluation import suites
 
 
-def names(*wanted, **files):
-    return [each.name for each in suites.choose(wanted, files)]
+def names(*wanted):
+    return [each.name for each in suites.choose(wanted, [])]
 
 
 def test_the_card_has_its_eight_sets():
@@ -32,7 +32,7 @@ def test_sets_come_once_and_in_order():
 
 
 def test_a_file_takes_the_place_of_a_set():
-    hub, file = suites.choose(["squad", "xquad.de"], {"xquad.de": "de.json"})
+    hub, file = suites.choose(["squad", "xquad.de"], ["xquad.de=de.json"])
     assert hub.source == "rajpurkar/squad:plain_text:validation" and hub.file is None
     assert file.source == "de.json" and file.dataset == "google/xquad"
     assert suites.SETS["xquad.de"].file is None
@@ -41,14 +41,15 @@ def test_a_file_takes_the_place_of_a_set():
 @pytest.mark.parametrize(
     ("wanted", "files", "words"),
     [
-        (["crad"], {}, "--suite crad is not known: did you mean card?"),
-        (["squadshift.nyt"], {}, "did you mean squadshifts.nyt?"),
-        (["qqq"], {}, "give one of card, xquad, mlqa, squad_v2"),
-        (["xquad.dd"], {}, "--suite xquad.dd: dd is not known: give one of ar, de, el"),
-        (["mlqa.deu"], {}, "did you mean de?"),
-        (["card"], {"squadv2": "x"}, "--data squadv2 is not known: did you mean squad_v2?"),
-        (["card"], {"card": "x"}, "--data card is not known"),
-        (["card"], {"xquad.de": "x"}, "--data xquad.de=x is no set of --suite: add xquad.de"),
+        (["crad"], [], "--suite crad is not known: did you mean card?"),
+        (["squadshift.nyt"], [], "did you mean squadshifts.nyt?"),
+        (["qqq"], [], "give one of card, xquad, mlqa, squad_v2"),
+        (["xquad.dd"], [], "--suite xquad.dd: dd is not known: give one of ar, de, el"),
+        (["mlqa.deu"], [], "did you mean de?"),
+        (["card"], ["squadv2=x"], "--data squadv2 is not known: did you mean squad_v2?"),
+        (["card"], ["card=x"], "--data card is not known"),
+        (["card"], ["x.json"], "--data x.json does not say which set of --suite it is"),
+        (["card"], ["xquad.de=x"], "--data xquad.de=x is no set of --suite: add xquad.de"),
     ],
 )
 def test_names_that_are_not_known(wanted, files, words):

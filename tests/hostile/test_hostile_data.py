@@ -74,17 +74,20 @@ def test_a_sentence_is_one_line_whatever_it_quotes(folder):
     deep = folder / "deep.json"
     deep.write_text('{"a": ' + "[" * 900 + "]" * 900 + "}")
     with pytest.raises(UserError) as caught:
-        predictions.read_values(str(deep), "--predictions", str)
+        predictions.read_answers(str(deep), [])
     check_sentence(caught.value)
 
 
 @examples(30)
-@given(content=json_files({"a": "Rollo", "b": ""}), kind=st.sampled_from([str, float]))
-def test_predictions_and_odds(folder, content, kind):
+@given(
+    content=json_files({"a": "Rollo", "b": ""}),
+    read=st.sampled_from([predictions.read_answers, predictions.read_odds]),
+)
+def test_predictions_and_odds(folder, content, read):
     path = folder / "predictions.json"
     path.write_bytes(content)
     try:
-        predictions.read_values(str(path), "--predictions", kind)
+        read(str(path), [])
     except UserError as error:
         check_sentence(error)
 

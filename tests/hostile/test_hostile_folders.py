@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdfast.common.errors import UserError
+from kdfast.common.run import Run
 from kdfast.data.cache import cache_folder
 from kdfast.data.read import read_examples
 from kdfast.data.windows import open_windows
@@ -145,7 +146,7 @@ def test_a_feature_cache(ground, data):
         logits = run.training.loader.teacher_logits
 
         def score():
-            validation.score(run.model, torch.device("cpu"), "no")
+            validation.score(run.model, Run())
 
         used(ground, windows, logits, score)
 
