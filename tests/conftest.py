@@ -20,22 +20,38 @@ KILLS = (28, 252)
 def pytest_addoption(parser):
     text = f"kill runs {KILLS[1]} times instead of {KILLS[0]}, and train for thousands of steps"
     parser.addoption("--long", action="store_true", help=text)
+    text = "run at most so many cases of each test, and none that is slow"
+    parser.addoption("--cases", type=int, help=text)
+
+
+def _spread(items, most):
+    """At most `most` of them, from the first to the last."""
+    if len(items) <= most:
+        return items
+    return [items[i * (len(items) - 1) // max(1, most - 1)] for i in range(most)]
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
-def pytest_collection_modifyitems(items):
-    """Give out the markers `program` and, in matrices, `slow`: pyproject.toml describes them."""
-    seen = collections.Counter()
+def pytest_collection_modifyitems(config, items):
+    """Give out the markers `program` and, in matrices, `slow`, and leave out what --cases says."""
+    tests = collections.defaultdict(list)
     for item in items:
+        tests[item.function].append(item)
         if {"world", "finished"} & set(item.fixturenames):
             item.add_marker("program")
-        if sample := item.get_closest_marker("sample"):
-            (every,) = sample.args
-            row, column = divmod(seen[item.function], every)
-            seen[item.function] += 1
-            # Diagonal, so that no value of a parameter is always left out.
-            if column != row % every:
-                item.add_marker("slow")
+    for cases in tests.values():
+        for number, item in enumerate(cases):
+            if sample := item.get_closest_marker("sample"):
+                row, column = divmod(number, *sample.args)
+                # Along a diagonal, so that no value of a parameter is always left out.
+                if column != row % sample.args[0]:
+                    item.add_marker("slow")
+    if most := config.getoption("--cases"):
+        kept = set()
+        for cases in tests.values():
+            kept.update(_spread([case for case in cases if "slow" not in case.keywords], most))
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
 
 
 @pytest.fixture

@@ -150,6 +150,7 @@ def few_questions(path: Path, source: Path) -> str:
     return str(path)
 
 
+@pytest.mark.program
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("name", PROOFS)
 def test_a_short_run(name, tmp_path, capsys):

@@ -42,6 +42,7 @@ def step_of(run, indices):
     return kept[0], report
 
 
+@pytest.mark.program
 @pytest.mark.parametrize(("count", "windows"), [(2, 12), (3, 11), (4, 3), (4, 1)])
 def test_ranks_have_the_gradient_of_one(setup, monkeypatch, count, windows):
     run = setup(dtype=torch.float64, max_tokens_per_micro_batch=150)

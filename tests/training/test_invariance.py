@@ -19,6 +19,7 @@ def test_every_split_has_the_same_gradient(setup):
     assert max(each.micro_batches for each in splits) == invariance.WINDOWS
 
 
+@pytest.mark.program
 @pytest.mark.parametrize("count", [2, 3])
 def test_real_ranks_find_the_same(setup, count):
     run = setup()

@@ -24,13 +24,14 @@ import torch
 
 from kdfast.kernels import triton_launch
 
-pytestmark = pytest.mark.program
-
 triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="Triton's interpreter compiles nothing"
-)
+pytestmark = [
+    pytest.mark.program,
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") == "1", reason="Triton's interpreter compiles nothing"
+    ),
+]
 
 IS_OLD = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7)
 CARDS = [70, 75, 80, 90]
