@@ -19,8 +19,9 @@ from transformers import AutoModelForQuestionAnswering
 from kdfast.common.precision import AUTOCAST
 from kdfast.data.windows import Windows
 from kdfast.models.inference import forward_tokens
-from kdfast.models.load import SpanModel
-from kdfast.teachers.cache import Source, TeacherPass, fill_cache
+from kdfast.models.span_model import SpanModel
+from kdfast.teachers.cache import Source
+from kdfast.teachers.teacher_pass import TeacherPass, fill_cache
 from kdfast.training.work import matmul_rate
 
 from .bert_reader import FORMULA, bert_reader, forward_operations

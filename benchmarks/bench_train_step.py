@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from kdfast.common.precision import AUTOCAST
-from kdfast.models.load import SpanModel
+from kdfast.models.span_model import SpanModel
 from kdfast.training.work import count_work, matmul_rate
 
 from . import train_step_report

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kdfast.config import LossSettings
-from kdfast.teachers import cache
+from kdfast.teachers import teacher_pass
 from kdfast.training import assemble, results
 from kdfast.training.checkpoint import list_checkpoints
 from kdfast.training.step import span_objective
@@ -102,7 +102,7 @@ def test_a_killed_run_ends_with_the_bits_of_a_whole_one(world, monkeypatch, long
     monkeypatch.setattr(assemble, "span_objective", lambda settings: objective)
     scaler = functools.partial(torch.amp.GradScaler, growth_interval=2)
     monkeypatch.setattr(torch.amp, "GradScaler", scaler)
-    monkeypatch.setattr(cache, "SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr(teacher_pass, "SECONDS_BETWEEN_SAVES", 0.0)
     # Slow in fp16 on a CPU.
     monkeypatch.setattr(results, "matmul_rate", lambda device, dtype: 1e11)
     run = Run(world, count, precision)

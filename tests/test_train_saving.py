@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForQuestionAnswering
 
 from kdfast.evaluation import scoring
-from kdfast.models.load import SpanModel
 from kdfast.models.save import WEIGHTS_FILE
+from kdfast.models.span_model import SpanModel
 from tests import readers
 from tests.programs import edit
 

@@ -13,6 +13,7 @@ from kdfast.config import TrainConfig, WindowSettings
 from kdfast.data.prepare import prepare_windows
 from kdfast.hf import kd_dataset
 from kdfast.teachers import cache as teacher
+from kdfast.teachers import targets
 from kdfast.teachers.alignment import Aligner
 from kdfast.teachers.rewindow import rewindow
 from kdfast.tokenizers.load import load_tokenizer
@@ -147,7 +148,7 @@ def test_another_temperature_needs_no_pass(world, monkeypatch):
     def refuse(*arguments):
         raise AssertionError("a teacher reads again")
 
-    monkeypatch.setattr(teacher, "fill_cache", refuse)
+    monkeypatch.setattr(targets, "fill_cache", refuse)
     second = run(world, **changes, temperature=4.0, output_dir=world.path / "warm")
     assert second["teacher_cache"] != first["teacher_cache"]
     logits, header = cached(world, second["teacher_cache"])

@@ -1,13 +1,14 @@
-"""What a model's folder, or a cache of windows, claims, held against what is there."""
+"""Checks of a model's config and weights, and of windows that it is to read."""
 
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForQuestionAnswering
+from transformers import AutoModelForQuestionAnswering, PretrainedConfig, PreTrainedModel
 
 from kdfast.common.errors import UserError
 from kdfast.data.windows import Windows
@@ -27,7 +28,7 @@ SUPPORTED = (
 )
 
 
-def check_type(config, name: str, role: str) -> None:
+def check_type(config: PretrainedConfig, name: str, role: str) -> None:
     """Raise UserError unless `config` is of a supported type with two logits a token."""
     if config.model_type not in SUPPORTED:
         raise UserError(
@@ -41,7 +42,7 @@ def check_type(config, name: str, role: str) -> None:
         )
 
 
-def check_reads_both_ways(config, name: str, role: str) -> None:
+def check_reads_both_ways(config: PretrainedConfig, name: str, role: str) -> None:
     """Raise UserError for a `config` that transformers does not compute a reader's logits by."""
     if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
         switch = "is_decoder" if getattr(config, "is_decoder", False) else "add_cross_attention"
@@ -61,7 +62,7 @@ def check_reads_both_ways(config, name: str, role: str) -> None:
         )
 
 
-def check_sizes(config, folder: Path, name: str, role: str) -> None:
+def check_sizes(config: PretrainedConfig, folder: Path, name: str, role: str) -> None:
     """Raise UserError where `config` describes more weights than the folder's safetensors hold.
 
     Only headers are read: memory is taken once it is known for what.
@@ -85,12 +86,14 @@ def check_sizes(config, folder: Path, name: str, role: str) -> None:
         )
 
 
-def check_windows(reader: nn.Module, windows: Windows, max_seq_length: int, cache: Path) -> None:
-    """Raise UserError for prepared windows that the model cannot read, whoever prepared them.
+def check_windows(
+    reader: PreTrainedModel, windows: Windows, max_seq_length: int, cache: Path
+) -> None:
+    """Raise UserError for prepared windows that the model cannot read.
 
-    On a GPU a token without an embedding would end the process amid a step.
+    On a GPU a token without an embedding would end the process during a step.
     """
-    known = reader.get_input_embeddings().num_embeddings
+    known = vocabulary_size(reader)
     blocks = range(0, len(windows.input_ids), 2**22)
     highest = max(int(windows.input_ids[at : at + 2**22].max()) for at in blocks)
     highest = max(highest, windows.pad_token_id)
@@ -102,8 +105,13 @@ def check_windows(reader: nn.Module, windows: Windows, max_seq_length: int, cach
     if fault:
         raise UserError(
             f"{cache / 'features'} holds {fault}: delete the features there, and they are made "
-            "anew."
+            "again."
         )
+
+
+def vocabulary_size(reader: PreTrainedModel) -> int:
+    """How many tokens the model has embeddings for."""
+    return cast(nn.Embedding, reader.get_input_embeddings()).num_embeddings
 
 
 def nonfinite_weight(parameters: Iterable[tuple[str, torch.Tensor]]) -> str | None:

@@ -1,8 +1,8 @@
 """`python -m kdfast.doctor --convert`: pickled weights to safetensors, in a process of their own.
 
-A pickle may name any function to be called as it is read. torch's weights_only refuses all but
-what tensors are made of; should that fail, what runs is this module as a program, with nothing
-else in its memory.
+A pickle may name any function, which is called as it is read. torch's weights_only refuses all but
+what tensors are made of. Should that fail, the code runs in a process that has nothing else in its
+memory: this module as a program.
 """
 
 import re
@@ -28,19 +28,25 @@ SAFE_TORCH = (2, 6)  # weights_only of earlier ones can be made to run code (CVE
 
 
 def convert(name: str, output_dir: str | None = None) -> Path:
-    """Write model.safetensors of the pickled weights of folder or hub id `name`.
+    """Write pickled weights as model.safetensors. Nothing is overwritten.
 
-    output_dir: a new folder for the whole model. None: a folder gets the file beside its pickle, a
-    hub model a folder of its own name. Returns the file. Nothing is overwritten.
+    Args:
+        name: A model's folder or hub id.
+        output_dir: A new folder for the whole model. None: a folder gets the file next to its
+            pickle, a hub model a folder of its own name.
 
-    Raises UserError where there is nothing to convert, where something is there already, and for a
-    pickle that holds more than weights.
+    Returns:
+        The file.
+
+    Raises:
+        UserError: There is nothing to convert, there is something in its place already, or the
+            pickle holds more than weights.
     """
     folder = Path(name).expanduser()
     is_local = folder.is_dir()
     target = Path(output_dir or (name if is_local else name.rpartition("/")[2])).expanduser()
-    is_beside = is_local and target.resolve() == folder.resolve()
-    if target.exists() and not is_beside:
+    in_place = is_local and target.resolve() == folder.resolve()
+    if target.exists() and not in_place:
         raise UserError(f"--output_dir {target} is there already: name a folder to be made.")
     if not is_local:
         try:
@@ -53,23 +59,23 @@ def convert(name: str, output_dir: str | None = None) -> Path:
     if any(folder.glob("*.safetensors")):
         raise UserError(f"--convert {name} has weights in safetensors already: use it as it is.")
     parts = pickles_in(folder, name)
-    around = target if is_beside else target.absolute().parent
+    parent = target if in_place else target.absolute().parent
     try:
-        with tempfile.TemporaryDirectory(prefix=".", dir=around) as room:
-            made = Path(room) / "model"
+        with tempfile.TemporaryDirectory(prefix=".", dir=parent) as scratch:
+            made = Path(scratch) / "model"
             made.mkdir()
             _in_a_process(parts, made / WEIGHTS)
-            if not is_beside:
+            if not in_place:
                 for path in (path for pattern in MODEL_FILES for path in folder.glob(pattern)):
                     if path.name != INDEX:
                         shutil.copyfile(path, made / path.name)
             even_modes(made)
             sync_folder(made)
-            if is_beside:
+            if in_place:
                 (made / WEIGHTS).rename(target / WEIGHTS)
             else:
                 made.rename(target)
-            sync(around)
+            sync(parent)
     except OSError as error:
         raise UserError(
             f"{target / WEIGHTS} cannot be written ({error.strerror}): name another --output_dir."
@@ -121,7 +127,7 @@ def main(argv: list[str]) -> int:
 def _weights_in(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the bytes of a damaged file lead to
+    except Exception as error:  # a damaged file may raise any of them
         what = "is no file of torch.save, or a damaged one"
         if re.search("unsupported global|unrecognized function|can only", str(error), re.I):
             what = "holds more than weights, which may be code"

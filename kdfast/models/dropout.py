@@ -5,6 +5,7 @@ torch.manual_seed was given decides them, and gradient checkpointing draws them 
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from kdfast.models.span_model import SpanModel
 
 ATTENTION = "kdfast_dropout"
 LANES = 2**16  # values of the random number behind an element
@@ -25,7 +28,7 @@ BITS = {
 }
 
 
-def speed_up_dropout(model: nn.Module) -> None:
+def speed_up_dropout(model: SpanModel) -> None:
     """Make the dropout of a SpanModel cheap, in place: of hidden states and inside attention.
 
     For a model that trains on a CPU, eagerly. What it computes in eval() and what its reader saves
@@ -82,14 +85,14 @@ class DropoutFunction(torch.autograd.Function):
     """hidden * keep * scale, of any shape; only the mask is saved."""
 
     @staticmethod
-    def forward(ctx, hidden: torch.Tensor, p: float) -> torch.Tensor:
+    def forward(ctx: Any, hidden: torch.Tensor, p: float) -> torch.Tensor:
         keep, ctx.scale = keep_mask(hidden.shape, p)
         ctx.save_for_backward(keep)
         return keep_only(hidden * ctx.scale, keep)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: torch.Tensor):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         (keep,) = ctx.saved_tensors
         return keep_only(grad * ctx.scale, keep), None
 
@@ -102,7 +105,7 @@ def attention_forward(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """What transformers' AttentionInterface calls: (B, H, L, D) thrice to (B, L, H, D).
 
@@ -130,7 +133,15 @@ class AttentionFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, bias, scaling: float, p: float) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        bias: torch.Tensor | None,
+        scaling: float,
+        p: float,
+    ) -> torch.Tensor:
         shape = query.shape
         query, key, value = (each.flatten(0, 1) for each in (query, key, value))
         wide = torch.promote_types(query.dtype, torch.float32)
@@ -146,7 +157,7 @@ class AttentionFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: torch.Tensor):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, weights, keep = ctx.saved_tensors
         scaling, scale = ctx.factors
         shape, grad = grad.shape, grad.flatten(0, 1)

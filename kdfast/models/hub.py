@@ -12,7 +12,7 @@ from kdfast.common.errors import UserError
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 # Pickled weights, whole or in parts, as transformers names them.
 PICKLES = "pytorch_model*.bin"
-# Who opens the hub's pull requests that add safetensors to a model, and how they are called.
+# Author and title of the hub's own pull requests that add safetensors to a model.
 CONVERTER, CONVERSION = "SFconvertbot", "Adding `safetensors` variant of this model"
 # A name that is no name of the hub, no network, no such model, no room on the disk.
 HUB_ERRORS = (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError)
@@ -21,9 +21,8 @@ HUB_ERRORS = (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSErro
 def local_folder(name: str, role: str) -> Path:
     """The folder that holds model `name`: itself, or a hub model's files in the hub's own cache.
 
-    Of a hub model that has its weights in a pickle alone, the files of its conversion, where the
-    hub's bot has made one. Raises UserError, naming `role` (such as "--teacher"), where there is no
-    such model.
+    For a hub model whose weights are a pickle alone, the files of its conversion, if the hub's bot
+    has made one. Raises UserError, naming `role` (such as "--teacher"), where there is no model.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -67,7 +66,7 @@ def without_safetensors(folder: Path, name: str, role: str) -> UserError:
 def _conversion(name: str) -> Path | None:
     """The files of a hub model as the hub's bot has converted it, in a pull request not yet merged.
 
-    None where there is none, or where it is of other weights than the model's own.
+    None where there is none, or where the pickle that it was made from is not the model's.
     """
     try:
         revisions = _conversions(name)
@@ -92,7 +91,8 @@ def _conversions(name: str) -> list[str]:
     revisions = [
         each.git_reference
         for each in found
-        if each.title == CONVERSION and each.author == CONVERTER and each.status == "open"
+        if each.git_reference
+        and (each.title, each.author, each.status) == (CONVERSION, CONVERTER, "open")
     ]
     own = _pickles_of(api, name, None)
     return [revision for revision in revisions if _pickles_of(api, name, revision) == own]

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from kdfast.data.windows import Windows
-from kdfast.models.load import SpanModel
 from kdfast.models.loader import HostLoader, MicroBatch, StreamedLoader, WindowLoader
+from kdfast.models.span_model import SpanModel
 
 
 def forward_tokens(device: torch.device) -> int:
@@ -25,8 +25,8 @@ def forward_windows(
     """Run the model over `batches` of windows, without gradient and dropout.
 
     precision: autocast's type, or None. Yields (indices, logits): fp32 (tokens, 2) of the real
-    tokens, window after window in the order of indices. On a GPU the next batch is computed while
-    the caller has the last one.
+    tokens, window after window in the order of indices. A GPU computes the next batch while the
+    caller has the last one.
     """
     model.eval()
     host = HostLoader(windows, None)

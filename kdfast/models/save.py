@@ -1,4 +1,4 @@
-"""Model folders of a run: written so that a kill or a full disk never leaves half of one."""
+"""A run's model folders, written so that a kill or a full disk never leaves half of one."""
 
 import errno
 import os
@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -14,17 +15,19 @@ from safetensors.torch import save_file
 
 from kdfast.common.errors import UserError
 from kdfast.common.files import even_modes, sync_folder
-from kdfast.models.load import Loaded, SpanModel, first_line, load_reader
+from kdfast.models.checks import vocabulary_size
+from kdfast.models.load import Loaded, first_line, load_reader
+from kdfast.models.span_model import SpanModel
 from kdfast.tokenizers.template import same_tokens
 
 REHEARSAL = ".rehearsal"  # the folder of rehearse_saving, within the run's
-RUN_FILE = "run.json"  # of a training run, beside its model
+RUN_FILE = "run.json"  # of a training run, next to its model
 WEIGHTS_FILE = "student-weights.safetensors"  # of keep_weights
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Inside, a disk that refuses a write raises UserError, which names `path`."""
+    """Turns errors of a disk that cannot be written into UserErrors that name `path`."""
     try:
         yield
     except OSError as error:
@@ -56,7 +59,7 @@ def kept_models(output_dir: Path) -> str:
     return f"; {' and '.join(names)} {'is' if len(names) == 1 else 'are'} whole"
 
 
-def save_model(folder: Path, model: SpanModel, tokenizer) -> None:
+def save_model(folder: Path, model: SpanModel, tokenizer: Any) -> None:
     """Write config, safetensors and tokenizer into `folder`, as AutoModel… loads them."""
     with writing(folder):
         model.reader.save_pretrained(folder)
@@ -72,7 +75,7 @@ def rehearse_saving(output: Path, student: Loaded, name: str) -> None:
     folder = output / REHEARSAL
     shutil.rmtree(folder, ignore_errors=True)
     model = student.model
-    ids = torch.arange(min(32, model.reader.get_input_embeddings().num_embeddings))[None]
+    ids = torch.arange(min(32, vocabulary_size(model.reader)))[None]
     was_training = model.training
     fault = None
     try:
@@ -107,55 +110,54 @@ def keep_weights(folder: Path, model: SpanModel) -> Path:
     return path
 
 
-def replace_model(folder: Path, model: SpanModel, tokenizer) -> None:
-    """As save_model; whenever it is killed, mend_model finds the old folder or the new one."""
-    beside, old = _beside(folder)
+def replace_model(folder: Path, model: SpanModel, tokenizer: Any) -> None:
+    """As save_model. Should it be killed, mend_model finds the old folder or the new one."""
+    new, old = folder.with_name(folder.name + ".new"), _old(folder)
     with writing(folder):
-        shutil.rmtree(beside, ignore_errors=True)
-        save_model(beside, model, tokenizer)
-        sync_folder(beside)
+        shutil.rmtree(new, ignore_errors=True)
+        save_model(new, model, tokenizer)
+        sync_folder(new)
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
-        beside.rename(folder)
+        new.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
 
 
 def mend_model(folder: Path) -> None:
     """Bring back the old folder where a kill came between replace_model's renames."""
-    _, old = _beside(folder)
-    if old.is_dir() and not folder.exists():
-        old.rename(folder)
+    if _old(folder).is_dir() and not folder.exists():
+        _old(folder).rename(folder)
 
 
-def place_model(folder: Path, model: SpanModel, tokenizer) -> None:
+def place_model(folder: Path, model: SpanModel, tokenizer: Any) -> None:
     """As save_model, into a folder that holds other things too: each file is the old or the new."""
-    beside = folder / "model.new"
-    shutil.rmtree(beside, ignore_errors=True)
-    save_model(beside, model, tokenizer)
-    move_files(beside, folder)
+    new = folder / "model.new"
+    shutil.rmtree(new, ignore_errors=True)
+    save_model(new, model, tokenizer)
+    move_files(new, folder)
 
 
 def place_copy(source: Path, folder: Path) -> None:
     """Copy the files of model folder `source` into `folder`, as place_model does."""
-    beside = folder / "model.new"
+    new = folder / "model.new"
     with writing(folder):
-        shutil.rmtree(beside, ignore_errors=True)
-        shutil.copytree(source, beside)
-    move_files(beside, folder)
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.copytree(source, new)
+    move_files(new, folder)
 
 
-def move_files(beside: Path, folder: Path) -> None:
-    """Make the files of `beside` durable and move them into `folder`."""
+def move_files(new: Path, folder: Path) -> None:
+    """Make the files of `new` durable and move them into `folder`."""
     with writing(folder):
-        sync_folder(beside)
-        for path in beside.iterdir():
+        sync_folder(new)
+        for path in new.iterdir():
             os.replace(path, folder / path.name)
-        beside.rmdir()
+        new.rmdir()
 
 
-def _beside(folder: Path) -> tuple[Path, Path]:
-    return folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+def _old(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".old")
 
 
 def _write_error(path: Path, number: int | None, reason: str) -> UserError:

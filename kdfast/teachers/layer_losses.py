@@ -3,33 +3,38 @@
 Each is a mean over the window's real positions, or pairs of them, so that padding changes nothing.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
 
 from kdfast.common.errors import UserError
-from kdfast.models.load import SpanModel
+from kdfast.models.span_model import SpanModel
 
 # What of each layer the terms read, by the names that transformers gives these linear layers.
 NEEDS = {"none": (), "probabilities": ("query", "key"), "relations": ("query", "key", "value")}
 
 
 class AttentionCapture:
-    """The queries, keys and values, as far as `attention` needs them, of some layers of a model.
+    """Captures the queries, keys and values, as far as `attention` needs them, of some layers.
 
-    They are heard inside `with`, and forgotten at its end. role: what to call the model in a
-    message. Raises UserError for a model without such layers.
+    Forward hooks keep them while the model runs inside `with`; at its end they are dropped. role:
+    what to call the model in a message. Raises UserError for a model without such layers.
     """
 
     def __init__(self, model: SpanModel, attention: str, role: str, layers: list[int]):
         self.names = NEEDS[attention]
         self.layers = layers if self.names else []
         self._outputs: dict[tuple[int, str], torch.Tensor] = {}
-        self._is_listening = False
+        self._is_active = False
         modules = attention_modules(model.reader)
-        if self.layers and modules is None:
+        if not self.layers:
+            return
+        if modules is None:
             raise UserError(
                 f"--attention_loss {attention}: the attention of {model.reader.config.model_type}, "
                 f"the type of the {role}, is not a plain softmax of queries and keys in layers of "
@@ -37,32 +42,37 @@ class AttentionCapture:
             )
         for layer in self.layers:
             for name in self.names:
-                getattr(modules[layer], name).register_forward_hook(self._listener(layer, name))
+                self._capture(getattr(modules[layer], name), layer, name)
 
-    def _listener(self, layer: int, name: str) -> Callable:
-        def listen(module, inputs, output):
-            if self._is_listening:
+    def _capture(self, linear: nn.Linear, layer: int, name: str) -> None:
+        def keep(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+            if self._is_active:
                 self._outputs[layer, name] = output
 
-        return listen
+        linear.register_forward_hook(keep)
 
     def __enter__(self) -> "AttentionCapture":
-        self._is_listening = True
+        self._is_active = True
         return self
 
-    def __exit__(self, *_) -> None:
-        self._is_listening = False
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._is_active = False
         self._outputs.clear()  # an error may have left some, and the graph behind them
 
     def take(self, heads: int) -> Iterator[list[torch.Tensor]]:
-        """Layer by layer what the model's last run gave: (B, heads, L, width of a head) for each
-        name. It is not held here any longer."""
+        """Layer by layer what the model's last run gave, (B, heads, L, width of a head) for each
+        name, which is then dropped here."""
         for layer in self.layers:
             found = [self._outputs.pop((layer, name)) for name in self.names]
             yield [each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in found]
 
 
-def attention_modules(reader: nn.Module) -> list[nn.Module] | None:
+def attention_modules(reader: PreTrainedModel) -> list[nn.Module] | None:
     """The self-attention of every layer, where it is a softmax of linear queries and keys alone;
     None where it is not, or is one for all layers."""
     found = [
@@ -104,7 +114,14 @@ class AttentionTerm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, key, teacher_query, teacher_key, mask):
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        teacher_query: torch.Tensor,
+        teacher_key: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> torch.Tensor:
         ctx.dtype = query.dtype
         query, key = widened(query), widened(key)
         probabilities = scores(query, key, mask).softmax(-1)
@@ -121,7 +138,7 @@ class AttentionTerm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grads = [(grad[:, None, None, None] * each).to(ctx.dtype) for each in ctx.saved_tensors]
         return *grads, None, None, None
 
@@ -135,7 +152,9 @@ class RelationTerm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, values, teacher_values, mask):
+    def forward(
+        ctx: Any, values: torch.Tensor, teacher_values: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
         ctx.dtype = values.dtype
         values, teacher_values = widened(values), widened(teacher_values)
         found = scores(values, values, mask).log_softmax(-1)
@@ -151,7 +170,7 @@ class RelationTerm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (saved,) = ctx.saved_tensors
         return (grad[:, None, None, None] * saved).to(ctx.dtype), None, None
 

@@ -17,7 +17,7 @@ from kdfast.common.run import Run
 from kdfast.config import TrainConfig
 from kdfast.models import load
 from kdfast.models.checks import nonfinite_weight
-from kdfast.models.load import SpanModel
+from kdfast.models.span_model import SpanModel
 from kdfast.teachers import cache
 from kdfast.teachers.layer_losses import AttentionCapture, AttentionTerm, RelationTerm, hidden_term
 from kdfast.tokenizers.load import has_token_types, load_tokenizer

@@ -22,6 +22,7 @@ from kdfast.teachers import cache
 from kdfast.teachers.alignment import Aligner, softened
 from kdfast.teachers.mixture import Probabilities
 from kdfast.teachers.rewindow import rewindow
+from kdfast.teachers.teacher_pass import TeacherPass, fill_cache
 from kdfast.tokenizers.load import load_tokenizer
 from kdfast.tokenizers.template import Template, same_tokens, tokenizer_key
 
@@ -117,6 +118,6 @@ def own_logits(config: TrainConfig, one: Teacher, run: Run) -> np.ndarray:
     for note in loaded.notes:
         ranks.log(note)
     model, max_tokens = loaded.model.to(device), forward_tokens(device)
-    teacher = cache.TeacherPass(one.source, model, one.windows, device, max_tokens)
+    teacher = TeacherPass(one.source, model, one.windows, device, max_tokens)
     with passing_bar("teacher", "window", len(one.windows), ranks.is_first) as bar:
-        return cache.fill_cache(config.data.cache_path, teacher, bar.update, ranks)
+        return fill_cache(config.data.cache_path, teacher, bar.update, ranks)

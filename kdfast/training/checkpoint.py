@@ -25,8 +25,8 @@ from kdfast.common.files import (
     write_sums,
 )
 from kdfast.data.batches import MicroBatchPolicy
-from kdfast.models.load import SpanModel
 from kdfast.models.save import list_checkpoints, save_model, writing
+from kdfast.models.span_model import SpanModel
 from kdfast.training.assemble import Progress, Restored, Training
 from kdfast.training.checkpoint_state import FORMAT, fault_of_state
 from kdfast.training.log import LOG_FILE

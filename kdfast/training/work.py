@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from kdfast.models.load import SpanModel
+from kdfast.models.span_model import SpanModel
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from kdfast.common.run import Run
 from kdfast.data.batches import MicroBatchPolicy, shard
 from kdfast.data.read import read_examples
 from kdfast.evaluation import scoring
-from kdfast.teachers import cache
+from kdfast.teachers import cache, teacher_pass
 from tests import corpora, forks
 
 CPU = torch.device("cpu")
@@ -128,8 +128,8 @@ def test_one_cache_is_written_by_many(setup, tmp_path, count):
     source = cache.Source("weights", "tokenizer", run.windows.key, "no")
 
     def fill(folder, ranks_=None, progress=lambda done: None):
-        teacher = cache.TeacherPass(source, run.model, run.windows, CPU, 150)
-        return np.array(cache.fill_cache(folder, teacher, progress, ranks_))
+        teacher = teacher_pass.TeacherPass(source, run.model, run.windows, CPU, 150)
+        return np.array(teacher_pass.fill_cache(folder, teacher, progress, ranks_))
 
     def rank_fill(rank):
         with Ranks.join() as group:
@@ -148,8 +148,8 @@ def test_one_cache_is_written_by_many(setup, tmp_path, count):
 def test_a_pass_that_many_began_is_ended_by_one(setup, tmp_path, monkeypatch):
     run = setup()
     source = cache.Source("weights", "tokenizer", run.windows.key, "no")
-    monkeypatch.setattr(cache, "SECONDS_BETWEEN_SAVES", 0.0)
-    teacher = cache.TeacherPass(source, run.model, run.windows, CPU, 150)
+    monkeypatch.setattr(teacher_pass, "SECONDS_BETWEEN_SAVES", 0.0)
+    teacher = teacher_pass.TeacherPass(source, run.model, run.windows, CPU, 150)
 
     def rank_fill(rank):
         calls = []
@@ -160,7 +160,7 @@ def test_a_pass_that_many_began_is_ended_by_one(setup, tmp_path, monkeypatch):
                 os.kill(os.getpid(), signal.SIGKILL)
 
         with Ranks.join() as group:
-            cache.fill_cache(tmp_path, teacher, progress, group)
+            teacher_pass.fill_cache(tmp_path, teacher, progress, group)
 
     processes, _, keeper = forks.start(2, rank_fill)
     for process in processes:
@@ -168,9 +168,9 @@ def test_a_pass_that_many_began_is_ended_by_one(setup, tmp_path, monkeypatch):
     keeper.kill()
     assert {process.exitcode for process in processes} == {-signal.SIGKILL}
     counted = []
-    ended = np.array(cache.fill_cache(tmp_path, teacher, counted.append))
+    ended = np.array(teacher_pass.fill_cache(tmp_path, teacher, counted.append))
     assert counted[0] > 0 and sum(counted) == len(run.windows)
-    whole = cache.fill_cache(tmp_path / "whole", teacher)
+    whole = teacher_pass.fill_cache(tmp_path / "whole", teacher)
     assert np.array_equal(ended, whole)
 
 

@@ -26,7 +26,7 @@ from kdfast.evaluation import scoring
 from kdfast.models import load as models
 from kdfast.models import loader
 from kdfast.models.checks import check_windows
-from kdfast.teachers import cache
+from kdfast.teachers import cache, teacher_pass
 from kdfast.training import checkpoint
 from kdfast.training.assemble import Progress
 from kdfast.training.nonfinite import NonfiniteSteps
@@ -52,8 +52,8 @@ def ground(tmp_path_factory):
     identity = {"mixed_precision": "fp16", "seed": 42}
     saved = checkpoint.save_checkpoint(run.training, run.loaded.tokenizer, identity, 1)
     source = cache.Source("weights", "tokenizer", run.windows.key, "no")
-    teacher = cache.TeacherPass(source, run.model, run.windows, torch.device("cpu"), 400)
-    cache.fill_cache(home / "cache", teacher)
+    teacher = teacher_pass.TeacherPass(source, run.model, run.windows, torch.device("cpu"), 400)
+    teacher_pass.fill_cache(home / "cache", teacher)
     return types.SimpleNamespace(
         home=home,
         run=run,

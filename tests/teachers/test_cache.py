@@ -17,6 +17,7 @@ from kdfast.models import load
 from kdfast.models.inference import forward_windows
 from kdfast.models.loader import HostLoader, flat_positions
 from kdfast.teachers import cache as teacher
+from kdfast.teachers import teacher_pass
 from kdfast.tokenizers.load import load_tokenizer
 from tests import corpora, readers
 
@@ -48,11 +49,11 @@ def pass_(tmp_path):
             self.home = self.cache / "teacher" / self.source.key
 
         def fill(self, **arguments):
-            return teacher.fill_cache(self.cache, self.teacher(), **arguments)
+            return teacher_pass.fill_cache(self.cache, self.teacher(), **arguments)
 
         def teacher(self, max_tokens=300, precision="no"):
             source = replace(self.source, precision=precision)
-            return teacher.TeacherPass(source, self.model, self.windows, CPU, max_tokens)
+            return teacher_pass.TeacherPass(source, self.model, self.windows, CPU, max_tokens)
 
     return Pass()
 
@@ -103,22 +104,22 @@ def test_a_killed_pass_goes_on_with_its_own_cuts(pass_, monkeypatch):
     whole = np.array(pass_.fill())
     shutil.rmtree(pass_.home)
 
-    monkeypatch.setattr(teacher, "SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr(teacher_pass, "SECONDS_BETWEEN_SAVES", 0.0)
     with pytest.raises(Killed):
         pass_.fill(progress=killed_after(4))
     assert teacher.open_cache(pass_.cache, pass_.source, pass_.tokens) is None
 
     ran = []
-    run = teacher.forward_windows
+    run = teacher_pass.forward_windows
     monkeypatch.setattr(
-        teacher,
+        teacher_pass,
         "forward_windows",
         lambda model, windows, batches, *rest: run(
             model, windows, ran.extend(batches) or batches, *rest
         ),
     )
     # Another budget would cut otherwise: the header's one holds.
-    resumed = teacher.fill_cache(pass_.cache, pass_.teacher(max_tokens=10_000))
+    resumed = teacher_pass.fill_cache(pass_.cache, pass_.teacher(max_tokens=10_000))
     assert np.array_equal(resumed, whole)
     assert 0 < sum(map(len, ran)) < len(pass_.windows)
     assert max(map(len, ran)) * 10 < 10_000
@@ -201,7 +202,7 @@ def test_the_key_and_the_header_are_those_of_earlier_versions(pass_):
 def test_a_pass_that_an_earlier_version_began_goes_on(pass_, monkeypatch):
     whole = np.array(pass_.fill())
     shutil.rmtree(pass_.home)
-    monkeypatch.setattr(teacher, "SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr(teacher_pass, "SECONDS_BETWEEN_SAVES", 0.0)
     with pytest.raises(Killed):
         pass_.fill(progress=killed_after(4))
     as_before(pass_.home.with_name(f"{pass_.source.key}.partial"))
@@ -249,8 +250,8 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(pass_, monkeypatch):
     assert teacher.open_cache(pass_.cache, pass_.source, pass_.tokens) is None
     monkeypatch.undo()
 
-    monkeypatch.setattr(teacher, "SECONDS_BETWEEN_SAVES", 0.0)
-    save = teacher._save_progress
+    monkeypatch.setattr(teacher_pass, "SECONDS_BETWEEN_SAVES", 0.0)
+    save = teacher_pass._save_progress
     saved = []
 
     def third_fails(*arguments):
@@ -259,7 +260,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(pass_, monkeypatch):
         saved.append(arguments)
         save(*arguments)
 
-    monkeypatch.setattr(teacher, "_save_progress", third_fails)
+    monkeypatch.setattr(teacher_pass, "_save_progress", third_fails)
     with pytest.raises(UserError, match=r"disk is full.*goes on from there"):
         pass_.fill()
     monkeypatch.undo()
@@ -277,6 +278,6 @@ def test_a_teacher_in_half_precision_has_the_bits_of_autocast(pass_):
     plain = np.zeros((pass_.tokens, 2), np.float16)
     for indices, rows in forward_windows(pass_.model, pass_.windows, batches, CPU, torch.bfloat16):
         plain[flat_positions(pass_.windows, indices)] = rows
-    filled = teacher.fill_cache(pass_.cache, pass_.teacher(precision="bf16"))
+    filled = teacher_pass.fill_cache(pass_.cache, pass_.teacher(precision="bf16"))
     assert torch.bfloat16 in {each.dtype for each in pass_.model.parameters()}
     np.testing.assert_array_equal(filled, plain)

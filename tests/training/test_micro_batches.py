@@ -5,7 +5,7 @@ import torch
 from kdfast.common.run import Run
 from kdfast.config import SpeedSettings
 from kdfast.models import checks
-from kdfast.models.load import SpanModel
+from kdfast.models.span_model import SpanModel
 from kdfast.training import micro_batches, work
 from tests import readers
 
