@@ -84,7 +84,7 @@ def check_invariance(config: TrainConfig) -> None:
     """Report whether a step's gradient depends on how it is split. Raises UserError if it does."""
     from kdfast import train
     from kdfast.config_checks import check
-    from kdfast.teachers.layers import find_teacher
+    from kdfast.teachers.layers import layer_teacher_key
     from kdfast.training import inputs, invariance
     from kdfast.training.assemble import TrainingData, assemble
 
@@ -97,7 +97,7 @@ def check_invariance(config: TrainConfig) -> None:
         student = inputs.load_student(config, ranks)
         windows = inputs.prepare_for(config, student, config.data.train_file, "train", ranks)
         if config.model.stage == "layers":
-            find_teacher(config, student)
+            layer_teacher_key(config, student)
         targets = inputs.find_targets(config, windows, student.tokenizer, run)
         logits = inputs.teacher_logits(config, targets, windows, run)
         data = TrainingData(windows, logits, inputs.trained_windows(config, windows, ranks))

@@ -24,9 +24,12 @@ from kdfast.data.prepare import windows_of
 from kdfast.data.windows import Windows
 from kdfast.evaluation.pipeline_answers import pipeline_answers
 from kdfast.evaluation.reader_settings import ReaderSettings
-from kdfast.models import load
+from kdfast.models.checks import check_type
+from kdfast.models.hub import local_folder
 from kdfast.models.inference import forward_tokens, forward_windows
+from kdfast.models.load import Loaded, load_reader, longest_input
 from kdfast.models.loader import flat_positions
+from kdfast.models.span_model import SpanModel
 from kdfast.tokenizers.load import load_tokenizer
 from kdfast.tokenizers.template import Template
 from kdfast.tokenizers.word_offsets import WordOffsets
@@ -79,7 +82,7 @@ class Reader:
         loaded, self.name = _load(model, tokenizer)
         self.tokenizer = loaded.tokenizer
         self.notes = loaded.notes
-        self._longest = load.longest_input(loaded, self.name)
+        self._longest = longest_input(loaded, self.name)
         if mixed_precision not in AUTOCAST:
             raise UserError(
                 f"mixed_precision is {mixed_precision!r}: give one of {', '.join(AUTOCAST)}."
@@ -253,23 +256,23 @@ def _too_much_shared(shared: int, left: int, size: int, question: str) -> UserEr
     )
 
 
-def _load(model: Any, tokenizer: Any) -> tuple[load.Loaded, str]:
+def _load(model: Any, tokenizer: Any) -> tuple[Loaded, str]:
     """The model with its tokenizer, and what errors call it."""
     if isinstance(tokenizer, (str, Path)):
         role, name = "tokenizer", str(tokenizer)
-        tokenizer = load_tokenizer(load.local_folder(name, role), role)
+        tokenizer = load_tokenizer(local_folder(name, role), role)
     if isinstance(model, (str, Path)):
-        return load.load_reader(str(model), "model", tokenizer=tokenizer), str(model)
+        return load_reader(str(model), "model", tokenizer=tokenizer), str(model)
     name = getattr(model, "name_or_path", "") or type(model).__name__
     if not isinstance(getattr(model, "qa_outputs", None), nn.Module):
         raise UserError(
             f"model is {type(model).__name__}: give a folder, a hub id or a model for question "
             "answering."
         )
-    load.check_type(model.config, name, "model")
+    check_type(model.config, name, "model")
     if tokenizer is None:
         raise UserError("tokenizer is missing: a model that is loaded already comes without one.")
-    return load.Loaded(load.SpanModel(model), tokenizer, []), name
+    return Loaded(SpanModel(model), tokenizer, []), name
 
 
 def _chunks(pairs: Iterable[Pair], most: int | None) -> Iterator[list[Pair]]:

@@ -173,7 +173,7 @@ def distil(
     targets = inputs.find_targets(config, windows, student.tokenizer, run)
     taught_by = targets.weights if targets else None
     if config.model.stage == "layers":
-        taught_by = [layers.find_teacher(config, student)]
+        taught_by = [layers.layer_teacher_key(config, student)]
     cache_key = targets.key if targets else None
     keys = resume.keys_of(config, student, windows, taught_by, cache_key)
     ranks.assert_same_on_all_ranks(keys)

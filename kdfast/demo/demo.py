@@ -9,7 +9,7 @@ from kdfast.common.ranks import Ranks
 from kdfast.common.run import Run
 from kdfast.config import TrainConfig
 from kdfast.demo import SETTINGS, TEACHER, corpus
-from kdfast.models import load
+from kdfast.models.load import load_reader
 from kdfast.training.inputs import load_validation
 
 Rows = list[dict[str, Any]]
@@ -59,7 +59,7 @@ def run(train: Callable[[TrainConfig], dict[str, Any]], home: Path = HOME, seed:
 def score_teacher(config: TrainConfig) -> dict[str, Any]:
     """The teacher's row: it answers the same validation questions in the same way."""
     device = pick_device()
-    loaded = load.load_reader(config.model.teacher[0], "--teacher")
+    loaded = load_reader(config.model.teacher[0], "--teacher")
     run = Run(device, resolve(config.speed.mixed_precision, device))
     validation = load_validation(config, loaded, Ranks())
     assert validation is not None  # the demo has a set

@@ -19,9 +19,10 @@ from kdfast.data.prepare import prepare_windows
 from kdfast.data.windows import Windows
 from kdfast.evaluation import metrics, scoring
 from kdfast.evaluation.suites import EvaluationSet
-from kdfast.models import load
 from kdfast.models.checks import check_windows
+from kdfast.models.hub import local_folder
 from kdfast.models.inference import forward_tokens
+from kdfast.models.load import Loaded, check_fits, load_reader, longest_input
 from kdfast.models.loader import HostLoader
 from kdfast.models.save import RUN_FILE
 from kdfast.teachers import cache
@@ -107,13 +108,13 @@ class EvaluatedModel:
     """
 
     def __init__(self, name: str, role: str, settings: AnswerSettings, run: Run):
-        loaded = load.load_reader(name, role)
-        folder = load.local_folder(name, role)
+        loaded = load_reader(name, role)
+        folder = local_folder(name, role)
         self.name, self.settings, self.run = name, settings, run
         for note in loaded.notes:
             run.ranks.warn(note)
         self.windows = self._choose_windows(loaded, folder)
-        load.check_fits(loaded, self.windows.max_seq_length, name)
+        check_fits(loaded, self.windows.max_seq_length, name)
         self.tokenizer = loaded.tokenizer
         self.model = loaded.model.to(run.device)
         self.weights = cache.weights_key(folder)
@@ -165,13 +166,13 @@ class EvaluatedModel:
         check_windows(self.model.reader, windows, self.windows.max_seq_length, cache_dir)
         return windows
 
-    def _choose_windows(self, loaded: load.Loaded, folder: Path) -> WindowSettings:
+    def _choose_windows(self, loaded: Loaded, folder: Path) -> WindowSettings:
         """The window settings; logged where neither flags nor the defaults decide."""
         is_part = folder.name in ("best", "last") or folder.name.startswith("checkpoint-")
         run = (folder.parent if is_part else folder) / RUN_FILE
         trained = read_json_object(run).get("config")
         trained = trained if isinstance(trained, dict) else {}
-        longest = load.longest_input(loaded, self.name)
+        longest = longest_input(loaded, self.name)
         special = Template.learn(loaded.tokenizer).size
         found = self.settings.windows_for(trained, longest, special)
         if found != self.settings.windows_for({}, special=special):

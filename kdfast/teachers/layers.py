@@ -3,8 +3,8 @@
 With k = teacher's layers / student's layers, hidden state i of the student (0: the embeddings)
 learns from the teacher's i * k, and the attention of layer i from that of layer (i + 1) * k - 1:
 TinyBERT's stage (Jiao et al. 2020, arxiv.org/abs/1909.10351) with the map of Haystack 1.x. The
-teacher runs beside the student: on a disk the hidden states of a token would take some ten thousand
-bytes.
+teacher runs next to the student: on a disk the hidden states of a token would take some ten
+thousand bytes.
 """
 
 import math
@@ -15,8 +15,9 @@ from torch import nn
 from kdfast.common.errors import UserError
 from kdfast.common.run import Run
 from kdfast.config import TrainConfig
-from kdfast.models import load
 from kdfast.models.checks import nonfinite_weight
+from kdfast.models.hub import local_folder
+from kdfast.models.load import Loaded, check_fits, load_reader
 from kdfast.models.span_model import SpanModel
 from kdfast.teachers import cache
 from kdfast.teachers.layer_losses import AttentionCapture, AttentionTerm, RelationTerm, hidden_term
@@ -24,8 +25,8 @@ from kdfast.tokenizers.load import has_token_types, load_tokenizer
 from kdfast.tokenizers.template import Template, same_tokens
 
 
-class LayerTerms(nn.Module):
-    """A student and its teacher, side by side; forward() gives how far they are apart.
+class LayerLosses(nn.Module):
+    """A student and its teacher; forward() gives how far their layers are apart.
 
     attention: "none"; "probabilities", before dropout, of every layer; or "relations" among the
     queries, keys and values of the last one (MiniLMv2). What is compared is fp32, or fp64 for fp64
@@ -68,7 +69,7 @@ class LayerTerms(nn.Module):
                 torch.randn(shape, generator=draw) / math.sqrt(own.hidden_size)
             )
 
-    def train(self, mode: bool = True) -> "LayerTerms":
+    def train(self, mode: bool = True) -> "LayerLosses":
         """As every module's, but the teacher never has dropout."""
         super().train(mode)
         self.teacher.eval()
@@ -119,10 +120,13 @@ def layers_apart(layers: int, teacher_layers: int) -> int:
     return teacher_layers // layers
 
 
-def find_teacher(config: TrainConfig, student: load.Loaded) -> str:
-    """weights_key of the teacher. Raises UserError for one whose tokens are not the student's."""
+def layer_teacher_key(config: TrainConfig, student: Loaded) -> str:
+    """The weights_key of the teacher of stage layers.
+
+    Raises UserError for one whose tokens, or token types, are not the student's.
+    """
     name = config.model.teacher[0]
-    folder = load.local_folder(name, "--teacher")
+    folder = local_folder(name, "--teacher")
     own = load_tokenizer(folder, "--teacher")
     if not same_tokens(own, student.tokenizer):
         raise UserError(
@@ -140,20 +144,20 @@ def find_teacher(config: TrainConfig, student: load.Loaded) -> str:
     return cache.weights_key(folder)
 
 
-def load_layer_teacher(config: TrainConfig, student: SpanModel, run: Run) -> LayerTerms:
+def load_layer_teacher(config: TrainConfig, student: SpanModel, run: Run) -> LayerLosses:
     """The student with the teacher that stage layers needs, loaded on the run's device.
 
     The teacher's span head is not used: it may have none. Raises UserError for a teacher that does
     not fit.
     """
     name, seed = config.model.teacher[0], config.optimization.seed
-    loaded = load.load_reader(name, "--teacher", new_head_seed=seed)
-    load.check_fits(loaded, config.windows.max_seq_length, name)
+    loaded = load_reader(name, "--teacher", new_head_seed=seed)
+    check_fits(loaded, config.windows.max_seq_length, name)
     if weight := nonfinite_weight(loaded.model.named_parameters()):
         raise UserError(
             f"--teacher {name} has weights that are not finite ({weight}): name a sound model."
         )
-    terms = LayerTerms(student, loaded.model, config.model.attention_loss, seed).to(run.device)
+    terms = LayerLosses(student, loaded.model, config.model.attention_loss, seed).to(run.device)
     if run.dtype is not None:
         terms.teacher.cast_linear_layers(run.dtype)
     return terms

@@ -16,8 +16,9 @@ from kdfast.common.ranks import Ranks
 from kdfast.common.run import Run
 from kdfast.config import TrainConfig
 from kdfast.data.windows import Windows
-from kdfast.models import load
+from kdfast.models.hub import local_folder
 from kdfast.models.inference import forward_tokens
+from kdfast.models.load import check_fits, load_config, load_reader, trained_length
 from kdfast.teachers import cache
 from kdfast.teachers.alignment import Aligner, softened
 from kdfast.teachers.mixture import Probabilities
@@ -55,7 +56,7 @@ class Teacher:
         return probabilities
 
 
-def find(
+def find_teacher(
     config: TrainConfig,
     name: str,
     windows: Windows,
@@ -67,7 +68,7 @@ def find(
 
     windows: the student's. kind: the precision of the teacher.
     """
-    folder = load.local_folder(name, "--teacher")
+    folder = local_folder(name, "--teacher")
     tokenizer = load_tokenizer(folder, "--teacher")
     key = tokenizer_key(tokenizer)
     weights = cache.weights_key(folder)
@@ -76,7 +77,7 @@ def find(
         windows = windows.with_token_types(Template.learn(tokenizer).uses_token_types)
         return Teacher(name, source, windows, config.windows.max_seq_length)
     refuse_mse(config, name)
-    length = load.trained_length(load.load_config(folder, name, "--teacher"))
+    length = trained_length(load_config(folder, name, "--teacher"))
     read = rewindow(
         windows,
         config.data.train_file,
@@ -113,8 +114,8 @@ def own_logits(config: TrainConfig, one: Teacher, run: Run) -> np.ndarray:
     if logits is not None:
         ranks.log(f"Teacher logits: cache {one.source.key} in {config.data.cache_path}.")
         return logits
-    loaded = load.load_reader(one.name, "--teacher")
-    load.check_fits(loaded, one.max_seq_length, one.name)
+    loaded = load_reader(one.name, "--teacher")
+    check_fits(loaded, one.max_seq_length, one.name)
     for note in loaded.notes:
         ranks.log(note)
     model, max_tokens = loaded.model.to(device), forward_tokens(device)

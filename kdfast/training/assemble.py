@@ -14,9 +14,9 @@ from kdfast.config import OptimizationSettings, TrainConfig
 from kdfast.data.batches import MicroBatchPolicy, TrainingOrder
 from kdfast.data.windows import Windows
 from kdfast.models.dropout import speed_up_dropout
-from kdfast.models.load import COMPILED_WIDTH, SpanModel
 from kdfast.models.loader import MicroBatch, WindowLoader, make_loader
-from kdfast.teachers.layers import LayerTerms, load_layer_teacher
+from kdfast.models.span_model import COMPILED_WIDTH, SpanModel
+from kdfast.teachers.layers import LayerLosses, load_layer_teacher
 from kdfast.training.micro_batches import MicroBatches, choose_policy, peak_bytes_of
 from kdfast.training.optimizer import ScaledAdamW
 from kdfast.training.step import (
@@ -78,7 +78,7 @@ class Training:
         run: Device, precision, ranks, stop signals, output.
         settings: Rates, norms, seed.
         student: The model that is saved in the end.
-        model: What trains: the student, or `LayerTerms` around it.
+        model: What trains: the student, or `LayerLosses` around it.
         forward: The model, or what torch.compile made of it.
         objective: What is minimized.
         optimizer: With its gradients' scale.
@@ -201,7 +201,7 @@ def assemble(
     if speed.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     work = count_work(student)
-    if isinstance(model, LayerTerms):
+    if isinstance(model, LayerLosses):
         work = work.with_teacher(count_work(model.teacher))
     if policy is None:
         text = ""

@@ -16,7 +16,7 @@ from kdfast.config import TrainConfig
 from kdfast.config_checks import check_teachers
 from kdfast.data.cache import PickledByPath
 from kdfast.data.windows import Windows
-from kdfast.models import load
+from kdfast.models.hub import local_folder
 from kdfast.tokenizers.load import FolderTokenizer, load_tokenizer
 from kdfast.training import inputs
 
@@ -110,7 +110,7 @@ def kd_tokenizer(config: TrainConfig) -> FolderTokenizer:
 
     (AutoTokenizer of transformers 5 may make another one of the same files.)
     """
-    return load_tokenizer(load.local_folder(config.model.student, "--student"), "--student")
+    return load_tokenizer(local_folder(config.model.student, "--student"), "--student")
 
 
 class KDCollator:

@@ -19,8 +19,8 @@ from kdfast.data import read, tally
 from kdfast.data.prepare import prepare_windows
 from kdfast.data.windows import Windows
 from kdfast.evaluation import metrics, scoring, suites
-from kdfast.models import load
 from kdfast.models.checks import check_windows
+from kdfast.models.load import Loaded, check_fits, keep_layers, load_reader
 from kdfast.teachers import cache, targets
 from kdfast.teachers import mixture as derived
 
@@ -48,11 +48,11 @@ class TeacherTargets:
         return [each.source.weights for each in self.teachers]
 
 
-def load_student(config: TrainConfig, ranks: Ranks) -> load.Loaded:
+def load_student(config: TrainConfig, ranks: Ranks) -> Loaded:
     """The student of --student, or the teacher, cut down to --student_layers where given."""
     name = config.model.student_source
     role = "--student" if config.model.student else "--teacher"
-    student = load.load_reader(
+    student = load_reader(
         name,
         role,
         new_head_seed=config.optimization.seed,
@@ -60,8 +60,8 @@ def load_student(config: TrainConfig, ranks: Ranks) -> load.Loaded:
     )
     layers = config.model.kept_layers()
     if layers is not None:
-        load.keep_layers(student, layers, name)
-    load.check_fits(student, config.windows.max_seq_length, name)
+        keep_layers(student, layers, name)
+    check_fits(student, config.windows.max_seq_length, name)
     for note in student.notes:
         ranks.log(note)
     return student
@@ -85,7 +85,7 @@ def prepare(
 
 
 def prepare_for(
-    config: TrainConfig, student: load.Loaded, source: str, split: str, ranks: Ranks
+    config: TrainConfig, student: Loaded, source: str, split: str, ranks: Ranks
 ) -> Windows:
     """As `prepare`; raises UserError for windows that the student cannot read."""
     windows = prepare(config, student.tokenizer, source, split, ranks)
@@ -110,7 +110,7 @@ def find_targets(
         return None
     kind = teacher_precision(run.precision, run.device)
     found = [
-        targets.find(config, name, windows, tokenizer, kind, run.ranks)
+        targets.find_teacher(config, name, windows, tokenizer, kind, run.ranks)
         for name in config.model.teacher
     ]
     if len(found) == 1 and found[0].aligner is None:
@@ -203,7 +203,7 @@ def question_counts(windows: Windows, chosen: np.ndarray) -> dict[str, Any]:
 
 
 def load_validation(
-    config: TrainConfig, student: load.Loaded, ranks: Ranks
+    config: TrainConfig, student: Loaded, ranks: Ranks
 ) -> scoring.Validation | None:
     """The set of --validation_file, or None without one."""
     found = validation_set(config)

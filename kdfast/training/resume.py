@@ -10,8 +10,10 @@ from kdfast.common.machine import code_key
 from kdfast.common.ranks import Ranks
 from kdfast.config import CHANGEABLE, CUTS, OBJECTIVE, TrainConfig
 from kdfast.data.windows import Windows
-from kdfast.models import load
+from kdfast.models.hub import local_folder
+from kdfast.models.load import Loaded
 from kdfast.models.save import mend_model
+from kdfast.models.span_model import SpanModel
 from kdfast.teachers import cache
 from kdfast.tokenizers.template import tokenizer_key
 from kdfast.training import checkpoint
@@ -79,7 +81,7 @@ class Resumed:
         return f"{name} ({self.identity.get(name)} -> {value})" if name in OBJECTIVE else name
 
     def restore(
-        self, output: Path, validation: str | None, model: load.SpanModel, optimizer: ScaledAdamW
+        self, output: Path, validation: str | None, model: SpanModel, optimizer: ScaledAdamW
     ) -> Restored:
         """Load the checkpoint. validation: key of the set that this run evaluates on, if any."""
         progress, policy = checkpoint.load_checkpoint(self.folder, model, optimizer)
@@ -109,7 +111,7 @@ def settings_of(config: TrainConfig, precision: str) -> dict[str, Any]:
 
 def keys_of(
     config: TrainConfig,
-    student: load.Loaded,
+    student: Loaded,
     windows: Windows,
     teachers: list[str] | None,
     logits: str | None,
@@ -119,7 +121,7 @@ def keys_of(
     teachers: weights_key of each. logits: key of the cache of what they say.
     """
     role = "--student" if config.model.student else "--teacher"
-    folder = load.local_folder(config.model.student_source, role)
+    folder = local_folder(config.model.student_source, role)
     return {
         "student": cache.weights_key(folder),
         "teacher": teachers,

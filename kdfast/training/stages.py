@@ -14,7 +14,8 @@ from kdfast.config import SETTINGS, TrainConfig
 from kdfast.config_checks import check, of_stage
 from kdfast.data import read
 from kdfast.evaluation import metrics
-from kdfast.models import load
+from kdfast.models.hub import local_folder
+from kdfast.models.load import check_fits, load_reader
 from kdfast.models.save import RUN_FILE
 from kdfast.teachers import targets
 from kdfast.tokenizers.load import load_tokenizer
@@ -124,10 +125,10 @@ def _look_ahead(first: TrainConfig, last: TrainConfig) -> None:
         metrics.gold_answers(read.read_examples(last.data.validation_file, split="validation"))
     if not last.learns_answers:
         return
-    own = load_tokenizer(load.local_folder(first.model.student, "--student"), "--student")
+    own = load_tokenizer(local_folder(first.model.student, "--student"), "--student")
     for name in last.model.teacher:
-        loaded = load.load_reader(name, "--teacher")
+        loaded = load_reader(name, "--teacher")
         if not same_tokens(loaded.tokenizer, own):
             targets.refuse_mse(last, name)
         else:
-            load.check_fits(loaded, last.windows.max_seq_length, name)
+            check_fits(loaded, last.windows.max_seq_length, name)

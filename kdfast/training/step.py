@@ -50,7 +50,7 @@ def span_objective(settings: LossSettings) -> Objective:
 
 
 def layer_objective() -> Objective:
-    """The sum of the two terms (B, 2) that `teachers.layers.LayerTerms` returns.
+    """The sum of the two terms (B, 2) that `teachers.layers.LayerLosses` returns.
 
     The gradients of attention are small: at a scale of 2**16 a third of them would be 0 in fp16.
     """

@@ -61,7 +61,7 @@ def eager(model):
 def test_terms_are_those_of_each_window_alone(tmp_path, model_type, attention):
     student, teacher = (each.double() for each in pair(tmp_path, model_type))
     ids, mask = batch(student)
-    terms = layers.LayerTerms(student, teacher, attention, 0)
+    terms = layers.LayerLosses(student, teacher, attention, 0)
     found = terms(ids, mask)
     eager(student), eager(teacher)
     for row, length in enumerate(LENGTHS):
@@ -74,7 +74,7 @@ def test_terms_are_those_of_each_window_alone(tmp_path, model_type, attention):
 def test_gradients_are_those_of_each_window_alone(tmp_path, attention):
     student, teacher = (each.double() for each in pair(tmp_path, teacher={"hidden_size": 24}))
     ids, mask = batch(student)
-    terms = layers.LayerTerms(student, teacher, attention, 0).double()
+    terms = layers.LayerLosses(student, teacher, attention, 0).double()
     wanted = [each for name, each in terms.named_parameters() if each.requires_grad]
     ours = torch.autograd.grad(terms(ids, mask).sum(), wanted)
     eager(student), eager(teacher)
@@ -92,7 +92,7 @@ def test_relations_are_the_papers(tmp_path):
     """MiniLMv2, with 2 and 3 heads: one relation head, which both numbers have."""
     student, teacher = pair(tmp_path, teacher={"hidden_size": 24, "num_attention_heads": 3})
     student, teacher = student.double(), teacher.double()
-    terms = layers.LayerTerms(student, teacher, "relations", 0).double()
+    terms = layers.LayerLosses(student, teacher, "relations", 0).double()
     ids, mask = batch(student)
     found = terms(ids, mask)[:, 1]
     assert terms.heads == 1
@@ -127,7 +127,7 @@ def test_gradients_against_differences():
 @pytest.mark.parametrize("attention", ["probabilities", "relations"])
 def test_nothing_of_the_size_of_attention_is_kept(tmp_path, attention):
     student, teacher = pair(tmp_path)
-    terms = layers.LayerTerms(student, teacher, attention, 0)
+    terms = layers.LayerLosses(student, teacher, attention, 0)
     ids = torch.randint(5, 20, (1, 300), generator=torch.Generator().manual_seed(0))
     sizes = []
 
@@ -145,7 +145,7 @@ def test_dropout_is_the_students_alone_and_not_in_the_probabilities(tmp_path):
     name = readers.save(tmp_path / "student", seed=1, layers=1, hidden_dropout_prob=0.0, **dropped)
     taught = readers.save(tmp_path / "teacher", seed=2, hidden_dropout_prob=0.5, **dropped)
     student, teacher = (load.load_reader(each, "--teacher").model for each in (name, taught))
-    terms = layers.LayerTerms(student, teacher, "probabilities", 0)
+    terms = layers.LayerLosses(student, teacher, "probabilities", 0)
     ids, mask = batch(student)
     with torch.no_grad():
         quiet, trained = terms.eval()(ids, mask), terms.train()(ids, mask)
@@ -157,7 +157,7 @@ def test_dropout_is_the_students_alone_and_not_in_the_probabilities(tmp_path):
 @pytest.mark.parametrize("attention", ["none", "probabilities"])
 def test_half_precision_errs_no_more_than_the_book(tmp_path, attention):
     student, teacher = pair(tmp_path)
-    terms = layers.LayerTerms(student, teacher, attention, 0)
+    terms = layers.LayerLosses(student, teacher, attention, 0)
     batches = [batch(student, seed) for seed in range(8)]  # of one the errors are chance
 
     def book(ids):
@@ -202,7 +202,7 @@ def test_fp16_keeps_the_gradients_of_attention():
 
 def test_a_forward_pass_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
     student, teacher = pair(tmp_path)
-    terms = layers.LayerTerms(student, teacher, "probabilities", 0)
+    terms = layers.LayerLosses(student, teacher, "probabilities", 0)
     ids, mask = batch(student)
 
     def full(*_):
@@ -246,7 +246,7 @@ def test_a_step_learns_and_reports_its_parts(tmp_path):
 def refused(path, attention="none", model_type="bert", **changes):
     student, teacher = pair(path, model_type, **changes)
     with pytest.raises(UserError) as error:
-        layers.LayerTerms(student, teacher, attention, 0)
+        layers.LayerLosses(student, teacher, attention, 0)
     return str(error.value)
 
 
@@ -268,7 +268,7 @@ def test_attention_of_another_kind_is_refused(tmp_path, model_type, attention):
 def test_hidden_states_of_every_type(tmp_path, model_type):
     student, teacher = pair(tmp_path, model_type)
     ids, mask = batch(student)
-    terms = layers.LayerTerms(student, teacher, "none", 0)
+    terms = layers.LayerLosses(student, teacher, "none", 0)
     found = terms(ids, mask)
     for row, length in enumerate(LENGTHS):
         alone = terms(ids[row : row + 1, :length])
