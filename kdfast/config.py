@@ -30,7 +30,7 @@ class ModelSettings:
         resume="free",
     )
     teacher_weights: list[float] = flag(
-        [], "What each teacher counts in the average, 1 in sum. Default: all the same."
+        [], "Weight of each teacher in the average; their sum is 1. Default: all the same."
     )
     stage: Literal["predictions", "layers", "both"] = flag(
         "predictions",
@@ -97,7 +97,7 @@ class DataSettings:
     _argument_group_name: ClassVar[str] = "data"
     train_file: str = flag(
         "",
-        "File of SQuAD's or another form (docs/data.md), or a hub dataset "
+        "File in SQuAD's or another format (docs/data.md), or a hub dataset "
         "id[@revision][:config[:split]].",
         resume="free",
     )
@@ -190,11 +190,12 @@ class OptimizationSettings:
     )
     on_nonfinite: Literal["halt", "skip"] = flag(
         "halt",
-        "End the run at a step whose numbers are not finite, or count it and go on.",
+        "halt ends the run at a step whose loss or gradient is not finite; skip counts it and goes "
+        "on.",
         resume="free",
     )
     seed: int = flag(
-        42, "Keys the order of the data, dropout and a new head.", least=0, most=2**32 - 1
+        42, "Seed of the order of the data, of dropout and of a new head.", least=0, most=2**32 - 1
     )
 
 
@@ -253,7 +254,7 @@ class EvaluationSettings:
     )
     metric: Literal["squad", "mlqa", "cmrc", "korquad"] | None = flag(
         None,
-        "Whose rule scores --validation_file; best/ goes by its F1. mlqa takes --language. "
+        "Benchmark whose rule scores --validation_file; best/ goes by its F1. mlqa takes --language. "
         "Default: that of the hub dataset, else squad. korquad is F1 over characters.",
         resume="free",
     )
@@ -281,7 +282,7 @@ class OutputSettings:
     )
     allow_changes: str = flag(
         "",
-        "Flags, such as learning_rate,max_steps, that a resumed run may bring new values of.",
+        "Flags, such as learning_rate,max_steps, that may differ from those of the resumed run.",
         resume="free",
     )
     save_steps: int | None = flag(
@@ -290,7 +291,8 @@ class OutputSettings:
     save_total_limit: int = flag(2, "Checkpoints that are kept.", above=0, resume="free")
     grace_seconds: float = flag(
         30.0,
-        "From SIGTERM or SIGINT to the kill: a step that would take over half of it is dropped.",
+        "Seconds from SIGTERM or SIGINT until the process may be killed. A step that would take "
+        "more than half of them is dropped.",
         least=0,
         most=float("inf"),
         resume="free",
