@@ -23,10 +23,9 @@ from kdfast.models.loader import flat_positions
 from kdfast.models.span_model import SpanModel
 from kdfast.train import train_loop
 from kdfast.training.assemble import TrainingData, assemble
-from kdfast.training.callback import Callback
 from kdfast.training.log import Clock, TrainLog
 from kdfast.training.optimizer import ScaledAdamW
-from kdfast.training.step import StepReport
+from kdfast.training.step import Callback, StepReport
 
 CPU = torch.device("cpu")
 TEMPERATURE, WEIGHT = 2.0, 0.75

@@ -254,8 +254,8 @@ class EvaluationSettings:
     )
     metric: Literal["squad", "mlqa", "cmrc", "korquad"] | None = flag(
         None,
-        "Benchmark whose rule scores --validation_file; best/ goes by its F1. mlqa takes --language. "
-        "Default: that of the hub dataset, else squad. korquad is F1 over characters.",
+        "Benchmark whose rule scores --validation_file; best/ goes by its F1. mlqa takes "
+        "--language. Default: that of the hub dataset, else squad. korquad is F1 over characters.",
         resume="free",
     )
     max_answer_length: int = flag(

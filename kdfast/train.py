@@ -31,7 +31,6 @@ from kdfast.models.save import rehearse_saving
 from kdfast.teachers import layers
 from kdfast.training import inputs, resume, stages
 from kdfast.training.assemble import Training, TrainingData, assemble
-from kdfast.training.callback import Callback
 from kdfast.training.checkpoint import list_checkpoints
 from kdfast.training.optimizer import learning_rate
 from kdfast.training.results import Results
@@ -43,7 +42,7 @@ from kdfast.training.run_folder import (
     sole_run,
     write_run,
 )
-from kdfast.training.step import StepSums, read_step, seed_generators
+from kdfast.training.step import Callback, StepSums, read_step, seed_generators
 
 
 def train_loop(training: Training, callback: Callback, steps: int | None = None) -> None:

@@ -12,8 +12,8 @@ from kdfast.data.prepare import prepare_windows
 from kdfast.models import load, loader
 from kdfast.train import train_loop
 from kdfast.training.assemble import TrainingData, assemble
-from kdfast.training.callback import Callback
 from kdfast.training.invariance import Recorder
+from kdfast.training.step import Callback
 from tests import corpora, readers
 
 

@@ -14,9 +14,9 @@ import torch
 from kdfast.common.errors import UserError
 from kdfast.data.batches import MicroBatchPolicy, TrainingOrder, shard
 from kdfast.training.assemble import Training
-from kdfast.training.callback import Callback
 from kdfast.training.micro_batches import MicroBatches
 from kdfast.training.optimizer import ScaledAdamW
+from kdfast.training.step import Callback
 
 # Windows of the step that take part: in one piece and in fp64 they must fit into memory.
 WINDOWS = 8

@@ -1,8 +1,4 @@
-"""Distillation in the Hugging Face Trainer, for those whose training lives there.
-
-Needs accelerate, as the Trainer does. The loss is kdfast's, the teacher's logits come from kdfast's
-cache, and a step has the same gradient however it is accumulated or spread over devices.
-"""
+"""A Hugging Face Trainer whose loss is kdfast's."""
 
 from collections.abc import Iterator, Mapping
 from itertools import chain
@@ -14,16 +10,7 @@ from transformers import Trainer
 from kdfast.common.errors import UserError
 from kdfast.config import TrainConfig
 from kdfast.fused_kd_loss import fused_kd_loss
-from kdfast.training.hf_rows import (
-    TEACHER_COLUMNS,
-    KDCollator,
-    KDDataset,
-    kd_dataset,
-    kd_parts,
-    kd_tokenizer,
-)
-
-__all__ = ["KDCollator", "KDDataset", "KDMixin", "KDTrainer", "kd_dataset", "kd_tokenizer"]
+from kdfast.hf.dataset import TEACHER_COLUMNS, KDCollator, KDDataset, kd_parts
 
 LABELS = ("start_positions", "end_positions")
 if TYPE_CHECKING:  # what KDMixin stands before
