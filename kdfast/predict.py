@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 from errno import EISDIR
 from functools import partial
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import Literal, NamedTuple, TextIO
 
 from tqdm.auto import tqdm
 
@@ -33,10 +33,10 @@ from kdfast.evaluation.reader_settings import ReaderSettings
 class PredictConfig:
     """Give --question with --context or --context_file, or --data."""
 
-    model: str | None = flag(None, "Folder or hub id of the reader.")
+    model: str = flag("", "Folder or hub id of the reader.")
     question: str | None = flag(None, "One question.")
     context: str | None = flag(None, "The text that --question is about.")
-    context_file: str | None = flag(None, "UTF-8 text file, instead of --context; - is stdin.")
+    context_file: str = flag("", "UTF-8 text file, instead of --context; - is stdin.")
     data: str | None = flag(
         None, "File of questions with contexts, SQuAD JSON or JSONL; - is stdin."
     )
@@ -58,19 +58,27 @@ class PredictConfig:
 
     def check(self) -> None:
         """Raise UserError for flags that are missing, contradictory or out of range."""
-        if self.model is None:
+        if not self.model:
             raise UserError("--model is missing: name the reader's folder or hub id.")
         if (self.question is None) == (self.data is None):
             raise UserError("Give either --question or --data, and not both.")
-        if self.data is not None and (self.context is not None or self.context_file is not None):
+        if self.data is not None and (self.context is not None or self.context_file):
             raise UserError("--context goes with --question: the records of --data hold theirs.")
-        if self.question is not None and (self.context is None) == (self.context_file is None):
+        if self.question is not None and (self.context is None) == (not self.context_file):
             raise UserError("Give --question either --context or --context_file.")
         self.settings()
 
     def settings(self) -> ReaderSettings:
         given = {f.name: getattr(self, f.name, None) for f in fields(ReaderSettings)}
         return ReaderSettings().changed(given)
+
+
+class Question(NamedTuple):
+    """A question to answer; id as the answer's line has it."""
+
+    id: str | int
+    question: str
+    context: str
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -99,30 +107,30 @@ def predict(config: PredictConfig) -> None:
 
     config.check()
     # Read before the first answer: a fault of the last record must not cost those before it.
-    asked = list(records(config))
+    asked = list(read_questions(config))
     if not asked:
         raise UserError(f"--data {config.data} holds only questions without a text: write them.")
     with opened(config.output) as output:
         reader = Reader(config.model, mixed_precision=config.mixed_precision)
         for note in reader.notes:
             print(note, file=sys.stderr, flush=True)
-        pairs = ((question, context) for _, question, context in asked)
+        pairs = ((each.question, each.context) for each in asked)
         with tqdm(
             total=len(asked),
             disable=None if config.data else True,
             bar_format="{l_bar}{bar}| {n:.0f}/{total_fmt} questions [{elapsed}<{remaining}]",
         ) as bar:
-            say = partial(bar.write, file=sys.stderr)
-            results = reader.stream(pairs, config.settings(), bar.update, say)
-            for result, (name, question, _) in zip(results, asked, strict=True):
+            warn = partial(bar.write, file=sys.stderr)
+            results = reader.stream(pairs, config.settings(), bar.update, warn)
+            for result, each in zip(results, asked, strict=True):
                 answers = result if isinstance(result, list) else [result]
                 found = answers[0] if config.top_k == 1 else {"answers": answers}
-                line = {"id": name, "question": question, **found}
+                line = {"id": each.id, "question": each.question, **found}
                 print(json.dumps(line, ensure_ascii=False), file=output, flush=True)
 
 
-def records(config: PredictConfig) -> Iterator[tuple[object, str, str]]:
-    """Yields (id, question, context), checked; says what of --data is left out.
+def read_questions(config: PredictConfig) -> Iterator[Question]:
+    """The questions, checked; prints what of --data is left out.
 
     A record without an id has its number, from 0.
     """
@@ -130,7 +138,8 @@ def records(config: PredictConfig) -> Iterator[tuple[object, str, str]]:
         context = config.context
         if context is None:
             context = check_text(f"--context_file {config.context_file}", read(config.context_file))
-        yield 0, check_text("--question", config.question), check_text("--context", context)
+        question = check_text("--question", config.question)
+        yield Question(0, question, check_text("--context", context))
         return
     tally = Tally()
     source = "/dev/stdin" if config.data == "-" else config.data
@@ -138,8 +147,9 @@ def records(config: PredictConfig) -> Iterator[tuple[object, str, str]]:
         if not example.question.strip():
             tally.add("no_question", example.id)
             continue
-        name = int(example.id) if example.numbered and example.id.isdecimal() else example.id
-        yield name, example.question, example.context
+        has_number = example.numbered and example.id.isdecimal()
+        name = int(example.id) if has_number else example.id
+        yield Question(name, example.question, example.context)
     for note in tally.notes({}, training=False):
         print(note, file=sys.stderr, flush=True)
 
@@ -163,7 +173,7 @@ def opened(name: str | None) -> Iterator[TextIO]:
 
     A device or a pipe is written as it is.
     """
-    if name in (None, "-"):
+    if name is None or name == "-":
         yield sys.stdout
         return
     path = Path(name).expanduser()

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from types import GeneratorType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from kdfast.data.examples import Example
 from kdfast.data.pairs import Pair, pair_of, pairs_of
 from kdfast.data.prepare import windows_of
 from kdfast.data.windows import Windows
-from kdfast.evaluation.pipeline_answers import pipeline_answers
+from kdfast.evaluation.pipeline_answers import Answers, pipeline_answers
 from kdfast.evaluation.reader_settings import ReaderSettings
 from kdfast.models.checks import check_type
 from kdfast.models.hub import local_folder
@@ -41,22 +40,24 @@ if TYPE_CHECKING:
 CHUNK_CHARACTERS = 1 << 21
 OF_DTYPE = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}
 
-Answers = dict | list[dict]
-
 
 class Reader:
     """A reader, ready to answer questions; it stands in for pipeline("question-answering").
 
-    model: a folder that save_pretrained has written, a hub id, or a model of transformers, which is
-    moved to the device. tokenizer: a folder, a hub id, or a fast tokenizer; None takes the model's.
-    device: a torch device or its name; a number is that GPU where there is one, and -1 the CPU;
-    None takes the GPU where there is one, else the CPU. mixed_precision: "no", "fp16" or "bf16";
-    "no" gives the scores of transformers 4, the others are faster on a GPU. dtype, or torch_dtype:
-    transformers' name for it, torch.float16 being "fp16". Other arguments are those of a call, and
-    hold for all calls that do not give them.
+    Args:
+        model: A folder that save_pretrained has written, a hub id, or a model of transformers,
+            which is moved to the device.
+        tokenizer: A folder, a hub id, or a fast tokenizer; None takes the model's.
+        device: A torch device or its name; a number is that GPU where there is one, and -1 the
+            CPU; None takes the GPU where there is one, else the CPU.
+        mixed_precision: "no", "fp16" or "bf16". "no" gives the scores of transformers 4, the
+            others are faster on a GPU.
+        arguments: dtype, or torch_dtype: transformers' name for mixed_precision, torch.float16
+            being "fp16". Others are those of a call, and hold for all calls that do not give them.
 
-    Raises UserError for a model that does not load or has no question-answering head, and for an
-    argument out of range.
+    Raises:
+        UserError: For a model that does not load or has no question-answering head, and for an
+            argument out of range.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class Reader:
             )
         self._precision = AUTOCAST[resolve(mixed_precision, self.device)]
         self.model = loaded.model.to(self.device).eval()
-        self._told_of_cuts = False
+        self._warned_of_cuts = False
 
     def __call__(
         self,
@@ -102,54 +103,57 @@ class Reader:
     ) -> Answers | list[Answers] | Iterator[Answers]:
         """Answer questions, each in its context, as QuestionAnsweringPipeline of transformers 4.
 
-        The questions: question= and context= (two texts, two lists of one length, or a list of
-        questions and the one context of all), or, without a name or as X= or data=: a dict
-        {"question", "context"}, an object of the SquadExample kind (question_text, context_text),
-        a tuple of two texts, an iterable or several of these, two texts, or a dict of two lists.
+        The search is exact, over all spans of every window. Scores, and how they are summed over
+        equal texts, are described in kdfast.evaluation.pipeline_answers. Numbers may be of any
+        type that holds a whole one. An argument that is None means what the Reader was made with,
+        or else the default in brackets.
 
-        The result belongs to the only question, or is a list with one result a question. Of a
-        dict of lists it always is a list. Of a generator or a torch Dataset it is an iterator: of
-        a generator, which may wait for its answers, it reads batch_size (1) questions ahead, and a
-        text may be empty there. A result is {"score", "start", "end", "answer"}, where answer is
-        context[start:end], or a list of these, best first, where there are several of them.
+        Args:
+            inputs: A dict {"question", "context"}, an object of the SquadExample kind
+                (question_text, context_text), a tuple of two texts, an iterable or several of
+                these, two texts, or a dict of two lists.
+            question, context: Instead, two texts, two lists of one length, or a list of questions
+                and the one context of all.
+            X, data: Other names for inputs.
+            top_k: (1) Answers to a question, fewer where its context has not as many. Also topk.
+            handle_impossible_answer: (False) Let "" compete, with the probability that there is
+                no answer.
+            max_answer_len: (15) Tokens in the longest answer considered.
+            max_question_len: (64) Tokens of a question that are kept; a warning names the first
+                question that is cut. (transformers 4 warned too, but with a fast tokenizer never
+                cut a question, and failed at a very long one.)
+            max_seq_len: (384, or fewer where the model reads fewer) Tokens in a window, special
+                ones included.
+            doc_stride: (128, or half of max_seq_len where that is less) Context tokens that two
+                windows of one question share. This is the pipeline's meaning; in training and
+                evaluation doc_stride is the step from window to window. A question that leaves no
+                more than these for its context is refused, however short that is; by default its
+                windows share half of what it leaves.
+            align_to_words: (True) Widen answers to whole words, as the tokenizer splits words. As
+                there, an answer's characters are those its tokens stand for, so that some
+                tokenizers leave out a combining mark at its end.
+            batch_size: (by tokens) The most windows that the model reads at once.
+            num_workers, padding and the like: Without effect: no answer depends on them.
 
-        Further arguments, of which None means what the Reader was made with, or else:
+        Returns:
+            The result of the only question, or a list with one result a question. Of a dict of
+            lists it always is a list. Of a generator or a torch Dataset it is an iterator: of a
+            generator, which may wait for its answers, it reads batch_size (1) questions ahead, and
+            a text may be empty there. A result is {"score", "start", "end", "answer"}, where
+            answer is context[start:end], or a list of these, best first, where there are several.
 
-        top_k (1): answers to a question, fewer where its context has not as many. Also as topk.
-        handle_impossible_answer (False): let "" compete, with the probability that there is no
-            answer.
-        max_answer_len (15): tokens in the longest answer considered.
-        max_question_len (64): tokens of a question that are kept; a warning tells of the first
-            question that is cut. (transformers 4 said so too, but with a fast tokenizer never cut
-            a question, and failed at a very long one.)
-        max_seq_len (384, or fewer where the model reads fewer): tokens in a window, special ones
-            included.
-        doc_stride (128, or half of max_seq_len where that is less): context tokens that two windows
-            of one question share. This is the pipeline's meaning; in training and evaluation
-            doc_stride is the step from window to window. A question that leaves no more than these
-            for its context is refused, however short that is; by default its windows share half
-            of what it leaves.
-        align_to_words (True): widen answers to whole words, as the tokenizer splits words. As
-            there, an answer's characters are those its tokens stand for, so that some tokenizers
-            leave out a combining mark at its end.
-        batch_size (by tokens): the most windows that the model reads at once.
-        num_workers, padding and the like: without effect, since no answer depends on them.
-
-        Numbers may be of any type that holds a whole one. Scores, and how they are summed over
-        equal texts, are described in squad.pipeline.pipeline_answers. The search is exact, over all
-        spans of every window.
-
-        Raises UserError for a question or a context that is empty or no text, for an argument out
-        of range, and for logits that are NaN or infinite.
+        Raises:
+            UserError: For a question or a context that is empty or no text, for an argument out
+                of range, and for logits that are NaN or infinite.
         """
         settings = self.settings.changed(arguments)
         named = [given for given in (X, data) if given is not None]
         inputs = inputs or tuple(named[:1])
         if len(inputs) == 1 and isinstance(inputs[0], (GeneratorType, Dataset)):
             given = inputs[0]
-            items = (
-                given if hasattr(given, "__iter__") else map(given.__getitem__, range(len(given)))
-            )
+            items = cast(Iterable[Any], given)
+            if not hasattr(given, "__iter__"):
+                items = map(given.__getitem__, range(len(cast(Sized, given))))
             pairs = (pair_of(f"input {n}", i, may_be_empty=True) for n, i in enumerate(items))
             ahead = settings.batch_size or 1 if isinstance(given, GeneratorType) else None
             return self.stream(pairs, settings, read_ahead=ahead)
@@ -165,12 +169,18 @@ class Reader:
         note: Callable[[str], object] = warnings.warn,
         read_ahead: int | None = None,
     ) -> Iterator[Answers]:
-        """Yields one result a (question, context), in order, holding few of them in memory.
+        """Yield one result a (question, context), in order, holding few of them in memory.
 
-        progress: is told how many questions were answered since it was last told; the windows of
-        a question are its fractions. note: is told of questions that are cut. read_ahead: how many
-        questions are read before the first of them is answered, at most. Raises UserError at once
-        for settings that the model cannot follow.
+        Args:
+            pairs: Of texts.
+            settings: How they are answered.
+            progress: Called with how many questions have been answered since the last call; the
+                windows of a question are its fractions.
+            note: Called with a sentence about questions that are cut.
+            read_ahead: How many questions are read before the first of them is answered, at most.
+
+        Raises:
+            UserError: At once, for settings that the model cannot follow.
         """
         size = settings.max_seq_len or min(384, self.tokenizer.model_max_length, self._longest)
         if size > self._longest:
@@ -181,22 +191,24 @@ class Reader:
         special = Template.learn(self.tokenizer).size
         if settings.doc_stride is not None and settings.doc_stride >= size - special:
             raise _too_much_shared(settings.doc_stride, size - special, size, "")
-        settings = replace(settings, max_seq_len=size)
         chunks = _chunks(pairs, read_ahead)
         return (
-            result for chunk in chunks for result in self._answer(chunk, settings, progress, note)
+            result
+            for chunk in chunks
+            for result in self._answer(chunk, settings, size, progress, note)
         )
 
     def _answer(
         self,
         chunk: list[Pair],
         settings: ReaderSettings,
+        size: int,
         progress: Callable[[float], object] | None,
         note: Callable[[str], object],
     ) -> list[Answers]:
         contexts = [context for _, context in chunk]
         number = {context: n for n, context in enumerate(dict.fromkeys(contexts))}
-        windows = self._windows(chunk, settings, note)
+        windows = self._windows(chunk, settings, size, note)
         logits = np.empty((len(windows.input_ids), 2), dtype=np.float32)
         batches = cut_by_tokens(
             np.arange(len(windows)), windows.lengths, forward_tokens(self.device)
@@ -215,16 +227,18 @@ class Reader:
             contexts,
             WordOffsets.encode(self.tokenizer, list(number)),
             np.array([number[context] for context in contexts]),
-            top_k=settings.top_k,
-            handle_impossible_answer=settings.handle_impossible_answer,
-            max_answer_len=settings.max_answer_len,
-            align_to_words=settings.align_to_words,
+            settings,
         )
 
     def _windows(
-        self, chunk: list[Pair], settings: ReaderSettings, note: Callable[[str], object]
+        self,
+        chunk: list[Pair],
+        settings: ReaderSettings,
+        size: int,
+        note: Callable[[str], object],
     ) -> Windows:
-        size, shared = settings.max_seq_len, settings.doc_stride
+        """The windows of a chunk, of `size` tokens at most."""
+        shared = settings.doc_stride
         windows = windows_of(
             # An error about a question names its id.
             (Example(question[:80], "", question, context, None) for question, context in chunk),
@@ -239,8 +253,8 @@ class Reader:
                 asked = chunk[windows.question[short[0]]][0]
                 raise _too_much_shared(shared, int(left[short[0]]), size, asked)
         cut = windows.counts["truncated_questions"]
-        if cut and not self._told_of_cuts:
-            self._told_of_cuts = True
+        if cut and not self._warned_of_cuts:
+            self._warned_of_cuts = True
             note(
                 f"max_question_len is {settings.max_question_len}, and a question of more tokens "
                 "is cut to it, which may change its answer: give a larger one. (Said once.)"

@@ -9,15 +9,19 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from kdfast.common.errors import UserError
-from kdfast.evaluation.spans import top_spans
+from kdfast.data.examples import Example
+from kdfast.data.windows import Windows
+from kdfast.evaluation.spans import TokenScores, top_spans
+
+Entry = dict[str, Any]  # of an n-best list
 
 # What HF's script answers where a question has not a single span with a text.
-NO_SPAN = {"start_logit": 0.0, "end_logit": 0.0, "text": "empty"}
+NO_SPAN: Entry = {"start_logit": 0.0, "end_logit": 0.0, "text": "empty"}
 
 
 @dataclass(frozen=True)
@@ -49,19 +53,27 @@ class Predictions(NamedTuple):
     """
 
     predictions: dict[str, str]
-    nbest: dict[str, list[dict]]
+    nbest: dict[str, list[Entry]]
     null_odds: dict[str, float]
     never_null: dict[str, str]
 
 
 def best_spans(
-    windows, logits: np.ndarray, *, max_answer_length: int = 30, n_best_size: int = 20
+    windows: Windows, logits: np.ndarray, *, max_answer_length: int = 30, n_best_size: int = 20
 ) -> Spans:
     """The n best spans of every question over all its windows, ranked by start + end logit.
 
-    logits (tokens, 2) float, flat like windows.input_ids. Spans lie within the window's context
-    tokens. Sums are taken in float64, where those of two float32 neither overflow nor round to a
-    tie. Raises ValueError for a wrong shape, UserError for a logit that is NaN or +inf.
+    Spans lie within the window's context tokens. Sums are taken in float64, where those of two
+    float32 neither overflow nor round to a tie.
+
+    Args:
+        logits: float (tokens, 2), flat like windows.input_ids.
+        max_answer_length: Tokens in a span at most.
+        n_best_size: Spans per question.
+
+    Raises:
+        ValueError: For a wrong shape.
+        UserError: For a logit that is NaN or +inf.
     """
     window_start = np.asarray(windows.window_start)
     if logits.shape != (window_start[-1], 2):
@@ -70,15 +82,12 @@ def best_spans(
     question = np.asarray(windows.question)
     questions = len(windows.question_ids)
     prefix = np.asarray(windows.prefix, dtype=np.int64)
+    first, count = window_start[:-1] + prefix, np.asarray(windows.count)
     window, start, end = top_spans(
-        logits[:, 0],
-        logits[:, 1],
-        window_start[:-1] + prefix,
-        np.asarray(windows.count),
-        question,
-        questions,
+        TokenScores(logits[:, 0], logits[:, 1], first, count, question, questions),
         max_answer_length=max_answer_length,
         n_best_size=n_best_size,
+        combine=np.add,
     )
     real = window >= 0
     start[real] += prefix[window[real]]
@@ -87,11 +96,11 @@ def best_spans(
     span_logits[0][real] = logits[window_start[window[real]] + start[real], 0]
     span_logits[1][real] = logits[window_start[window[real]] + end[real], 1]
     null_logits, null_score = _lowest_null(logits[window_start[:-1]], question, questions)
-    return Spans(window, start, end, *span_logits, null_logits, null_score)
+    return Spans(window, start, end, span_logits[0], span_logits[1], null_logits, null_score)
 
 
 def predictions(
-    spans: Spans, windows, examples: Iterable, null_threshold: float = 0.0
+    spans: Spans, windows: Windows, examples: Iterable[Example], null_threshold: float = 0.0
 ) -> Predictions:
     """Texts, probabilities and null odds, as HF's run_qa.py finds them with SQuAD 2.0.
 
@@ -101,7 +110,12 @@ def predictions(
     the text "empty" with logits 0. One departure: with n_best_size 1 HF finds only that text
     wherever the null answer is the best, here the list then has two entries.
 
-    examples: those the windows were made from. Raises ValueError if one of them is missing.
+    Args:
+        examples: Those the windows were made from.
+        null_threshold: Null odds above it make the answer "".
+
+    Raises:
+        ValueError: If an example is missing.
     """
     contexts = {example.id: example.context for example in examples}
     n_best = max(2, spans.window.shape[1])
@@ -158,7 +172,9 @@ def write_predictions(result: Predictions, folder: Path) -> None:
         (Path(folder) / name).write_text(text, encoding="utf-8")
 
 
-def _lowest_null(logits, question, questions):
+def _lowest_null(
+    logits: np.ndarray, question: np.ndarray, questions: int
+) -> tuple[np.ndarray, np.ndarray]:
     """(questions, 2) logits and (questions,) sums of each question's window of the lowest sum."""
     total = logits.astype(np.float64).sum(axis=1)
     order = np.lexsort((total, question))
@@ -166,7 +182,7 @@ def _lowest_null(logits, question, questions):
     return logits[lowest].astype(np.float32), total[lowest]
 
 
-def check_logits(windows, logits: np.ndarray) -> None:
+def check_logits(windows: Windows, logits: np.ndarray) -> None:
     """Raise UserError, naming the question, where a logit is NaN or +inf."""
     for begin in range(0, len(logits), 1 << 20):
         good = (logits[begin : begin + (1 << 20)] < np.inf).all(axis=1)
@@ -180,11 +196,11 @@ def check_logits(windows, logits: np.ndarray) -> None:
             )
 
 
-def _score(entry):
+def _score(entry: Entry) -> float:
     return entry["start_logit"] + entry["end_logit"]
 
 
-def _add_probabilities(entries):
+def _add_probabilities(entries: list[Entry]) -> None:
     top = max(map(_score, entries))
     weights = [math.exp(_score(entry) - top) for entry in entries]
     total = sum(weights)

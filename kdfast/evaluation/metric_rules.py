@@ -7,7 +7,7 @@ together, thresholds and intervals are the same under each, those of `metrics`.
 
 What the scripts do, and so the rules: under MLQA's and KorQuAD's a gold answer that normalises to
 nothing is kept, and an answer that does so too is an exact match with F1 0. CMRC's common part is
-the longest run of equal segments, one after another, whatever its paper calls it.
+the longest run of equal segments, one after another.
 
 The official scripts know no questions without an answer. Here no answer is right where it
 normalises as "" does, and scores 1 in both figures. One more difference: CMRC's script cuts what is
@@ -93,7 +93,7 @@ def find(name: str, language: str | None = None) -> MetricRule:
         normalize = functools.partial(mlqa_words, language=language)
         return MetricRule(name, language, _best_over(_equal(normalize), _bag(normalize)))
     if name == "cmrc":
-        _word_tokenizer()  # said now rather than after all questions are answered
+        _tokenize()  # said now rather than after all questions are answered
     return MetricRule(name, None, BEST_SCORES[name])
 
 
@@ -112,9 +112,9 @@ def cmrc_text(text: str) -> str:
 
 def cmrc_segments(text: str) -> list[str]:
     """Chinese characters, and between them the words that NLTK sees."""
-    found = []
+    found: list[str] = []
     for piece in HAN.split(cmrc_text(text)):
-        found += [piece] if HAN.fullmatch(piece) else _word_tokenizer().tokenize(piece)
+        found += [piece] if HAN.fullmatch(piece) else _tokenize()(piece)
     return found
 
 
@@ -128,12 +128,12 @@ def _is_punctuation(character: str) -> bool:
 
 
 @functools.cache
-def _word_tokenizer():
+def _tokenize() -> Callable[[str], list[str]]:
     try:
         from nltk.tokenize import NLTKWordTokenizer
     except ImportError:
         raise UserError("--metric cmrc needs a package: pip install nltk.") from None
-    return NLTKWordTokenizer()
+    return NLTKWordTokenizer().tokenize
 
 
 def _equal(normalize: Callable[[str], Sequence]) -> Scorer:

@@ -4,7 +4,7 @@ Texts in, numbers out: nothing here knows windows, models or files. `best_scores
 another benchmark (`metric_rules`); how questions come together stays the same.
 
 The official script stops with a KeyError when a question has no prediction, or a predicted
-question no null odds. Here a question without a prediction is wrong whatever the threshold, also
+question no null odds. Here a question without a prediction is wrong at any threshold, also
 where the right answer is "no answer", and counts in every total; `unmatched_ids` names such
 questions so that a program can say so. Missing null odds are an error.
 """
@@ -102,6 +102,8 @@ def question_scores(
     Raises UserError for a prediction that is not a text.
     """
     scores = QuestionScores([], [], [], [], [], [])
+    exact: float
+    overlap: float
     for key, answers in gold.items():
         prediction = predictions.get(key)
         if prediction is None and key not in predictions:
@@ -127,8 +129,8 @@ def apply_threshold(
 ) -> QuestionScores:
     """The scores once every question with odds above the threshold is answered with no answer.
 
-    Such a question scores 1 if the data have no answer to it and 0 if they have one, whatever is
-    left of that answer after normalisation; a question without a prediction stays at 0.
+    Such a question scores 1 if the data have no answer to it and 0 if they have one, even if
+    nothing is left of that answer after normalisation; a question without a prediction stays at 0.
     """
     exact, overlap = list(scores.exact), list(scores.f1)
     for i, key in enumerate(scores.ids):
@@ -230,8 +232,8 @@ def _best_threshold(
     published figures are computed this way.
     """
     row = {key: i for i, key in enumerate(scores.ids) if scores.predicted[i]}
-    current = best = sum(not scores.has_answer[i] for i in row.values())
-    threshold = 0.0
+    current: float = sum(not scores.has_answer[i] for i in row.values())
+    best, threshold = current, 0.0
     for key in sorted(null_odds, key=null_odds.__getitem__):
         if key not in row:
             continue

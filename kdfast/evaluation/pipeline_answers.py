@@ -6,18 +6,24 @@ window has a softmax of its own. numpy only: nothing here knows a model.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 
 from kdfast.data.windows import Windows
 from kdfast.evaluation.answers import check_logits
-from kdfast.evaluation.spans import top_spans
+from kdfast.evaluation.reader_settings import ReaderSettings
+from kdfast.evaluation.spans import TokenScores, top_spans
 from kdfast.tokenizers.encode import ragged, starts_of
 from kdfast.tokenizers.word_offsets import WordOffsets
 
+Answer = dict[str, Any]  # "score", "start", "end", "answer"
+Answers = Answer | list[Answer]
+
 # The answer to a question whose context has no token at all.
-NOTHING = {"score": 0.0, "start": 0, "end": 0, "answer": ""}
+NOTHING: Answer = {"score": 0.0, "start": 0, "end": 0, "answer": ""}
 
 
 def pipeline_answers(
@@ -26,16 +32,9 @@ def pipeline_answers(
     contexts: list[str],
     words: WordOffsets,
     text_of: np.ndarray,
-    *,
-    top_k: int,
-    handle_impossible_answer: bool,
-    max_answer_len: int,
-    align_to_words: bool,
-) -> list[dict | list[dict]]:
+    settings: ReaderSettings,
+) -> list[Answers]:
     """For each question its answer, or a list of at most top_k of them, the most probable first.
-
-    logits (tokens, 2) float, flat like windows.input_ids. contexts: one a question. words: of the
-    distinct contexts; text_of (Q,): which of these is the question's.
 
     An answer is {"score", "start", "end", "answer"}, the last being context[start:end]. Its score:
     in each window, a softmax over the first token and the context's tokens of the start logits,
@@ -46,8 +45,18 @@ def pipeline_answers(
     which so may exceed 1. With handle_impossible_answer the answer "" joins them, with the lowest
     probability over the windows that both ends are the first token.
 
-    A single answer is given as such, without a list, whatever top_k is. Raises UserError for a
-    logit that is NaN or +inf.
+    A single answer is given as such, without a list, at any top_k.
+
+    Args:
+        windows: Of the questions.
+        logits: float (tokens, 2), flat like windows.input_ids.
+        contexts: One for each question.
+        words: Of the distinct contexts.
+        text_of: int (questions,): which of these is the question's.
+        settings: top_k, handle_impossible_answer, max_answer_len and align_to_words.
+
+    Raises:
+        UserError: For a logit that is NaN or +inf.
 
     Source: postprocess, select_starts_ends and decode_spans of
     transformers/pipelines/question_answering.py, 4.57.6. That takes float32 for the softmax, this
@@ -60,15 +69,12 @@ def pipeline_answers(
     question = np.asarray(windows.question, dtype=np.int64)
     count = np.asarray(windows.count, dtype=np.int64)
     probability, begin = _probabilities(windows, logits, count)
-    longest = int(min(max_answer_len, count.max(initial=1)))
-    proposals = 2 * top_k + 10 if align_to_words else top_k
+    longest = int(min(settings.max_answer_len, count.max(initial=1)))
+    top_k = settings.top_k
+    proposals = 2 * top_k + 10 if settings.align_to_words else top_k
+    each = np.arange(len(count))
     window, start, end = top_spans(
-        probability[:, 0],
-        probability[:, 1],
-        begin + 1,
-        count,
-        np.arange(len(count)),
-        len(count),
+        TokenScores(probability[:, 0], probability[:, 1], begin + 1, count, each, len(count)),
         max_answer_length=max(1, longest),
         n_best_size=int(min(proposals, max(1, longest * count.max(initial=1)))),
         combine=np.multiply,
@@ -77,7 +83,7 @@ def pipeline_answers(
     window, start, end = window[real], start[real], end[real]
     score = probability[begin[window] + 1 + start, 0] * probability[begin[window] + 1 + end, 1]
     low = words.starts[text_of[question[window]]] + windows.first_token[window]
-    if align_to_words:
+    if settings.align_to_words:
         high = low + count[window] - 1
         first, past = words.characters(low + start, low + end, low, high)
     else:
@@ -85,16 +91,16 @@ def pipeline_answers(
 
     null = np.full(len(contexts), np.inf)
     np.minimum.at(null, question, probability[begin].prod(axis=1))
-    found: list[dict[str, dict]] = [{} for _ in contexts]
+    found: list[dict[str, Answer]] = [{} for _ in contexts]
     rows = zip(
         question[window].tolist(), score.tolist(), first.tolist(), past.tolist(), strict=True
     )
     for q, proposed in groupby(rows, key=lambda row: row[0]):
         found[q] = _merged(contexts[q], proposed)
-    result = []
+    result: list[Answers] = []
     for merged, null_score in zip(found, null.tolist(), strict=True):
         answers = list(merged.values())
-        if handle_impossible_answer:
+        if settings.handle_impossible_answer:
             answers.append({**NOTHING, "score": null_score})
         answers = sorted(
             answers or [dict(NOTHING)], key=lambda answer: answer["score"], reverse=True
@@ -119,9 +125,9 @@ def _probabilities(
     return result, begin
 
 
-def _merged(context: str, proposed) -> dict[str, dict]:
+def _merged(context: str, proposed: Iterable[tuple[int, float, int, int]]) -> dict[str, Answer]:
     """One question's answers by their text in lower case, in the order of their first proposal."""
-    answers: dict[str, dict] = {}
+    answers: dict[str, Answer] = {}
     for _, score, start, end in proposed:
         text = context[start:end]
         known = answers.get(text.lower())

@@ -112,8 +112,9 @@ def _text(value: object) -> str | None:
 
 def _number(value: object) -> float | None:
     """A finite number; a bool is none."""
-    is_finite = type(value) in (int, float) and -1e308 < value < 1e308
-    return value if is_finite else None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return value if -1e308 < value < 1e308 else None
 
 
 def _with_repeated_ids(found: dict[str, Value], examples: Sequence[Example]) -> dict[str, Value]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from numbers import Real
+from typing import Any, SupportsIndex
 
 from kdfast.common.errors import UserError
 
@@ -46,7 +48,7 @@ class ReaderSettings:
 
         Warns of an argument that no reader has. Raises UserError for a value out of range.
         """
-        given = {name: value for name, value in arguments.items() if value is not None}
+        given: dict[str, Any] = {k: value for k, value in arguments.items() if value is not None}
         topk = given.pop("topk", None)  # its name before transformers 4.15
         if topk is not None:
             given.setdefault("top_k", topk)
@@ -67,12 +69,13 @@ class ReaderSettings:
 
 
 def _whole(name: str, value: object) -> int:
-    """A whole number, whatever type holds it. Raises UserError for any other value."""
-    try:
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        whole = isinstance(value, Real) and float(value).is_integer()
-        number = int(value) if whole else None  # type: ignore[call-overload]
+    """A whole number of any type that holds one. Raises UserError for any other value."""
+    number: int | None = None
+    if isinstance(value, SupportsIndex):  # int, and those of numpy and torch
+        with suppress(TypeError):  # an array of several
+            number = operator.index(value)
+    elif isinstance(value, Real) and float(value).is_integer():
+        number = int(float(value))
     if number is None or number < LEAST[name]:
         raise UserError(f"{name} is {value!r}: give a whole number of at least {LEAST[name]}.")
     return number

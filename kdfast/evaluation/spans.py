@@ -1,7 +1,11 @@
 """The search for the best spans of groups of windows: exact, vectorised, in bounded memory.
 
-Knows scores of tokens only: whoever calls says how two of them make a span's score.
+It knows only scores of tokens. The caller says how two of them make a span's score.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,37 +14,74 @@ from kdfast.common.errors import UserError
 # Cells of one dense block (windows x context tokens): a few arrays of this size stay in cache.
 BLOCK_CELLS = 1 << 15
 
+# Start and end scores to scores of spans, elementwise, in float64.
+Combine = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Scores of the tokens of W windows, all windows after one another.
+
+    Attributes:
+        start, end: float (tokens,), without NaN or +inf.
+        first, count: int (W,): where in these a window's tokens that may be answers begin, and how
+            many they are.
+        group: int (W,), from 0 to groups - 1. Windows of one group (a question) compete.
+        groups: How many there are.
+    """
+
+    start: np.ndarray
+    end: np.ndarray
+    first: np.ndarray
+    count: np.ndarray
+    group: np.ndarray
+    groups: int
+
+
+class TopSpans(NamedTuple):
+    """Window, start and end of spans, each int64 (groups, n), best first, -1 where there are fewer.
+
+    start and end count from the window's token `first`.
+    """
+
+    window: np.ndarray
+    start: np.ndarray
+    end: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Block:
+    """W windows of whole groups: start and end scores float64 (W, width), -inf to the right of a
+    window's tokens; count and group (W,)."""
+
+    start: np.ndarray
+    end: np.ndarray
+    count: np.ndarray
+    group: np.ndarray
+    groups: int
+
 
 def top_spans(
-    start_scores: np.ndarray,
-    end_scores: np.ndarray,
-    first: np.ndarray,
-    count: np.ndarray,
-    group: np.ndarray,
-    groups: int,
-    *,
-    max_answer_length: int,
-    n_best_size: int,
-    combine=np.add,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    scores: TokenScores, *, max_answer_length: int, n_best_size: int, combine: Combine
+) -> TopSpans:
     """The best spans of every group of windows: an exact search over all spans of a window.
-
-    start_scores, end_scores (tokens,) float, without NaN or +inf: every window's scores, flat.
-    first, count (W,): where the tokens that may be answers begin in them, and how many they are.
-    group (W,) int in [0, groups): windows of one group (a question) compete.
-    combine: gives a span's score from its start's and its end's, elementwise, in float64; it must
-    not decrease in either (np.add for logits, np.multiply for probabilities).
 
     A span has at most max_answer_length tokens and a score above -inf. Equal scores: the lower
     window first, then the lower start, then the shorter span.
-    Returns window, start, end, each (groups, n_best_size) int64, best first, -1 where there are
-    fewer; start and end count from the window's token `first`.
+
+    Args:
+        combine: Must not decrease in either score (np.add for logits, np.multiply for
+            probabilities).
+
+    Raises:
+        UserError: For a length or a size below 1.
     """
     if max_answer_length < 1 or n_best_size < 1:
         raise UserError(
             "max_answer_length and n_best_size must be at least 1, "
             f"but are {max_answer_length} and {n_best_size}"
         )
+    count, group, groups = scores.count, scores.group, scores.groups
     found = np.full((3, groups, n_best_size), -1, dtype=np.int64)
     order = np.argsort(group, kind="stable")
     # The windows of group g are order[edge[g] : edge[g + 1]].
@@ -52,42 +93,38 @@ def top_spans(
         stop = int(np.searchsorted(edge, edge[begin] + limit, side="right")) - 1
         stop = min(max(stop, begin + 1), groups)
         rows = order[edge[begin] : edge[stop]]
-        row, start, end = _top_of_block(
-            *_dense(start_scores, end_scores, first[rows], count[rows]),
-            count[rows],
-            group[rows] - begin,
-            (stop - begin, n_best_size),
-            max_answer_length,
-            combine,
-        )
+        block = _Block(*_dense(scores, rows), count[rows], group[rows] - begin, stop - begin)
+        row, start, end = _top_of_block(block, max_answer_length, n_best_size, combine)
         real = row >= 0
         found[0, begin:stop][real] = rows[row[real]]
         found[1:, begin:stop] = start, end
         begin = stop
-    return found[0], found[1], found[2]
+    return TopSpans(found[0], found[1], found[2])
 
 
-def _dense(start_scores, end_scores, first, count):
-    """(W, width) float64 start and end scores, -inf to the right of a window's tokens."""
+def _dense(scores: TokenScores, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Start and end scores of some windows, as a _Block has them."""
+    count = scores.count[rows]
     column = np.arange(int(count.max(initial=0)))
     inside = column < count[:, None]
-    where = first[:, None] + column
-    np.minimum(where, max(0, len(start_scores) - 1), out=where)
-    start = start_scores[where].astype(np.float64)
-    end = end_scores[where].astype(np.float64)
+    where = scores.first[rows, None] + column
+    np.minimum(where, max(0, len(scores.start) - 1), out=where)
+    start = scores.start[where].astype(np.float64)
+    end = scores.end[where].astype(np.float64)
     start[~inside] = end[~inside] = -np.inf
     return start, end
 
 
-def _top_of_block(start, end, count, group, shape, longest, combine):
-    """`top_spans` of one dense block. shape: (groups, n). Returns row, start, end of that shape.
+def _top_of_block(block: _Block, longest: int, n: int, combine: Combine) -> np.ndarray:
+    """`top_spans` of one block. Returns row, start, end as int64 (3, groups, n).
 
     Why few starts are enough: a start's best span is its own score with the best end it can reach.
     If n starts have a best span that goes before this start's best one, then n spans go before
     every span of this start. So only the n best starts of a group are paired with all their ends.
     """
-    found = np.full((3, *shape), -1, dtype=np.int64)
-    groups, n = shape
+    start, end, count = block.start, block.end, block.count
+    group, groups = block.group, block.groups
+    found = np.full((3, groups, n), -1, dtype=np.int64)
     width = start.shape[1]
     longest = min(longest, width)
     with np.errstate(invalid="ignore"):
@@ -114,9 +151,9 @@ def _top_of_block(start, end, count, group, shape, longest, combine):
     entry = np.zeros(table.shape[:2], dtype=np.int64)
     entry[owner, slot] = np.arange(len(row))
 
-    table = table.reshape(groups, -1)
-    owner, cell = np.nonzero(_best_columns(table, n))
-    order, rank = _ranked(owner, table[owner, cell], groups)
+    cells = table.reshape(groups, -1)
+    owner, cell = np.nonzero(_best_columns(cells, n))
+    order, rank = _ranked(owner, cells[owner, cell], groups)
     owner, cell = owner[order], cell[order]
     source = entry[owner, cell // longest]
     found[0, owner, rank] = row[source]
@@ -125,7 +162,7 @@ def _top_of_block(start, end, count, group, shape, longest, combine):
     return found
 
 
-def _running_maximum(values, length):
+def _running_maximum(values: np.ndarray, length: int) -> np.ndarray:
     """(W, width): the maximum of each cell and the length - 1 to its right, as far as they go."""
     best = values.copy()
     covered = 1
@@ -136,7 +173,7 @@ def _running_maximum(values, length):
     return best
 
 
-def _best_columns(scores, n):
+def _best_columns(scores: np.ndarray, n: int) -> np.ndarray:
     """(rows, columns) bool: each row's n best cells above -inf, of equal ones the leftmost."""
     columns = scores.shape[1]
     if n >= columns:
@@ -152,12 +189,12 @@ def _best_columns(scores, n):
     return keep & (scores > -np.inf)
 
 
-def _ranked(group, scores, groups):
+def _ranked(group: np.ndarray, scores: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray]:
     """An order by group, then falling score, then index; and every ordered item's group rank."""
     order = np.lexsort((-scores, group))
     return order, _place(group[order], groups)
 
 
-def _place(group, groups):
+def _place(group: np.ndarray, groups: int) -> np.ndarray:
     """The place of each item among those of its group; `group` does not decrease."""
     return np.arange(len(group)) - np.searchsorted(group, np.arange(groups))[group]

@@ -77,7 +77,7 @@ def intervals(scores: QuestionScores) -> dict[str, list[float]]:
     values = _percent(scores)
     has_answer = np.array(scores.has_answer, dtype=bool)
     every = np.ones(len(values), dtype=bool)
-    found = {}
+    found: dict[str, list[float]] = {}
     for prefix, rows in (("", every), ("HasAns_", has_answer), ("NoAns_", ~has_answer)):
         if rows.any():
             ends = bootstrap.intervals(values[rows]).T.tolist()

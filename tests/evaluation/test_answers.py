@@ -11,7 +11,7 @@ import pytest
 from kdfast.common.errors import UserError
 from kdfast.evaluation import spans as spans_module
 from kdfast.evaluation.answers import best_spans, predictions, write_predictions
-from kdfast.evaluation.spans import top_spans
+from kdfast.evaluation.spans import TokenScores, top_spans
 
 SUFFIX = 1
 
@@ -111,12 +111,10 @@ def test_another_ranking_uses_the_same_search():
         weights[draw.random(weights.shape) < 0.2] = 0.0
         weights /= weights.sum(axis=0)
         expected = all_spans(windows, *weights.T, 5, lambda a, b: a * b)
+        first = windows.window_start[:-1] + windows.prefix
+        questions = len(windows.question_ids)
         window, start, end = top_spans(
-            *weights.T,
-            windows.window_start[:-1] + windows.prefix,
-            windows.count,
-            windows.question,
-            len(windows.question_ids),
+            TokenScores(*weights.T, first, windows.count, windows.question, questions),
             max_answer_length=5,
             n_best_size=n_best,
             combine=np.multiply,

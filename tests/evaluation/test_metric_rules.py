@@ -67,6 +67,6 @@ def test_a_language_that_is_missing_or_unknown():
 
 def test_cmrc_without_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "nltk.tokenize", None)
-    metric_rules._word_tokenizer.cache_clear()
+    metric_rules._tokenize.cache_clear()
     with pytest.raises(UserError, match="pip install nltk"):
         metric_rules.find("cmrc")
