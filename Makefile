@@ -12,7 +12,7 @@ train: setup
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 quick: setup
-	$(PYTEST) -m "not slow and not program" --cases 3 --durations 5
+	$(PYTEST) -m "not slow and not program" --cases 2 --hypothesis-profile few --durations 5
 
 test: setup .transformers4
 	$(PYTEST) -m "not slow"

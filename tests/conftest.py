@@ -6,13 +6,14 @@ from functools import partial
 import pytest
 from hypothesis import HealthCheck, settings
 
-# A test states its examples per hundred of these: `pytest --hypothesis-profile many` tries 50
-# times as many, other ones each time.
+# A test states its examples per hundred of these. `make quick` takes the profile few; `pytest
+# --hypothesis-profile many` tries 50 times as many as usual, other ones each time.
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
-QUICK = {"deadline": None, "database": None, "suppress_health_check": SLOW}
-settings.register_profile("quick", max_examples=100, derandomize=True, **QUICK)
-settings.register_profile("many", max_examples=5000, **QUICK)
-settings.load_profile("quick")
+COMMON = {"deadline": None, "database": None, "suppress_health_check": SLOW}
+settings.register_profile("usual", max_examples=100, derandomize=True, **COMMON)
+settings.register_profile("few", max_examples=20, derandomize=True, **COMMON)
+settings.register_profile("many", max_examples=5000, **COMMON)
+settings.load_profile("usual")
 
 KILLS = (28, 252)
 

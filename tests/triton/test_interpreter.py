@@ -16,14 +16,15 @@ def release(module):
 
 
 @pytest.mark.program
-def test_interpreted_rows():
+def test_interpreted_rows(request):
     triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
     if release(triton) < (3, 7) and release(numpy) >= (2, 4):
         pytest.skip(
             "the interpreter of Triton before 3.7 cannot loop to a number with numpy >= 2.4"
         )
+    which = ["-m", request.config.option.markexpr, FOLDER]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", FOLDER],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *which],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

@@ -203,6 +203,7 @@ def poisoned(logits, mask):
     return logits.masked_fill(~mask[..., None], math.nan)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 @pytest.mark.parametrize("kind, convention", KINDS)
 @pytest.mark.parametrize("length", [1, 7, 383, 385])
@@ -239,6 +240,7 @@ def test_the_longest_rows(memory):
     check(memory, student, teacher, targets, None, g, "kl_div", "haystack", 2.0, 0.75)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("length", [7, 383, 384])
 @pytest.mark.parametrize("form", FORMS)
 def test_strides(form, length, memory):
@@ -253,6 +255,7 @@ def test_strides(form, length, memory):
             check(memory, student, other(teacher.float()), targets, mask, g, *settings)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("form", [contiguous, pair])
 @pytest.mark.parametrize("scale", [1.0, 65_536.0])
 @pytest.mark.parametrize(
