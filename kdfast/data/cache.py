@@ -127,7 +127,7 @@ class ArrayFile:
     def _widen(self, kind: type[np.generic]) -> None:
         """Writes what is there again, as `kind`. Rare: once or twice for a file, if at all."""
         self.finish()
-        narrow = np.load(self.path, mmap_mode="r")
+        narrow = np.load(self.path, mmap_mode="r", allow_pickle=False)
         self.path.unlink()  # the map of it stays
         self.kinds = self.kinds[self.kinds.index(kind) :]
         self._start()

@@ -45,7 +45,7 @@ VALUES = st.one_of(
 
 def examples(count: int) -> settings:
     """So many examples of a test, times what --hypothesis-profile many asks for."""
-    return settings(max_examples=count * settings.default.max_examples // 100)
+    return settings(max_examples=max(1, count * settings.default.max_examples // 100))
 
 
 def places(value, path=()):

@@ -22,7 +22,7 @@ FORBIDDEN = (
     r"(from|import) (pickle|marshal|shelve|dill|joblib|cloudpickle)\b",
     r"trust_remote_code\s*=\s*(?!False)",
     r"allow_pickle\s*=\s*True",
-    r"np\.load\(",
+    r"np\.load\((?!.*allow_pickle=False)",
     r"(?<![\w.])(eval|exec|compile|__import__)\((?!\))",
     r"yaml\.(unsafe_|full_)?load\(",
     r"(gather|broadcast|scatter|send|recv)_object(_list)?\(",  # torch.distributed's, which pickle
