@@ -4,7 +4,7 @@ Each is the transformers class of its family, so that its special tokens, token 
 are the real ones; only the vocabulary is small. Characters outside the text below become unknown
 tokens (bytes, for the byte-level families). Every process makes the same: byte-level BPE is
 trained, and vocabularies.json holds what WordPiece and Unigram training made of the text once, as
-their trainers settle ties by a hash that each process seeds anew.
+their trainers settle ties by a hash that differs in each process.
 """
 
 from __future__ import annotations

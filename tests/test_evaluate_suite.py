@@ -221,7 +221,7 @@ def test_a_model_without_a_head(world):
     assert status == 2 and "--compare" in err and "has no question-answering head" in err
 
 
-def test_two_ranks_say_and_write_once(world):
+def test_two_ranks_print_and_write_once(world):
     flags = [*world.both, "--compare", world.second, "--max_seq_length", "200"]
     flags += ["--model", world.first, "--cache_dir", str(world.path / "cache")]
     flags += ["--max_query_length", "4"]  # so that there is something to say of the questions

@@ -37,7 +37,7 @@ def python():
 def test_haystack_reads_a_folder_and_finds_the_same_answers(python):
     question = "Who is the head?"
     done = subprocess.run(
-        # -I: beside the script there is a tokenizers.py, which is not the library.
+        # -I: next to the script there is a tokenizers.py, which is not the library.
         [python, "-I", str(ROOT / "tests" / "haystack_answers.py"), str(FOLDER)],
         input=json.dumps({"question": question, "contexts": CONTEXTS}),
         capture_output=True,

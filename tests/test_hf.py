@@ -95,7 +95,7 @@ class MeanOfMeans(KDMixin, Trainer):
         return super().compute_loss(model, inputs, return_outputs, None)
 
 
-def test_that_check_sees_the_mean_of_means(world, data):
+def test_the_gradient_check_sees_a_mean_of_means(world, data):
     assert distance(moved(world, data, 5, 3, MeanOfMeans), whole(world, data)) > 1e-3
 
 

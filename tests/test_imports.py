@@ -96,7 +96,7 @@ def is_part(name):
     return name == "_C" or (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").is_file()
 
 
-def test_arrows_point_down():
+def test_imports_point_down():
     up = [
         f"{module} imports {name}: {why}"
         for module, is_package, path in modules()
@@ -106,7 +106,7 @@ def test_arrows_point_down():
     assert not up, "\n".join(up)
 
 
-def test_no_circle():
+def test_no_imports_in_a_circle():
     """Among modules, whether imported at the top or in a function."""
     known = {module: (is_package, path) for module, is_package, path in modules()}
     arrows = {
@@ -142,7 +142,7 @@ def test_no_circle():
         ("kdfast.train", "from tests.demo import corpus"),
     ],
 )
-def test_an_arrow_up_is_seen(module, line):
+def test_an_import_that_points_up_is_seen(module, line):
     assert any(fault(module, name) for name in imported(line, module, False))
 
 

@@ -77,7 +77,7 @@ def test_forms_that_transformers_4_refused(make):
     assert ask(**ASKED, **small) == ask(**ASKED, max_seq_len=60, doc_stride=9)
 
 
-def test_an_unknown_argument_is_told(make):
+def test_an_unknown_argument_is_named(make):
     """Transformers 4 ignored it in silence."""
     with pytest.warns(UserWarning, match="max_seq_length is no argument .* mean max_seq_len?"):
         make()(**ASKED, max_seq_length=20)
@@ -180,7 +180,7 @@ def test_the_usual_doc_stride_gives_way_to_a_long_question(make):
     assert found == ask(question, CONTEXT, max_seq_len=size, top_k=3, doc_stride=3)
 
 
-def test_a_question_that_is_cut_is_told_once():
+def test_a_question_that_is_cut_is_warned_of_once():
     """A question in Arabic of 25 words has several hundred tokens of a byte-level tokenizer."""
     ask = made()
     arabic = "ما هي المدينة التي ولد فيها مدير المدرسة القديمة؟ " * 3

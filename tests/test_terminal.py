@@ -183,7 +183,7 @@ KINDS = [
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_training_goes_on_when_nobody_can_be_told(world, kind, ranks):
+def test_training_goes_on_when_nothing_can_be_printed(world, kind, ranks):
     program = command("train", *world.flags(eval_steps=2))
     if ranks > 1:
         program[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]

@@ -94,15 +94,15 @@ def test_dynamic_shapes_are_compiled_once():
 
 @needs_native
 def test_inductor():
-    def loss(student, *beside):
-        return fused_kd_loss(2 * student, *beside, backend="native")
+    def loss(student, *others):
+        return fused_kd_loss(2 * student, *others, backend="native")
 
-    features, *beside, _ = batch(4, 16)
+    features, *others, _ = batch(4, 16)
     student = features[..., :2].contiguous().requires_grad_()
     compiled = torch.compile(loss, fullgraph=True)
     results = []
     for call in (compiled, loss):
-        value = call(student, *beside)
+        value = call(student, *others)
         results.append((value.detach(), torch.autograd.grad(value, student)[0]))
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected)
@@ -136,25 +136,25 @@ def test_ops_are_what_torch_expects(tensors, form):
     torch.library.opcheck(getattr(torch.ops.kdfast, f"kd_rows_{form}_backward"), arguments)
 
 
-def annealed_weight(number, student, *beside, backend):
+def annealed_weight(number, student, *others, backend):
     """Each of these uses the float elsewhere too, which is what torch.compile stumbles over."""
     loss = fused_kd_loss(
-        student, *beside, temperature=1.5, distillation_loss_weight=1 - number, backend=backend
+        student, *others, temperature=1.5, distillation_loss_weight=1 - number, backend=backend
     )
     return loss + number * student.square().mean()
 
 
-def annealed_temperature(number, student, *beside, backend):
-    loss = fused_kd_loss(student, *beside, temperature=1 + 4 * number, backend=backend)
+def annealed_temperature(number, student, *others, backend):
+    loss = fused_kd_loss(student, *others, temperature=1 + 4 * number, backend=backend)
     return loss + number * student.square().mean()
 
 
-def annealed_both(number, student, *beside, backend):
+def annealed_both(number, student, *others, backend):
     """A cosine, through the trainer's door."""
     settings = {"distillation_loss_weight": 0.5 + 0.5 * math.cos(3 * number)}
     settings |= {"temperature": 1 + number**2, "distillation_loss": "kl_div"}
     row_loss, _ = kd_loss_rows(
-        student, *beside, **settings, convention="hf", mask=None, backend=backend
+        student, *others, **settings, convention="hf", mask=None, backend=backend
     )
     return row_loss.sum() / number
 
@@ -166,9 +166,9 @@ class Annealed(torch.nn.Module):
         super().__init__()
         self.loss = FusedKDLoss()
 
-    def forward(self, number, student, *beside, backend):
+    def forward(self, number, student, *others, backend):
         self.loss.backend = backend
-        return self.loss(student, *beside) + self.loss.temperature * student.square().mean()
+        return self.loss(student, *others) + self.loss.temperature * student.square().mean()
 
     def __call__(self, number, *arguments, backend):
         self.loss.temperature, self.loss.distillation_loss_weight = 1 + number, number
@@ -179,7 +179,7 @@ class Annealed(torch.nn.Module):
 @pytest.mark.parametrize("compiler", ["inductor", "aot_eager", "eager"])
 @pytest.mark.parametrize("loss", [annealed_weight, annealed_temperature, annealed_both, Annealed])
 def test_a_setting_that_changes_each_step(loss, compiler):
-    features, *beside, _ = batch(4, 37)
+    features, *others, _ = batch(4, 37)
     student = features[..., :2].contiguous().requires_grad_()
     loss = loss() if isinstance(loss, type) else loss
     counted = CompileCounterWithBackend(compiler)
@@ -191,7 +191,7 @@ def test_a_setting_that_changes_each_step(loss, compiler):
     for step in range(1, 15):
         values = []
         for call, backend in ((compiled, "native"), (loss, "reference")):
-            value = call(step / 14, student, *beside, backend=backend)
+            value = call(step / 14, student, *others, backend=backend)
             values.append((value, *torch.autograd.grad(value, student)))
         for actual, expected in zip(*values, strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
@@ -243,14 +243,14 @@ def test_ops_are_differentiated_once():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast(backend, dtype):
-    features, *beside = batch(4, 16)
+    features, *others = batch(4, 16)
     head = torch.nn.Linear(4, 2)
     results = []
     for is_inside in (True, False):
         with torch.autocast("cpu", dtype=dtype):
             logits = head(features)
         with torch.autocast("cpu", dtype=dtype, enabled=is_inside):
-            loss = fused_kd_loss(logits, *beside[:3], mask=beside[3], backend=backend)
+            loss = fused_kd_loss(logits, *others[:3], mask=others[3], backend=backend)
         assert logits.dtype == dtype
         assert loss.dtype == torch.float32
         results.append((loss.detach(), torch.autograd.grad(loss, head.weight)[0]))
@@ -261,10 +261,10 @@ def test_autocast(backend, dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_loss_scaler(backend):
     """Scaled fp16 gradients are the fp32 ones after unscaling; an infinite one skips the step."""
-    features, *beside = batch(4, 64)
+    features, *others = batch(4, 64)
     head = torch.nn.Linear(4, 2)
     weight = head.weight.detach().clone()
-    fused_kd_loss(head(features), *beside[:3], backend=backend).backward()
+    fused_kd_loss(head(features), *others[:3], backend=backend).backward()
     expected = head.weight.grad.clone()
     optimizer = torch.optim.SGD(head.parameters(), lr=0.5)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
@@ -272,7 +272,7 @@ def test_loss_scaler(backend):
         optimizer.zero_grad()
         with torch.autocast("cpu", dtype=torch.float16):
             logits = head(features if name == "finite" else features * 1e5)
-            loss = fused_kd_loss(logits, *beside[:3], backend=backend)
+            loss = fused_kd_loss(logits, *others[:3], backend=backend)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         if name == "finite":

@@ -315,7 +315,7 @@ def test_room_is_reserved_where_the_system_has_no_call_for_it(tmp_path, monkeypa
     assert (tmp_path / "a").stat().st_blocks * 512 >= 3_000_000
 
 
-def test_a_kill_amid_replacing_a_model_leaves_one(tmp_path):
+def test_a_kill_while_a_model_is_replaced_leaves_one(tmp_path):
     folder = tmp_path / "best"
     for name in ("best.old", "best.new"):
         (tmp_path / name).mkdir()

@@ -44,7 +44,7 @@ NOTES = (
 )
 
 
-def test_what_is_left_out_is_counted_said_and_told_again_from_the_cache(world, capsys):
+def test_what_is_left_out_is_counted_printed_and_printed_again_from_the_cache(world, capsys):
     train_file = world.path / "train.json"
     spoiled(train_file)
     flags = {"max_seq_length": 60, "max_query_length": 10, "doc_stride": 40, "max_steps": 1}

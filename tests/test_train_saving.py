@@ -31,7 +31,7 @@ from tests.programs import edit
     ids=lambda switches: next(iter(switches)),
 )
 @pytest.mark.parametrize("stage", ["predictions", "layers"])
-def test_switches_of_transformers_are_no_matter(world, switches, stage):
+def test_switches_in_a_config_change_nothing_that_is_saved(world, switches, stage):
     edit(Path(world.student), "config.json", **switches)
     edit(Path(world.teacher), "config.json", **switches)
     validation = None if stage == "layers" else world.validation_file

@@ -65,7 +65,7 @@ def test_both(world, wide, capsys):
     assert (second / "model.safetensors").read_bytes() == weights
 
 
-def test_both_goes_on_in_whichever_stage(world):
+def test_a_run_of_both_stages_resumes_in_either(world):
     flags = {"stage": "both", "save_steps": 3}
     assert world.run(**flags) == 0
     whole = world.path / "whole"
@@ -94,7 +94,7 @@ def test_both_goes_on_in_whichever_stage(world):
     ends_equal()
 
 
-def test_both_looks_at_both_folders_first(world, capsys):
+def test_both_output_folders_are_checked_first(world, capsys):
     second = world.output / "predictions"
     second.mkdir(parents=True)
     (second / "mine.txt").write_text("mine")
@@ -105,7 +105,7 @@ def test_both_looks_at_both_folders_first(world, capsys):
 
 
 @pytest.mark.parametrize("flag", ["teacher", "train_file", "validation_file"])
-def test_both_looks_at_what_the_second_reads_first(world, wide, flag, capsys):
+def test_inputs_of_the_second_stage_are_checked_first(world, wide, flag, capsys):
     given = {flag: world.path / "nowhere.json", "layers_train_file": world.train_file}
     assert world.run(stage="both", layers_teacher=wide, **given) == 2
     assert f"{world.path / 'nowhere.json'}" in capsys.readouterr().err
@@ -122,7 +122,7 @@ LATER = {
 
 
 @pytest.mark.parametrize("mistake", LATER)
-def test_both_finds_mistakes_of_the_second_first(world, wide, mistake, capsys):
+def test_mistakes_in_the_second_stage_are_found_first(world, wide, mistake, capsys):
     changes, told = LATER[mistake]
     made = {
         "BARE": lambda: readers.save(world.path / "bare", head=False),
@@ -151,8 +151,8 @@ def test_an_overwritten_run_goes_on_as_itself(world):
     assert (world.output / "predictions" / "model.safetensors").read_bytes() == whole
 
 
-def test_a_rank_that_starts_anew_takes_nothing_of_an_earlier_run(world, monkeypatch):
-    """torchrun's restart amid stage layers of a run that replaces another."""
+def test_a_rank_that_starts_again_takes_nothing_of_an_earlier_run(world, monkeypatch):
+    """torchrun's restart during stage layers of a run that replaces another."""
     assert world.run(stage="both", save_steps=3) == 0
     flags = {"stage": "both", "learning_rate": 2e-3, "save_steps": 3, "overwrite": True}
     shutil.rmtree(world.output / "layers" / "checkpoint-3")

@@ -154,7 +154,7 @@ def four(written):
         "settings": [{}, {"top_k": 3, "handle_impossible_answer": True}],
     }
     done = subprocess.run(
-        # -I: beside the script there is a tokenizers.py, which is not the library.
+        # -I: next to the script there is a tokenizers.py, which is not the library.
         [sys.executable, "-I", str(ROOT / "tests" / "transformers4_answers.py")],
         input=json.dumps(asked),
         capture_output=True,

@@ -95,7 +95,7 @@ def test_an_unknown_flag_names_the_one_that_is_meant(main, flag, meant, capsys):
     assert meant in said
 
 
-def test_no_flag_may_be_shortened_beside_a_recipe(capsys):
+def test_no_flag_may_be_shortened_with_a_recipe(capsys):
     flags = ["--recipe", "roberta-base-squad2-distilled", "--stag", "layers"]
     assert "did you mean --stage?" in refused(train.main, capsys, *flags)
 

@@ -30,7 +30,7 @@ from kdfast.evaluation.metrics import (
         ("under_score $1,000", "underscore 1000"),
         # A letter with an accent is a letter: no word boundary inside "thé" or "à".
         ("thé à la carte", "thé à la carte"),
-        # Chinese: full-width punctuation stays; a boundary beside it, none beside a character.
+        # Chinese: full-width punctuation stays; a boundary next to it, none next to a character.
         ("《论语》,孔子", "《论语》孔子"),
         ("《论语》,the 孔子", "《论语》 孔子"),
         ("中国the", "中国the"),

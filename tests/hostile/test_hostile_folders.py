@@ -74,7 +74,7 @@ class Damaged:
         self.path, self.content = path, content
 
     def __enter__(self):
-        # Another file beside, as the good one may be mapped.
+        # Another file, as the good one may be mapped.
         self.kept = self.path.rename(self.path.with_name("kept-" + self.path.name))
         self.path.write_bytes(self.content)
 

@@ -76,7 +76,7 @@ def test_the_package_calls_nothing_that_runs_data():
         "dist.broadcast_object_list(x)",
     ],
 )
-def test_that_check_sees(line):
+def test_each_forbidden_call_is_seen(line):
     assert found_in(line)
 
 
@@ -118,7 +118,7 @@ def test_a_model_folder_with_code_and_pickled_weights_only_is_refused(trap, caps
     assert marker.exists()  # so it would have gone off
 
 
-def test_sound_weights_that_are_pickled_are_refused_all_the_same(world, capsys):
+def test_pickled_weights_are_refused_even_if_harmless(world, capsys):
     folder = Path(world.student)
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
@@ -126,7 +126,7 @@ def test_sound_weights_that_are_pickled_are_refused_all_the_same(world, capsys):
     assert "no weights in safetensors" in capsys.readouterr().err
 
 
-def test_code_beside_sound_weights_is_not_run(trap):
+def test_code_next_to_safe_weights_is_not_run(trap):
     world, _, marker = trap
     assert world.run(max_steps=1, validation_file=None) == 0
     assert not marker.exists()

@@ -30,7 +30,7 @@ TYPES = [(FP32, FP32), (FP16, FP16), (BF16, BF16), (FP64, FP64), (FP16, FP32), (
 
 
 @pytest.mark.parametrize("pair", [parameter(*pair) for pair in REFUSED])
-def test_left_out(pair):
+def test_backends_that_cannot_run_say_why(pair):
     pytest.skip(f"{pair[0]}: {REFUSED[pair]}")
 
 
@@ -40,7 +40,7 @@ def test_fresh_memory_is_poisoned():
 
 @pytest.mark.parametrize("name", AWKWARD)
 @pytest.mark.parametrize("kind, convention", KINDS)
-def test_the_yardstick_is_right(kind, convention, name):
+def test_extended_precision_agrees_with_the_reference(kind, convention, name):
     """A wrong expectation would excuse a backend, as the reference would miss it too."""
     for length in (1, 7, 385):
         case = Case(*one_kind_of_window(name, length, FP64), kind, convention)

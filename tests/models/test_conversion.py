@@ -56,7 +56,7 @@ def refused(arguments, capsys):
 
 
 @pytest.mark.parametrize("kind", ["whole", "parts"])
-def test_a_folder_gets_safetensors_beside_its_pickle(folder, capsys, kind):
+def test_a_folder_gets_safetensors_next_to_its_pickle(folder, capsys, kind):
     made = folder(kind)
     with pytest.raises(UserError, match=f"doctor --convert {made} makes model.safetensors"):
         load.load_reader(str(made), "--student")

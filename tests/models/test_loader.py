@@ -35,7 +35,7 @@ CUTS = {
 @pytest.mark.parametrize("cuts", CUTS)
 @pytest.mark.parametrize("kind", ["resident", "streamed"])
 @pytest.mark.parametrize("has_teacher", [True, False])
-def test_every_feed_gives_what_the_host_gathers(data, kind, cuts, multiple, has_teacher):
+def test_every_loader_gives_the_same_batches(data, kind, cuts, multiple, has_teacher):
     windows, logits = data
     logits = logits if has_teacher else None
     host = loader.HostLoader(windows, logits, multiple)
@@ -53,7 +53,7 @@ def test_every_feed_gives_what_the_host_gathers(data, kind, cuts, multiple, has_
     assert [batch.mask is not None for batch in wanted] == padded
 
 
-def test_the_teacher_stands_beside_its_tokens(data):
+def test_teacher_logits_stay_with_their_tokens(data):
     windows, logits = data
     batch = loader.HostLoader(windows, logits).micro_batch(np.array([3, 0]))
     for row, window in enumerate((3, 0)):
@@ -63,7 +63,7 @@ def test_the_teacher_stands_beside_its_tokens(data):
         assert not batch.teacher_logits[row, length:].any()
 
 
-def test_what_was_expected_is_gathered_ahead_and_what_was_not_anew(data):
+def test_expected_batches_are_gathered_ahead_and_others_on_demand(data):
     windows, logits = data
     host = loader.HostLoader(windows, logits)
     gathered = []

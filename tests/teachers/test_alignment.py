@@ -294,7 +294,7 @@ PAIRS = [
 @pytest.mark.parametrize("student, teacher", PAIRS)
 @settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(data=st.data())
-def test_any_text_is_aligned_by_the_book(student, teacher, data):
+def test_any_text_is_aligned_as_a_plain_loop_aligns_it(student, teacher, data):
     text = st.lists(st.sampled_from(ODD), min_size=1, max_size=30)
     asked = data.draw(
         st.lists(st.tuples(text.map(" ".join), st.tuples(text, text)), min_size=1, max_size=3)

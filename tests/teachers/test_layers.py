@@ -155,7 +155,7 @@ def test_dropout_is_the_students_alone_and_not_in_the_probabilities(tmp_path):
 
 
 @pytest.mark.parametrize("attention", ["none", "probabilities"])
-def test_half_precision_errs_no_more_than_the_book(tmp_path, attention):
+def test_half_precision_errs_no_more_than_plain_attention(tmp_path, attention):
     student, teacher = pair(tmp_path)
     terms = layers.LayerLosses(student, teacher, attention, 0)
     batches = [batch(student, seed) for seed in range(8)]  # of one the errors are chance

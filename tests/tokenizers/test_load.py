@@ -257,7 +257,7 @@ def test_token_types_of_an_unknown_pattern_are_refused(folder):
         Template.learn(load_tokenizer(found, "--student"))
 
 
-def test_there_is_one_door():
+def test_tokenizers_are_loaded_in_one_place_only():
     package = Path(kdfast.__file__).parent
     others = [
         str(path)

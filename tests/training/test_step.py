@@ -51,7 +51,7 @@ def test_every_split_has_the_gradient_of_the_padded_batch(setup, split, kind):
     torch.testing.assert_close(torch.tensor(report.loss).double(), loss.detach(), rtol=1e-6, atol=0)
 
 
-def test_that_check_sees_a_mean_of_means(setup):
+def test_the_gradient_check_sees_a_mean_of_means(setup):
     run = setup(dtype=torch.float64, gradient_accumulation_steps=5)
     batches = run.training.cuts.cut(np.arange(len(run.windows)))
     assert len({len(batch) for batch in batches}) > 1

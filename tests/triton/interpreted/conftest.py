@@ -34,7 +34,7 @@ if IS_ON:
     patched = {"kdfast.kernels.triton_kernels"}  # its launches patch it
 
     def call(self, *arguments, **named):
-        """A helper inside a kernel. Triton patches its language anew at each such call, for good:
+        """A helper inside a kernel. Triton patches its language again at each such call, for good:
         once for each module is as good, and ten times faster."""
         if self.fn.__module__ not in patched:
             patched.add(self.fn.__module__)
