@@ -118,7 +118,7 @@ def start(config: TrainConfig | None) -> None:
 def train(
     config: TrainConfig, ranks: Ranks | None = None, stop: StopSignals | None = None
 ) -> dict[str, Any]:
-    """One run from files to a finished student; returns what run.json holds.
+    """From files to a finished student; returns what run.json holds, of the last stage.
 
     Raises:
         UserError: For a mistake of the user.
@@ -128,9 +128,15 @@ def train(
     check(config)
     inputs.validation_set(config)  # a metric that lacks its language is refused at once
     CardConfig.of_run(config.output).check()
-    if config.model.stage == "both":
-        with stages.held(config, ranks) as runs:
-            return [train(each, ranks, stop) for each in runs][-1]
+    if config.model.stage != "both":
+        return train_stage(config, ranks, stop)
+    with stages.held(config, ranks) as (layers_run, predictions_run):
+        train_stage(layers_run, ranks, stop)
+        return train_stage(predictions_run, ranks, stop)
+
+
+def train_stage(config: TrainConfig, ranks: Ranks, stop: StopSignals) -> dict[str, Any]:
+    """One stage in its own output folder, from the start or from a checkpoint."""
     run = start_run(config, ranks, stop)
     settings = resume.settings_of(config, run.precision)
     if ranks.is_first:

@@ -1,7 +1,6 @@
 """KDTrainer: the Trainer's own loop with the gradient of the whole step."""
 
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -66,8 +65,8 @@ def whole(world, data):
         teacher,
         start,
         end,
-        temperature=config.temperature,
-        distillation_loss_weight=config.distillation_loss_weight,
+        temperature=config.loss.temperature,
+        distillation_loss_weight=config.loss.distillation_loss_weight,
         mask=batch["attention_mask"].bool(),
     ).backward()
     return -torch.cat([each.grad.flatten() for each in model.parameters()])
@@ -163,7 +162,7 @@ def test_averaged_rows_are_refused_at_another_temperature(world, data):
     assert trainer(config).train_dataset is averaged
     for change in ({"temperature": 1.0}, {"distillation_loss": "mse"}):
         with pytest.raises(UserError, match="at temperature 2: give KDTrainer that temperature"):
-            trainer(replace(config, **change))
+            trainer(config.replace(**change))
 
 
 def test_the_example_of_the_documents(world, monkeypatch):

@@ -146,13 +146,13 @@ def test_the_loss_without_a_teacher_is_that_of_the_answers(world, data):
         batch.pop(each) for each in ("teacher_logits", "start_positions", "end_positions")
     )
     outputs = trainer.model(**batch)
-    for name, weight in (("plain", 0.0), ("taught", config.distillation_loss_weight)):
+    for name, weight in (("plain", 0.0), ("taught", config.loss.distillation_loss_weight)):
         expected = fused_kd_loss(
             (outputs.start_logits, outputs.end_logits),
             teacher,
             start,
             end,
-            temperature=config.temperature,
+            temperature=config.loss.temperature,
             distillation_loss_weight=weight,
             mask=batch["attention_mask"].bool(),
         )

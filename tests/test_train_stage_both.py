@@ -42,7 +42,7 @@ def test_both(world, wide, capsys):
     assert record["layers_stage"] == before and record["metrics"]["total"] > 0
     text = (second / "README.md").read_text()
     assert f"\n# {world.output.name}\n" in text
-    assert "learnt the hidden states of `wide`, on `dev.json`" in text
+    assert "learnt the hidden states of `wide`, on `dev.json`" in " ".join(text.split())
     assert "distilled from `teacher` into `student`" in text
     # What the first stage leaves is not what it was given.
     starts = load_file(first / "model.safetensors")

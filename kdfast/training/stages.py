@@ -69,6 +69,7 @@ def held(config: TrainConfig, ranks: Ranks) -> Iterator[list[TrainConfig]]:
                 runs = _continued(runs[0], runs[1], may_begin=ranks.restarts > 0)
             check_no_links(output)
             for each in runs:
+                check(each)
                 open_output(each)
             stack.enter_context(sole_run(output, ranks))
             _look_ahead(*runs)
