@@ -72,12 +72,12 @@ class Reader:
         for name in ("dtype", "torch_dtype"):
             dtype = str(arguments.pop(name, None)).removeprefix("torch.")
             mixed_precision = OF_DTYPE.get(dtype, mixed_precision)
-        if arguments.get("revision") not in (None, "main"):
+        revision = arguments.pop("revision", None)
+        if revision not in (None, "main"):
             raise UserError(
-                f"revision is {arguments['revision']!r}, and of a hub id the main one is read: "
+                f"revision is {revision!r}, and of a hub id the main one is read: "
                 "download that one and name its folder."
             )
-        arguments.pop("revision", None)
         self.settings = ReaderSettings().changed(arguments)
         self.device = device_of(device)
         loaded, self.name = _load(model, tokenizer)
@@ -85,9 +85,8 @@ class Reader:
         self.notes = loaded.notes
         self._longest = longest_input(loaded, self.name)
         if mixed_precision not in AUTOCAST:
-            raise UserError(
-                f"mixed_precision is {mixed_precision!r}: give one of {', '.join(AUTOCAST)}."
-            )
+            known = ", ".join(AUTOCAST)
+            raise UserError(f"mixed_precision is {mixed_precision!r}: give one of {known}.")
         self._precision = AUTOCAST[resolve(mixed_precision, self.device)]
         self.model = loaded.model.to(self.device).eval()
         self._warned_of_cuts = False
@@ -116,12 +115,10 @@ class Reader:
                 and the one context of all.
             X, data: Other names for inputs.
             top_k: (1) Answers to a question, fewer where its context has not as many. Also topk.
-            handle_impossible_answer: (False) Let "" compete, with the probability that there is
-                no answer.
+            handle_impossible_answer: (False) Let "", no answer, compete by its probability.
             max_answer_len: (15) Tokens in the longest answer considered.
-            max_question_len: (64) Tokens of a question that are kept; a warning names the first
-                question that is cut. (transformers 4 warned too, but with a fast tokenizer never
-                cut a question, and failed at a very long one.)
+            max_question_len: (64) Tokens of a question that are kept; a warning follows the first
+                cut. (transformers 4 with a fast tokenizer never cut one, and failed if very long.)
             max_seq_len: (384, or fewer where the model reads fewer) Tokens in a window, special
                 ones included.
             doc_stride: (128, or half of max_seq_len where that is less) Context tokens that two
@@ -133,7 +130,7 @@ class Reader:
                 there, an answer's characters are those its tokens stand for, so that some
                 tokenizers leave out a combining mark at its end.
             batch_size: (by tokens) The most windows that the model reads at once.
-            num_workers, padding and the like: Without effect: no answer depends on them.
+            num_workers, padding and the like: Without effect.
 
         Returns:
             The result of the only question, or a list with one result a question. Of a dict of

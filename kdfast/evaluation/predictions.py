@@ -1,7 +1,7 @@
 """What programs have written: answers and null odds by question id, and figures."""
 
 import reprlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,14 +31,12 @@ def read_answers(name: str, examples: Sequence[Example]) -> dict[str, str]:
     Raises:
         UserError: For anything else, and for two answers to one question.
     """
-    found = _read(name, "--predictions", ANSWERS, _text, "a text")
-    return _with_repeated_ids(found, examples)
+    return _read(name, "--predictions", ANSWERS, str, examples)
 
 
 def read_odds(name: str, examples: Sequence[Example]) -> dict[str, float]:
     """The null odds in the file of --null_odds, as `read_answers` reads answers."""
-    found = _read(name, "--null_odds", ODDS, _number, "a finite number")
-    return _with_repeated_ids(found, examples)
+    return _read(name, "--null_odds", ODDS, float, examples)
 
 
 def recorded_figures(name: str, rule: MetricRule) -> dict[str, Any] | None:
@@ -69,10 +67,9 @@ def _read(
     name: str,
     role: str,
     keys: tuple[str, ...],
-    checked: Callable[[object], Value | None],
-    kind: str,
+    kind: type[Value],
+    examples: Sequence[Example],
 ) -> dict[str, Value]:
-    """Question id -> value. checked: gives None for a value that is not `kind`."""
     forms = f'give a JSON object by question id, or records with "id" and "{keys[0]}"'
     found: dict[str, Value] = {}
     twice: list[str] = []
@@ -89,12 +86,12 @@ def _read(
             pairs = {text_of(item[id_key]): value}
         elif where:
             raise UserError(f"{role} {name} holds no answer by an id at {where}: {forms}")
-        for question, given in pairs.items():
-            value = checked(given)
-            if question is None or value is None:
+        for question, value in pairs.items():
+            is_good = is_of(value, kind) and (kind is str or -1e308 < value < 1e308)
+            if question is None or not is_good:
                 raise UserError(
-                    f"{role} {name} holds {reprlib.repr(given)} for question {question}: "
-                    f"give {kind}."
+                    f"{role} {name} holds {reprlib.repr(value)} for question {question}: "
+                    f"give {'a text' if kind is str else 'a finite number'}."
                 )
             if found.setdefault(question, value) != value:
                 twice.append(question)
@@ -103,25 +100,5 @@ def _read(
             f"{role} {name} holds two values of {len(set(twice))} questions, such as {twice[0]}: "
             "keep one of each"
         )
-    return found
-
-
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) else None
-
-
-def _number(value: object) -> float | None:
-    """A finite number; a bool is none."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    return value if -1e308 < value < 1e308 else None
-
-
-def _with_repeated_ids(found: dict[str, Value], examples: Sequence[Example]) -> dict[str, Value]:
-    """The values, and those of a repeated id under each name that its questions have."""
-    again = {
-        each.id: found[each.renamed_from]
-        for each in examples
-        if each.renamed_from in found and each.id not in found
-    }
-    return {**found, **again}
+    renamed = {each.id: found[each.renamed_from] for each in examples if each.renamed_from in found}
+    return renamed | found
