@@ -93,7 +93,7 @@ def find(name: str, language: str | None = None) -> MetricRule:
         normalize = functools.partial(mlqa_words, language=language)
         return MetricRule(name, language, _best_over(_equal(normalize), _bag(normalize)))
     if name == "cmrc":
-        _tokenize()  # said now rather than after all questions are answered
+        _tokenize()  # fails now rather than after all questions are answered
     return MetricRule(name, None, BEST_SCORES[name])
 
 
