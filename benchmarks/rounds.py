@@ -7,7 +7,6 @@ then a few that are; the turn counts with its median. Nothing here knows what is
 import gc
 import os
 import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -16,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from kdfast.common.machine import cpu_name
 
 SECONDS = 6.0  # for one group of contenders
 FEWEST, MOST = 5, 100  # rounds
@@ -71,7 +72,7 @@ def machine(device: str) -> dict[str, str | int]:
     """Hardware, versions, commit and command: what a figure means nothing without."""
     commit = _output("git", "describe", "--always", "--dirty", "--abbrev=12")
     found = {
-        "processor": _processor(),
+        "processor": cpu_name(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -85,16 +86,6 @@ def machine(device: str) -> dict[str, str | int]:
         found["card"] = f"{card.name}, sm_{card.major}{card.minor}"
         found["CUDA"] = torch.version.cuda
     return found
-
-
-def _processor() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor() or platform.machine()
-    name = re.search(r"model name\s*:\s*(.+)", text)
-    widest = next((isa for isa in ("avx512f", "avx2") if isa in text), "no AVX2")
-    return f"{name[1] if name else platform.machine()} ({widest})"
 
 
 def _output(*command: str) -> str:

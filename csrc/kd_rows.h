@@ -53,7 +53,6 @@ struct BackwardArgs {
 // Instruction sets of the CPU rows; `best` picks the widest that this processor has.
 enum class Isa : int { best = 0, portable = 1, avx2 = 2, avx512 = 3 };
 bool has_isa(Isa isa);
-Isa best_isa();
 
 // threads: at most so many, this one included; the result does not depend on it, to the bit.
 // Raise std::bad_alloc where rows that have to be copied find no memory.

@@ -3,13 +3,16 @@
 //
 // A window is one array here, whose even elements are start logits and odd ones end logits. Nothing
 // else tells the two apart: a (B, L, 2) tensor is read where it lies. Other layouts are copied.
+#include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <memory>
 #include <new>
+#include <thread>
 #include <vector>
 
 #include "kd_row_math.h"
 #include "kd_rows.h"
-#include "kd_threads.h"
 
 namespace kd {
 
@@ -414,40 +417,42 @@ KD_ROWS_FOR(avx2, __attribute__((target("avx2,fma"))))
 KD_ROWS_FOR(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))))
 #endif
 
-// Waking a thread costs as much as some ten thousand elements take.
-constexpr int64_t kElementsPerThread = 64 * 1024;
+// Starting a thread costs as much as some ten thousand elements take.
+constexpr int64_t kPositionsPerThread = 64 * 1024;
 
-// What the threads share out: the windows of `rows`, forward or backward.
+// A window is computed by one thread from beginning to end, so that the threads change no bit. They
+// live for one call: none has to survive a fork, as in a DataLoader's worker. The caller takes its
+// share, and waits for those that have begun, but not for a thread that the system has not yet run.
 template <class Out>
-struct Job {
-  void (*compute)(const Rows&, const Out&, int64_t first, int64_t last);
-  const Rows& rows;
-  const Out& out;
-  std::atomic<bool> lacks_memory{false};
-
-  static void work(void* given, int64_t first, int64_t last) {
-    Job& job = *static_cast<Job*>(given);
-    try {
-      job.compute(job.rows, job.out, first, last);
-    } catch (const std::bad_alloc&) {  // it must not leave the thread
-      job.lacks_memory = true;
+void share_out(void (*compute)(const Rows&, const Out&, int64_t first, int64_t last),
+               const Rows& rows, const Out& out, int64_t threads) {
+  struct Progress {
+    std::atomic<int64_t> next{0}, done{0};
+    std::atomic<bool> lacks_memory{false};
+  };
+  const int64_t batch = rows.batch;
+  threads = std::min({threads, batch, batch * rows.length / kPositionsPerThread + 1});
+  if (threads <= 1) return compute(rows, out, 0, batch);
+  const int64_t share = batch / (8 * threads) + 1;
+  const auto progress = std::make_shared<Progress>();
+  const auto work = [=, &rows, &out] {
+    for (int64_t first; (first = progress->next.fetch_add(share)) < batch;) {
+      const int64_t last = std::min(first + share, batch);
+      try {
+        compute(rows, out, first, last);
+      } catch (const std::bad_alloc&) {  // it must not leave the thread
+        progress->lacks_memory = true;
+      }
+      progress->done += last - first;
     }
+  };
+  try {
+    for (int64_t i = 1; i < threads; ++i) std::thread(work).detach();
+  } catch (const std::exception&) {  // no more threads to be had: fewer do
   }
-};
-
-// A window is computed by one thread from beginning to end, so that the threads change no bit.
-template <class Out>
-void share_out(Job<Out>&& job, int threads) {
-  const Rows& rows = job.rows;
-  const int64_t most = rows.batch * rows.length / (kElementsPerThread / 2) + 1;
-  if (threads > most) threads = int(most);
-  if (threads > rows.batch) threads = int(rows.batch);
-  if (threads <= 1) {
-    Job<Out>::work(&job, 0, rows.batch);
-  } else {
-    Team::get().run(Job<Out>::work, &job, rows.batch, threads);
-  }
-  if (job.lacks_memory) throw std::bad_alloc();
+  work();
+  while (progress->done < batch) std::this_thread::yield();
+  if (progress->lacks_memory) throw std::bad_alloc();
 }
 
 }  // namespace
@@ -463,11 +468,8 @@ bool has_isa(Isa isa) {
   return isa == Isa::portable;
 }
 
-Isa best_isa() {
-  static const Isa best = has_isa(Isa::avx512) ? Isa::avx512
-                          : has_isa(Isa::avx2) ? Isa::avx2
-                                               : Isa::portable;
-  return best;
+static Isa best_isa() {
+  return has_isa(Isa::avx512) ? Isa::avx512 : has_isa(Isa::avx2) ? Isa::avx2 : Isa::portable;
 }
 
 #ifdef __x86_64__
@@ -479,12 +481,12 @@ Isa best_isa() {
 
 void forward_cpu(const Rows& rows, const ForwardOut& out, int threads, Isa isa) {
   if (isa == Isa::best) isa = best_isa();
-  share_out(Job<ForwardOut>{KD_PICK(forward, isa), rows, out}, threads);
+  share_out(KD_PICK(forward, isa), rows, out, threads);
 }
 
 void backward_cpu(const Rows& rows, const BackwardArgs& args, int threads, Isa isa) {
   if (isa == Isa::best) isa = best_isa();
-  share_out(Job<BackwardArgs>{KD_PICK(backward, isa), rows, args}, threads);
+  share_out(KD_PICK(backward, isa), rows, args, threads);
 }
 
 }  // namespace kd

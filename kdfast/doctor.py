@@ -22,10 +22,11 @@ import kdfast
 from kdfast import fused_kd_loss
 from kdfast.common import program
 from kdfast.common.errors import UserError
+from kdfast.common.machine import cpu_name
 from kdfast.common.ranks import Ranks
 from kdfast.common.signals import StopSignals
 from kdfast.config import TrainConfig
-from kdfast.kernels import backends
+from kdfast.kernels import backends, native
 
 VOLTA = (
     "A V100 (sm_70) needs torch 2.14 or older from PyTorch's cu126 index: CUDA 13 has no sm_70, "
@@ -172,7 +173,7 @@ def output_of(*command: str) -> str:
 
 
 def hardware() -> list[tuple[str, str]]:
-    rows = [("processor", f"{processor()}, {os.cpu_count()} cores")]
+    rows = [("processor", f"{cpu_name()}, {os.cpu_count()} cores")]
     rows += [("threads", f"{torch.get_num_threads()} used by torch")]
     if not torch.cuda.is_available():
         why = "no CUDA device is found" if torch.version.cuda else "this torch has no CUDA"
@@ -182,16 +183,6 @@ def hardware() -> list[tuple[str, str]]:
         memory = card.total_memory / 2**30
         rows.append(("GPU", f"{card.name}, sm_{card.major}{card.minor}, {memory:.0f} GiB"))
     return rows
-
-
-def processor() -> str:
-    """The processor's name as the system has it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = re.findall(r"model name\s*:\s*(.+)", file.read())
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def devices() -> list[str]:
@@ -236,7 +227,6 @@ def how(name: str, device: str) -> str:
     """The code path of the native rows."""
     if name != "native":
         return ""
-    native = backends.load("native")
     if device == "cpu":
         return f" ({[isa for isa in native.ISAS[1:] if native.has_isa(isa)][-1]})"
     return f" (built for {native.built_architectures()})"

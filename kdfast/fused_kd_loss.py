@@ -9,11 +9,11 @@ from kdfast.kernels.autograd import (
     NO_TRANSFORMS,
     SOFT,
     differentiable_rows,
-    is_seen,
+    is_graph,
     rows_of_graph,
 )
-from kdfast.kernels.backends import choose, choose_while_tracing
-from kdfast.kernels.checks import Logits, check_name, check_settings, check_tensors
+from kdfast.kernels.backends import RowSettings, RowTensors, choose, choose_while_tracing
+from kdfast.kernels.checks import DISTANCES, Logits, check_name, check_settings, check_tensors
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -65,12 +65,22 @@ def fused_kd_loss(
     Source: Haystack 1.26 ("haystack"), run_squad_w_distillation.py of HF's research ("hf").
     """
     check_name("reduction", reduction, REDUCTIONS)
-    loss = _compute(
-        *(student_logits, teacher_logits, start_positions, end_positions, mask),
-        *(temperature, distillation_loss_weight, distillation_loss, convention),
-        *(backend, None if reduction == "none" else reduction),
+    settings = check_settings(temperature, distillation_loss_weight, distillation_loss, convention)
+    tensors = check_tensors(
+        student_logits,
+        teacher_logits,
+        start_positions,
+        end_positions,
+        mask,
+        distillation_loss_weight,
     )
-    return loss[0].sum(1) if reduction == "none" else loss
+    chosen = _choose(tensors.student, backend)
+    if reduction == "none":
+        return _rows(tensors, settings, chosen)[0].sum(1)
+    divisor = tensors.student.shape[0] if reduction == "mean" else 1
+    if chosen == "reference" or is_graph(tensors):
+        return _rows(tensors, settings, chosen)[0].sum() / divisor
+    return differentiable_rows(chosen, settings, divisor, *tensors)
 
 
 def kd_loss_rows(
@@ -95,11 +105,11 @@ def kd_loss_rows(
 
     Both are fp32, or fp64 for an fp64 student. Raises ValueError as `fused_kd_loss` does.
     """
-    return _compute(
-        *(student, teacher, start_positions, end_positions, mask),
-        *(temperature, distillation_loss_weight, distillation_loss, convention),
-        *(backend, None),
+    settings = check_settings(temperature, distillation_loss_weight, distillation_loss, convention)
+    tensors = check_tensors(
+        student, teacher, start_positions, end_positions, mask, distillation_loss_weight
     )
+    return _rows(tensors, settings, _choose(tensors.student, backend))
 
 
 class FusedKDLoss(nn.Module):
@@ -156,59 +166,33 @@ class FusedKDLoss(nn.Module):
         )
 
 
-def _compute(
-    student: Logits,
-    teacher: Logits | None,
-    start_positions: Tensor,
-    end_positions: Tensor,
-    mask: Tensor | None,
-    temperature: float,
-    distillation_loss_weight: float,
-    distillation_loss: str,
-    convention: str,
-    backend: str | None,
-    reduction: str | None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """The scalar of a reduction, or for None (row_loss, row_parts): both doors lead here."""
-    check_settings(temperature, distillation_loss_weight, distillation_loss, convention)
-    first = check_tensors(
-        student, teacher, start_positions, end_positions, mask, distillation_loss_weight
-    )
-    is_traced = torch.compiler.is_compiling()
-    if is_traced:
-        chosen = choose_while_tracing(first.device, first.dtype, backend)
-    else:
-        chosen = choose(first, backend)
-        if chosen != "reference" and torch._C._are_functorch_transforms_active():
-            raise RuntimeError(NO_TRANSFORMS)
-    divisor = None if reduction is None else first.shape[0] if reduction == "mean" else 1
+def _choose(student: Tensor, backend: str | None) -> str:
+    """The name of the backend that computes the rows."""
+    if torch.compiler.is_compiling():
+        return choose_while_tracing(student.device, student.dtype, backend)
+    chosen = choose(student, backend)
+    if chosen != "reference" and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(NO_TRANSFORMS)
+    return chosen
+
+
+def _rows(tensors: RowTensors, settings: RowSettings, chosen: str) -> tuple[Tensor, Tensor]:
+    """row_loss and row_parts."""
+    student, student_end, teacher, teacher_end, start_positions, end_positions, mask = tensors
     if chosen == "reference":
-        row_loss, row_parts = reference.kd_loss_rows(
-            student,
-            teacher,
+        return reference.kd_loss_rows(
+            student if student_end is None else (student, student_end),
+            teacher if teacher is None or teacher_end is None else (teacher, teacher_end),
             start_positions,
             end_positions,
-            temperature=temperature,
-            distillation_loss_weight=distillation_loss_weight,
-            distillation_loss=distillation_loss,
-            convention=convention,
+            temperature=settings.temperature,
+            distillation_loss_weight=settings.weight,
+            distillation_loss=DISTANCES[settings.kind],
+            convention="haystack" if settings.soft_scale == 1 else "hf",
             mask=mask,
         )
-        return (row_loss, row_parts) if divisor is None else row_loss.sum() / divisor
-    tensors = (
-        *((student, None) if isinstance(student, Tensor) else student),
-        *(teacher if isinstance(teacher, (tuple, list)) else (teacher, None)),
-        *(start_positions, end_positions, mask),
-    )
-    kind = 0 if distillation_loss == "kl_div" else 1
-    soft_scale = 1.0 if kind == 0 and convention == "haystack" else 0.5
-    settings = (temperature, distillation_loss_weight, kind, soft_scale)
-    if is_traced or is_seen(tensors):
+    if is_graph(tensors):
         row_loss, row_stats = rows_of_graph(tensors, settings, chosen)
-        if divisor is not None:
-            return row_loss.sum() / divisor
-    elif divisor is not None:
-        return differentiable_rows(chosen, settings, divisor, *tensors)
     else:
         row_loss, row_stats = differentiable_rows(chosen, settings, None, *tensors)
     return row_loss, row_stats[..., SOFT : HARD + 1]

@@ -30,8 +30,9 @@ def page(capsys):
 def replace_native(monkeypatch, **functions):
     imported = backends._imported
     native = SimpleNamespace(ISAS=("best", "portable"), has_isa=lambda isa: True, **functions)
+    monkeypatch.setattr(doctor, "native", native)
     monkeypatch.setattr(
-        backends, "_imported", lambda name: (native, None) if name == "native" else imported(name)
+        backends, "_imported", lambda name: native if name == "native" else imported(name)
     )
 
 

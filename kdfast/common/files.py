@@ -1,4 +1,4 @@
-"""Files that are never half there: written beside, synced, renamed; summed, reserved, locked."""
+"""Files that are never half written, because a temporary file is renamed; sums, locks, room."""
 
 import errno
 import fcntl
@@ -22,13 +22,13 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8; a reader sees the old file or the new one, whatever happens."""
-    beside = path.with_name(f".{path.name}.new")
-    with beside.open("w", encoding="utf-8") as file:
+    """Write `text` as UTF-8; a reader sees the old file or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.new")
+    with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(beside, path)
+    os.replace(temporary, path)
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -66,10 +66,11 @@ def fault_in(folder: Path, needed: tuple[str, ...], most_bytes: int | None = Non
         if most_bytes is not None and size > most_bytes:
             return None
         lines = (folder / SUMS_FILE).read_text(encoding="utf-8").splitlines()
-        found = [re.fullmatch(r"([0-9a-f]{64})  ([^/\0]+)", line) for line in lines]
-        if not all(found):
-            return f"{SUMS_FILE} is damaged"
-        sums = {match[2]: match[1] for match in found}
+        sums = {}
+        for line in lines:
+            if (match := re.fullmatch(r"([0-9a-f]{64})  ([^/\0]+)", line)) is None:
+                return f"{SUMS_FILE} is damaged"
+            sums[match[2]] = match[1]
         for name in needed:
             if name not in sums:
                 return f"{SUMS_FILE} lacks {name}"
@@ -93,7 +94,7 @@ def make_writable(folder: Path) -> None:
 def reserve(path: Path, size: int) -> None:
     """Create a file of `size` zero bytes whose room on the disk is taken.
 
-    A disk that is too small says so now, with OSError, and not as a bus error amid a mapped write.
+    Raises OSError where the disk is too small: a mapped write would end in a bus error instead.
     """
     with path.open("wb") as file:
         try:

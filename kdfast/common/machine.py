@@ -27,7 +27,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     """Hardware and versions, as run.json and the benchmark records name them."""
     hardware = {
         "device": str(device),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpu_threads": torch.get_num_threads(),
         "cpu_cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
@@ -41,7 +41,8 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     return {"hardware": hardware, "versions": versions}
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's name as the system has it."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

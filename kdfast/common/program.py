@@ -13,7 +13,7 @@ from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn, TextIO, cast
 
 from kdfast.common.errors import UserError
 from kdfast.common.usual_flags import explain
@@ -47,18 +47,16 @@ def run(
     argv: those of the process if None. stdout_is_result: the program ends where standard output
     cannot be written. Else what cannot be written is dropped, and the program goes on.
 
-    Returns the exit status: 0, what `work` returns, 2 for a mistake of the user, which is told in
+    Returns the exit status: 0, what `work` returns, 2 for a user's mistake, which is printed as
     one sentence, or 128 + the number of the signal that ended it (SIGPIPE: the output was closed).
     """
     with _streams(stdout_is_result):
         try:
             settings = parse(list(sys.argv[1:] if argv is None else argv))
             _quiet_libraries()
-            if isinstance(work, str):
-                module, _, name = work.partition(":")
-                work = getattr(import_module(module), name)
+            function = _function(work)
             with _interrupts():
-                status = work(settings) or 0
+                status = function(settings) or 0
             sys.stdout.flush()
             return status
         except UserError as error:
@@ -76,21 +74,41 @@ def run(
             return 128 + getattr(interrupt, "number", signal.SIGINT)
 
 
+def _function(work: Callable[[Any], int | None] | str) -> Callable[[Any], int | None]:
+    if not isinstance(work, str):
+        return work
+    module, _, name = work.partition(":")
+    return getattr(import_module(module), name)
+
+
+class _RaisesUserError:
+    """A parser that does not print its usage first when it ends with an error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists all flags.")
+
+
+class _PlainParser(_RaisesUserError, ArgumentParser):
+    pass
+
+
 def parser_of(settings: type | list[type], program: str, about: str | None) -> ArgumentParser:
     """The parser of `python -m kdfast.PROGRAM`, whose flags are the fields of `settings`.
 
     Of several dataclasses each gives a section of --help.
     """
-    from transformers import HfArgumentParser
+    from transformers.hf_argparser import DataClassType, HfArgumentParser
 
-    parser = HfArgumentParser(
-        settings,
+    class Parser(_RaisesUserError, HfArgumentParser):
+        pass
+
+    parser = Parser(
+        cast(DataClassType, settings),
         prog=f"python -m kdfast.{program}",
         usage="%(prog)s [flags]",
         description=about,
         allow_abbrev=False,
     )
-    parser.error = _refuse
     for action in parser._actions:
         if action.default in (None, "", []):  # says "not given", which help need not repeat
             action.help = f"{action.help or ''}%(default).0s"
@@ -100,9 +118,7 @@ def parser_of(settings: type | list[type], program: str, about: str | None) -> A
 def plain_parser(program: str, about: str | None) -> ArgumentParser:
     """The parser of a program with few flags, which adds them by itself."""
     name = f"python -m kdfast.{program}"
-    parser = ArgumentParser(prog=name, description=about, allow_abbrev=False)
-    parser.error = _refuse
-    return parser
+    return _PlainParser(prog=name, description=about, allow_abbrev=False)
 
 
 def parse(parser: ArgumentParser, argv: Sequence[str]) -> Any:
@@ -121,13 +137,8 @@ def parse(parser: ArgumentParser, argv: Sequence[str]) -> Any:
     return settings
 
 
-def _refuse(message: str) -> NoReturn:
-    """In place of argparse's own end, which prints the usage first."""
-    raise UserError(f"{message}; --help lists all flags.")
-
-
 def _quiet_libraries() -> None:
-    """Show of what libraries report their errors and, on a terminal, their downloads."""
+    """Let libraries report only errors and, on a terminal, downloads."""
     try:
         from huggingface_hub import constants, utils
         from transformers.utils import logging
@@ -198,7 +209,7 @@ class Stream:
 
 @contextmanager
 def _streams(stdout_is_result: bool) -> Iterator[None]:
-    """Standard output and standard error as Stream, made whole again at the end."""
+    """Inside, standard output and standard error are Streams."""
     before = sys.stdout, sys.stderr
     # None where the process was started without them.
     out, err = (each or open(os.devnull, "w") for each in before)  # noqa: SIM115

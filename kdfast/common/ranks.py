@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterable
 from datetime import timedelta
+from types import TracebackType
 
 import torch
 import torch.distributed as dist
@@ -64,7 +65,7 @@ class Ranks:
 
     @property
     def restarts(self) -> int:
-        """How often torchrun has started the ranks anew after one failed."""
+        """How often torchrun has restarted the ranks after one failed."""
         return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
     def log(self, text: str) -> None:
@@ -161,7 +162,12 @@ class Ranks:
     def __enter__(self) -> "Ranks":
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self.count == 1:
             return
         if error is None:
@@ -177,7 +183,8 @@ class Ranks:
             except dist.DistNetworkError:  # the store went with its process
                 return
             rank, why = said.split(" ", 1)
-            error.is_repeated = why == str(error) and rank != str(self.rank)
+            if isinstance(error, UserError):
+                error.is_repeated = why == str(error) and rank != str(self.rank)
 
     def _why_others_ended(self, store: dist.Store) -> str:
         try:

@@ -4,8 +4,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # A launcher passes on to its ranks what all processes of the group have got already.
@@ -46,14 +47,14 @@ class StopSignals:
         self.is_first = True
         self._asked_at = 0.0
         self._is_deferred = False
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():  # others may set no handlers
             self._before = {each: signal.signal(each, self._handle) for each in SIGNALS}
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

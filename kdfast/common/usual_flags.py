@@ -1,4 +1,4 @@
-"""What is said of a flag that a program does not have: which one is meant, if it can be told."""
+"""The error message for an unknown flag: which flag of ours has that meaning, if any."""
 
 import re
 from collections.abc import Sequence
@@ -52,11 +52,7 @@ USUAL = (
     ("temp tau kd_temperature distillation_temperature", "temperature", ""),
     ("warmup_steps num_warmup_steps", "warmup_ratio", "a share of the steps"),
     ("warmup_proportion warmup", "warmup_ratio", "a share of the steps"),
-    (
-        "grad_acc_steps gradient_accumulation",
-        "gradient_accumulation_steps",
-        "",
-    ),
+    ("grad_acc_steps gradient_accumulation", "gradient_accumulation_steps", ""),
     ("clip_grad_norm gradient_clipping max_norm", "max_grad_norm", ""),
     ("wd decay", "weight_decay", ""),
     ("dropout embeds_dropout", "embeds_dropout_prob", ""),
@@ -71,21 +67,9 @@ USUAL = (
     ("version_2_with_negative squad_v2", "", "the data say which questions have no answer"),
     ("tokenizer tokenizer_name", "", "a model's own tokenizer is used"),
     ("optim optimizer lr_scheduler_type scheduler", "", ONE_WAY),
-    (
-        "device no_cuda use_cuda use_cpu use_gpu",
-        "",
-        "the first GPU that is visible is used",
-    ),
-    (
-        "dataloader_num_workers num_workers preprocessing_num_workers",
-        "",
-        "not needed",
-    ),
-    (
-        "gpus num_gpus n_gpu num_processes",
-        "",
-        "torchrun --nproc_per_node starts one for each",
-    ),
+    ("device no_cuda use_cuda use_cpu use_gpu", "", "the first GPU that is visible is used"),
+    ("dataloader_num_workers num_workers preprocessing_num_workers", "", "not needed"),
+    ("gpus num_gpus n_gpu num_processes", "", "torchrun --nproc_per_node starts one for each"),
     ("local_rank", "", "torchrun's environment says it"),
     ("trust_remote_code", "", "code from a model's folder is never run"),
 )

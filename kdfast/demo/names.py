@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import zlib
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -36,7 +37,7 @@ class Names:
 
     def __init__(self, side: str, rng: random.Random):
         self.side = side
-        self.drawn: set[str] = set()  # every invented name so far, for whoever compares the sides
+        self.drawn: set[str] = set()  # every invented name so far, to compare the sides
         self._rng = rng
         self._parts = word_lists()["parts"]
         self._values = word_lists()["values"]
@@ -93,7 +94,7 @@ class Names:
     def _two_words(self) -> str:
         return self._draw(lambda: f"{self._part('quality')} {self._part('thing')}")
 
-    def _draw(self, make) -> str:
+    def _draw(self, make: Callable[[], str]) -> str:
         while True:
             name = make()
             if side_of(name) == self.side:

@@ -1,4 +1,4 @@
-"""Rows for autograd and torch.compile, around whatever backend computes them.
+"""Rows for autograd and torch.compile, with any backend.
 
 Eager calls go through one autograd.Function straight to the backend: a library op costs several
 times what the call inside it does. What traces (torch.compile, make_fx, FakeTensorMode) would
@@ -6,13 +6,13 @@ lose such a call, and gets two library ops with the same gradient.
 """
 
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from kdfast.kernels.backends import load
+from kdfast.kernels.backends import RowSettings, RowTensors, load
 
 SOFT, HARD = 5, 6  # where row_stats holds the two parts of a row
 
@@ -30,6 +30,22 @@ NO_TRANSFORMS = (
 saving_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
+Operand = Tensor | float | str | None  # an argument of a library op
+
+
+class Context(Protocol):
+    """What torch hands from forward to backward, and what is kept in it."""
+
+    saved_tensors: tuple[Tensor, ...]
+    call: tuple[str, RowSettings, int | None, str | None]
+    numbers: tuple[Operand, ...]
+    others: tuple[Operand, ...]
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+    def mark_non_differentiable(self, *outputs: Tensor) -> None: ...
+    def set_materialize_grads(self, value: bool) -> None: ...
+
+
 class KDRows(torch.autograd.Function):
     """differentiable_rows(backend, settings, divisor, *tensors)
 
@@ -39,12 +55,17 @@ class KDRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, backend, settings, divisor, *tensors):
+    def forward(
+        ctx: Context,
+        backend: str,
+        settings: RowSettings,
+        divisor: int | None,
+        *given: Tensor | None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         tensors = [
-            _readable(t) if t is not None and (t.is_neg() or t.is_inference()) else t
-            for t in tensors
+            _readable(t) if t is not None and (t.is_neg() or t.is_inference()) else t for t in given
         ]
-        loss, row_stats = load(backend).forward(tensors, settings, divisor)
+        loss, row_stats = load(backend).forward(RowTensors._make(tensors), settings, divisor)
         saved = *tensors, row_stats
         ctx.save_for_backward(*saved)
         is_hooked = saving_hooks(False) is not None
@@ -56,14 +77,18 @@ class KDRows(torch.autograd.Function):
         return loss, row_stats
 
     @staticmethod
-    def backward(ctx, grad, _grad_of_stats=None):
+    def backward(
+        ctx: Context, grad: Tensor | None, _grad_of_stats: None = None
+    ) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         if grad is None:
             return (None,) * 10
         if not torch._C._has_storage(grad):  # is_grads_batched=True
             raise RuntimeError(NO_TRANSFORMS)
         backend, settings, divisor, kinds = ctx.call
-        *tensors, row_stats = saved if kinds is None else _given_back(saved, kinds)
+        tensors, row_stats = RowTensors._make(saved[:7]), saved[7]
+        if kinds is not None:
+            tensors, row_stats = _given_back(tensors, row_stats, kinds)
         first, last = load(backend).backward(grad, tensors, row_stats, settings, divisor)
         if torch.is_grad_enabled():  # create_graph=True
             first = Once.apply(first, grad, *tensors[:2])
@@ -88,14 +113,14 @@ def kinds_of(saved: Sequence[Tensor | None]) -> str:
     return "; ".join("none" if t is None else f"{t.dtype} {t.dim()}-d {t.device}" for t in saved)
 
 
-def _given_back(saved: Sequence[Tensor | None], kinds: str) -> list[Tensor | None]:
-    """The saved tensors (the backend's, then row_stats) as memory that a backend can read.
+def _given_back(tensors: RowTensors, row_stats: Tensor, kinds: str) -> tuple[RowTensors, Tensor]:
+    """The saved tensors as memory that a backend can read.
 
     torch.autograd.graph.saved_tensors_hooks may have replaced any of them. Other strides are made
     contiguous; raises RuntimeError, as torch's own losses do, where `kinds` or a shape is another.
     """
-    student, row_stats = saved[0], saved[-1]
-    sizes = *student.shape[:2], 2
+    saved = *tensors, row_stats
+    sizes = *tensors.student.shape[:2], 2
     given = kinds_of(saved)
     if given != kinds or not all(
         tensor is None
@@ -110,27 +135,32 @@ def _given_back(saved: Sequence[Tensor | None], kinds: str) -> list[Tensor | Non
             "saved_tensors_hooks gave kdfast's loss other tensors than it had saved: "
             f"[{given}], expected dense ones of the same shapes, [{kinds}]"
         )
-    return [tensor if tensor is None else tensor.resolve_neg().contiguous() for tensor in saved]
+    readable = RowTensors._make(t if t is None else t.resolve_neg().contiguous() for t in tensors)
+    return readable, row_stats.resolve_neg().contiguous()
 
 
 class Once(torch.autograd.Function):
     """A gradient, unchanged, that refuses to be differentiated with respect to `sources`."""
 
     @staticmethod
-    def forward(ctx, gradient: Tensor, *sources: Tensor | None) -> Tensor:
+    def forward(ctx: Context, gradient: Tensor, *sources: Tensor | None) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> NoReturn:
+    def backward(ctx: Context, grad: Tensor) -> NoReturn:
         raise RuntimeError(ONCE)
 
 
 PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
-def is_seen(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether more than torch.compile watches the call: fake tensors, subclasses, make_fx."""
-    return not PLAIN.issuperset(map(type, tensors)) or is_in_torch_dispatch_mode()
+def is_graph(tensors: RowTensors) -> bool:
+    """Whether the call is traced: by torch.compile, with fake tensors or subclasses, by make_fx."""
+    return (
+        torch.compiler.is_compiling()
+        or not PLAIN.issuperset(map(type, tensors))
+        or is_in_torch_dispatch_mode()
+    )
 
 
 TENSORS = (
@@ -143,27 +173,31 @@ TENSORS = (
 # in every call, which a captured CUDA graph would not do. Rename both when their gradients change:
 # torch keeps compiled graphs on disk by the name of the op that is called.
 UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)
-FORMS = {
+FORMS: dict[str, tuple[str, tuple[torch.Tag, ...]]] = {
     "kd_rows_fixed": ("float", ()),
     "kd_rows_annealed": ("Tensor", () if UNSAFE is None else (UNSAFE,)),
 }
 
 
-def _forward(*arguments):
-    *tensors, temperature, weight, kind, soft_scale, backend = arguments
-    settings = float(temperature), float(weight), kind, soft_scale
-    return load(backend).forward(tensors, settings)
+def _settings(given: Sequence[Operand]) -> RowSettings:
+    """The settings among an op's arguments, where tensors may stand for numbers."""
+    settings = RowSettings._make(given)
+    return settings._replace(temperature=float(settings[0]), weight=float(settings[1]))
 
 
-def _backward(grad, *arguments):
-    *saved, temperature, weight, kind, soft_scale, backend, kinds = arguments
-    *tensors, row_stats = _given_back(saved, kinds)
-    settings = float(temperature), float(weight), kind, soft_scale
-    first, last = load(backend).backward(grad, tensors, row_stats, settings)
+def _forward(*given: Operand) -> tuple[Tensor, Tensor]:
+    return load(str(given[11])).forward(RowTensors._make(given[:7]), _settings(given[7:11]))
+
+
+def _backward(grad: Tensor, *given: Operand) -> list[Tensor]:
+    row_stats, backend, kinds = given[7], str(given[12]), str(given[13])
+    assert isinstance(row_stats, Tensor)
+    tensors, row_stats = _given_back(RowTensors._make(given[:7]), row_stats, kinds)
+    first, last = load(backend).backward(grad, tensors, row_stats, _settings(given[8:12]))
     return [first] if last is None else [first, last]
 
 
-def _fake_forward(student, *_others):
+def _fake_forward(student: Tensor, *_others: Operand) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     batch = student.shape[0]
     return (
@@ -172,34 +206,40 @@ def _fake_forward(student, *_others):
     )
 
 
-def _fake_backward(_grad_row_loss, student, student_end, *_others):
+def _fake_backward(
+    _grad: Tensor, student: Tensor, student_end: Tensor | None, *_others: Operand
+) -> list[Tensor]:
     return [s.new_empty(s.shape) for s in (student, student_end) if s is not None]
 
 
-def _save(ctx, inputs, output):
-    *tensors, kind, soft_scale, backend = inputs
-    ctx.numbers = () if isinstance(tensors[-1], Tensor) else tensors[-2:]
-    ctx.save_for_backward(output[1], *tensors[: len(tensors) - len(ctx.numbers)])
-    ctx.others = kind, soft_scale, backend, kinds_of((*tensors[:7], output[1]))
-    ctx.mark_non_differentiable(output[1])
+def _save(ctx: Context, inputs: tuple[Operand, ...], output: tuple[Tensor, Tensor]) -> None:
+    row_stats = output[1]
+    # Temperature and weight, inputs 7 and 8, are numbers or tensors.
+    tensors = [each for each in inputs[:9] if each is None or isinstance(each, Tensor)]
+    ctx.numbers = inputs[len(tensors) : 9]
+    ctx.save_for_backward(row_stats, *tensors)
+    ctx.others = *inputs[9:], kinds_of((*tensors[:7], row_stats))
+    ctx.mark_non_differentiable(row_stats)
     ctx.set_materialize_grads(False)
 
 
-def _refuse(ctx, *_grads):
+def _refuse(ctx: Context, *_grads: Tensor | None) -> NoReturn:
     raise RuntimeError(ONCE)
 
 
-def _define(name: str, number: str, tags: tuple) -> None:
+def _define(name: str, number: str, tags: tuple[torch.Tag, ...]) -> None:
     settings = f"{number} temperature, {number} weight, int kind, float soft_scale, str backend"
     forward, backward = f"kdfast::{name}", f"kdfast::{name}_backward"
 
-    def differentiate(ctx, grad, _grad_of_stats):
-        row_stats, *tensors = *ctx.saved_tensors, *ctx.numbers
+    def differentiate(
+        ctx: Context, grad: Tensor | None, _grad_of_stats: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        row_stats, *inputs = ctx.saved_tensors
         if grad is None:
             return (None,) * 12
         op = getattr(torch.ops.kdfast, f"{name}_backward")
-        grads = op(grad, *tensors[:7], row_stats, *tensors[7:], *ctx.others)
-        return grads[0], grads[1] if tensors[1] is not None else None, *(None,) * 10
+        grads = op(grad, *inputs[:7], row_stats, *inputs[7:], *ctx.numbers, *ctx.others)
+        return grads[0], grads[1] if inputs[1] is not None else None, *(None,) * 10
 
     library = torch.library
     library.define(forward, f"({TENSORS}, {settings}) -> (Tensor, Tensor)", tags=tags)
@@ -221,7 +261,7 @@ for name, (number, tags) in FORMS.items():
 
 
 def rows_of_graph(
-    tensors: tuple[Tensor | None, ...], settings: tuple[float, float, int, float], backend: str
+    tensors: RowTensors, settings: RowSettings, backend: str
 ) -> tuple[Tensor, Tensor]:
     """row_loss (B, 2) and row_stats (B, 2, 8) by a library op, for all that traces."""
     temperature, weight, kind, soft_scale = settings

@@ -10,6 +10,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from kdfast.kernels.backends import RowSettings, RowTensors
+
 Logits = Tensor | tuple[Tensor, Tensor]
 
 DISTANCES = ("kl_div", "mse")
@@ -30,8 +32,11 @@ def check_name(argument: str, given: str, known: tuple[str, ...]) -> None:
 
 def check_settings(
     temperature: float, distillation_loss_weight: float, distillation_loss: str, convention: str
-) -> None:
-    """Raises ValueError for a setting that `fused_kd_loss` does not know."""
+) -> RowSettings:
+    """The settings of `fused_kd_loss` as a backend takes them.
+
+    Raises ValueError for one that it does not know.
+    """
     # A tensor would have to be read, which makes the host wait for the device.
     if not isinstance(temperature, (float, int)):
         _refuse_number("temperature", temperature)
@@ -47,6 +52,9 @@ def check_settings(
         check_name("distillation_loss", distillation_loss, DISTANCES)
     if convention not in CONVENTIONS:
         check_name("convention", convention, CONVENTIONS)
+    kind = DISTANCES.index(distillation_loss)
+    soft_scale = 1.0 if kind == 0 and convention == "haystack" else 0.5
+    return RowSettings(temperature, distillation_loss_weight, kind, soft_scale)
 
 
 def check_tensors(
@@ -56,12 +64,12 @@ def check_tensors(
     end_positions: Tensor,
     mask: Tensor | None,
     distillation_loss_weight: float,
-) -> Tensor:
-    """The student's first tensor, whose shape begins with (B, L), once all of them are checked.
+) -> RowTensors:
+    """The tensors of `fused_kd_loss` as a backend takes them.
 
-    Raises ValueError for a tensor that is not as `fused_kd_loss` says.
+    Raises ValueError for one that is not as `fused_kd_loss` says.
     """
-    first = _check_logits("student", student)
+    first, end = _check_logits("student", student)
     shape = first.shape
     batch, length = shape[0], shape[1]
     if length == 0:
@@ -72,12 +80,13 @@ def check_tensors(
             f"{LONGEST}"
         )
     device = first.device
+    other = other_end = None
     if teacher is not None:
-        other = _check_logits("teacher", teacher)
+        other, other_end = _check_logits("teacher", teacher)
         shape = other.shape
         if shape[0] != batch or shape[1] != length or other.device != device:
             _refuse_teacher(other, first)
-        if other.requires_grad or (other is not teacher and teacher[1].requires_grad):
+        if other.requires_grad or (other_end is not None and other_end.requires_grad):
             raise ValueError(
                 "the teacher's logits require grad, expected logits computed under "
                 "torch.no_grad() or detached"
@@ -87,26 +96,19 @@ def check_tensors(
             f"teacher logits are None with distillation_loss_weight {distillation_loss_weight}, "
             "expected logits, or weight 0 to train on positions alone"
         )
-    _check_beside("start_positions", start_positions, POSITIONS, (batch,), device)
-    _check_beside("end_positions", end_positions, POSITIONS, (batch,), device)
+    _check_other("start_positions", start_positions, POSITIONS, (batch,), device)
+    _check_other("end_positions", end_positions, POSITIONS, (batch,), device)
     if mask is not None:
-        _check_beside("mask", mask, BOOLEAN, (batch, length), device)
-    return first
+        _check_other("mask", mask, BOOLEAN, (batch, length), device)
+    return RowTensors(first, end, other, other_end, start_positions, end_positions, mask)
 
 
-def _check_logits(whose: str, logits: Logits) -> Tensor:
-    """The first tensor of the logits, whose first two dimensions are (B, L)."""
+def _check_logits(whose: str, logits: Logits) -> tuple[Tensor, Tensor | None]:
+    """One (B, L, 2) tensor and None, or the two (B, L) tensors of a pair."""
     if isinstance(logits, Tensor):
-        if (
-            logits.dtype not in FLOATS
-            or logits.layout is not STRIDED
-            or logits.is_nested
-            or logits.is_meta
-            or logits.dim() != 3
-            or logits.shape[2] != 2
-        ):
+        if not _is_dense(logits) or logits.dim() != 3 or logits.shape[2] != 2:
             _refuse_logits(whose, logits)
-        return logits
+        return logits, None
     if (
         not isinstance(logits, (tuple, list))
         or len(logits) != 2
@@ -126,7 +128,7 @@ def _check_logits(whose: str, logits: Logits) -> Tensor:
         or first.device != last.device
     ):
         _refuse_logits(whose, logits)
-    return first
+    return first, last
 
 
 def _is_dense(logits: Tensor) -> bool:
@@ -138,14 +140,14 @@ def _is_dense(logits: Tensor) -> bool:
     )
 
 
-def _check_beside(
+def _check_other(
     argument: str,
     given: Tensor,
     dtypes: frozenset[torch.dtype],
     shape: tuple[int, ...],
     device: torch.device,
 ) -> None:
-    """A tensor that stands beside the student's logits: its dtype, shape, layout and device."""
+    """Raises ValueError unless positions or a mask have this dtype, shape and device."""
     if (
         not isinstance(given, Tensor)
         or given.dtype not in dtypes
@@ -156,7 +158,7 @@ def _check_beside(
         or given.layout is not STRIDED
         or given.device != device
     ):
-        _refuse_beside(argument, given, dtypes, shape, device)
+        _refuse_other(argument, given, dtypes, shape, device)
 
 
 def _refuse_number(argument: str, given: object) -> NoReturn:
@@ -167,9 +169,10 @@ def _refuse_logits(whose: str, logits: object) -> NoReturn:
     """Raises the ValueError of logits that are known to be wrong."""
     form = "expected one (B, L, 2) tensor or a (start, end) pair of (B, L) tensors"
     is_pair = isinstance(logits, (tuple, list))
-    tensors = logits if is_pair else (logits,)
-    if len(tensors) != (2 if is_pair else 1) or not all(isinstance(t, Tensor) for t in tensors):
-        kinds = ", ".join(type(tensor).__name__ for tensor in tensors)
+    given = tuple(logits) if isinstance(logits, (tuple, list)) else (logits,)
+    tensors = [tensor for tensor in given if isinstance(tensor, Tensor)]
+    if len(tensors) != len(given) or len(tensors) != (2 if is_pair else 1):
+        kinds = ", ".join(type(each).__name__ for each in given)
         raise ValueError(f"the {whose}'s logits are {f'({kinds})' if is_pair else kinds}, {form}")
     for tensor in tensors:
         if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
@@ -203,16 +206,17 @@ def _refuse_teacher(teacher: Tensor, student: Tensor) -> NoReturn:
     )
 
 
-def _refuse_beside(
+def _refuse_other(
     argument: str,
     given: object,
     dtypes: frozenset[torch.dtype],
     shape: tuple[int, ...],
     device: torch.device,
 ) -> NoReturn:
-    is_tensor = isinstance(given, Tensor)
-    if not is_tensor or given.dtype not in dtypes or given.shape != shape:
-        what = f"{given.dtype} of shape {tuple(given.shape)}" if is_tensor else type(given).__name__
+    if not isinstance(given, Tensor) or given.dtype not in dtypes or given.shape != shape:
+        what = type(given).__name__
+        if isinstance(given, Tensor):
+            what = f"{given.dtype} of shape {tuple(given.shape)}"
         names = " or ".join(sorted(map(str, dtypes), reverse=True))
         raise ValueError(f"{argument} is {what}, expected {names} of shape {shape}")
     if given.layout != torch.strided:

@@ -5,16 +5,15 @@ and any number of threads, and give the same bits whatever the number.
 """
 
 import importlib
-from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from kdfast.kernels.backends import RowSettings, RowTensors
+
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
-Tensors = Sequence[Tensor | None]  # as kdfast.kernels.backends lists them
-Settings = tuple[float, float, int, float]
 STATS = 8  # numbers of row_stats for each row
 REMEDY = "install a C++ compiler, such as g++, then kdfast again by pip install"
 ISAS = ("best", "portable", "avx2", "avx512")  # as numbered in csrc/kd_rows.h
@@ -27,9 +26,9 @@ def why_not(tensor: Tensor) -> str | None:
 
 @cache
 def _why_not(device: torch.device) -> str | None:
-    module, fault = _loaded()
-    if module is None:
-        return fault
+    module = _loaded()
+    if isinstance(module, str):
+        return module
     if device.type == "cpu":
         return None
     if device.type != "cuda" or torch.version.hip is not None:
@@ -40,36 +39,43 @@ def _why_not(device: torch.device) -> str | None:
 
 
 @cache
-def _loaded() -> tuple[ModuleType | None, str | None]:
+def _loaded() -> ModuleType | str:
+    """kdfast._C, or why there is none."""
     try:
-        return importlib.import_module("kdfast._C"), None
+        return importlib.import_module("kdfast._C")
     except ModuleNotFoundError:  # pip says success where no C++ compiler could build it
         fault = "was not built as kdfast was installed"
     except ImportError as error:
         fault = f"does not load ({error})"
-    return None, f"the extension kdfast._C {fault}: {REMEDY}"
+    return f"the extension kdfast._C {fault}: {REMEDY}"
+
+
+@cache
+def _module() -> ModuleType:
+    """kdfast._C, where `why_not` says that it is usable."""
+    return importlib.import_module("kdfast._C")
 
 
 def has_isa(isa: str) -> bool:
     """Whether this processor can run the CPU rows of `isa`, one of ISAS."""
-    return isa == "best" or _loaded()[0].has_isa(ISAS.index(isa))
+    return isa == "best" or _module().has_isa(ISAS.index(isa))
 
 
 def built_architectures() -> str | None:
     """The CUDA architectures built in ("75,80+PTX", say); None for a build without CUDA."""
-    module = _loaded()[0]
+    module = _module()
     return module.built_architectures() if hasattr(module, "built_architectures") else None
 
 
 def forward(
-    tensors: Tensors,
-    settings: Settings,
+    tensors: RowTensors,
+    settings: RowSettings,
     divisor: int | None = None,
     *,
     threads: int | None = None,
     isa: str = "best",
 ) -> tuple[Tensor, Tensor]:
-    """row_loss (B, 2) or the loss, and row_stats (B, 2, 8), as `kdfast.kernels.backends` says.
+    """row_loss (B, 2) or the loss, and row_stats (B, 2, 8); see `Backend`.
 
     threads: torch's number if None. isa: one of ISAS, for tests. Both matter on a CPU only.
     """
@@ -80,7 +86,7 @@ def forward(
     # The CPU's rows are added up where they are computed; on a GPU another launch does it.
     is_sum_here = divisor is not None and student.is_cpu
     loss = student.new_empty(() if is_sum_here else rows, dtype=dtype)
-    _loaded()[0].forward(
+    _module().forward(
         *_inputs(*tensors),
         *settings,
         0 if is_sum_here else loss.data_ptr(),
@@ -94,20 +100,20 @@ def forward(
 
 def backward(
     grad_row_loss: Tensor,
-    tensors: Tensors,
+    tensors: RowTensors,
     row_stats: Tensor,
-    settings: Settings,
+    settings: RowSettings,
     divisor: int | None = None,
     *,
     threads: int | None = None,
     isa: str = "best",
 ) -> tuple[Tensor, Tensor | None]:
-    """The student's gradient, contiguous, and that of student_end, as backends.py says.
+    """The student's gradient, contiguous, and that of student_end; see `Backend`.
 
     grad_row_loss: (B, 2) of row_loss's dtype, any strides, or with a divisor the gradient of the
     loss. row_stats: as forward gave it.
     """
-    student = tensors[0]
+    student, student_end, *_ = tensors
     strides = grad_row_loss.stride()
     if divisor is not None:
         strides = (0, 0)
@@ -115,8 +121,8 @@ def backward(
             grad_row_loss, divisor = grad_row_loss / divisor, None
     # empty_like is the fastest way to an empty tensor.
     grad = torch.empty_like(student, memory_format=torch.contiguous_format)
-    grad_end = None if tensors[1] is None else torch.empty_like(grad)
-    _loaded()[0].backward(
+    grad_end = None if student_end is None else torch.empty_like(grad)
+    _module().backward(
         *_inputs(*tensors),
         *settings,
         row_stats.data_ptr(),

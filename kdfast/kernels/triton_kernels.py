@@ -1,4 +1,4 @@
-"""The two kernels of `triton_rows`, kept apart because their decorator needs Triton at import."""
+"""The two kernels that `triton_launch` starts. Importing this file needs Triton."""
 
 import triton
 import triton.language as tl
@@ -49,9 +49,9 @@ def rows_forward(
     mask,
     mask_stride_b,
     mask_stride_l,
-    start_positions,
+    start,
     start_stride,
-    end_positions,
+    end,
     end_stride,
     row_loss,
     row_stats,
@@ -86,51 +86,33 @@ def rows_forward(
     )
     inverse_t = _number(inverse_temperature, inverse_temperature_low, ACC)
 
-    student_row = row_of(student, student_stride_b, student_stride_h, b, first_head)
-    teacher_row = row_of(teacher, teacher_stride_b, teacher_stride_h, b, first_head)
+    s_row = row_of(student, student_stride_b, student_stride_h, b, first_head)
+    c_row = row_of(teacher, teacher_stride_b, teacher_stride_h, b, first_head)
     mask_row = mask + b * mask_stride_b
     target = target_of(
-        start_positions,
-        end_positions,
-        start_stride,
-        end_stride,
-        mask_row,
-        mask_stride_l,
-        b,
-        head,
-        length,
-        MASK,
+        start, end, start_stride, end_stride, mask_row, mask_stride_l, b, head, length, MASK
     )
-    at_target = student_row + target.to(tl.int64) * student_stride_l + tl.arange(0, HEADS)
+    at_target = s_row + target.to(tl.int64) * student_stride_l + tl.arange(0, HEADS)
     s_target = tl.load(at_target, mask=target >= 0, other=0.0).to(ACC)
 
-    student_fits = frame_fits(b, last_b, student_stride_b, shift, width, UNIT)
-    teacher_fits = frame_fits(b, last_b, teacher_stride_b, shift, width, UNIT)
+    s_fits = frame_fits(b, last_b, student_stride_b, shift, width, UNIT)
+    c_fits = frame_fits(b, last_b, teacher_stride_b, shift, width, UNIT)
 
     zero = tl.zeros((HEADS,), ACC)
     m_s, z_s, z_st = zero + MINUS_INFINITY, zero, zero
     m_t, z_t = zero + MINUS_INFINITY, zero
     distance = zero  # of the soft part: see each kind below
     count = 0
-    end = shift + width
+    stop = shift + width
     if IS_SINGLE:
-        end = 1  # a loop of one known pass is none
-    for first in range(0, end, N):
+        stop = 1  # a loop of one known pass is none
+    for first in range(0, stop, N):
         position = first // HEADS - shift // HEADS + tl.arange(0, BLOCK)
         part = participating(mask_row, mask_stride_l, position, length, MASK)
         if MASK != NONE:
             count += tl.sum(part.to(tl.int32), 0)
         s = load_block(
-            student_row,
-            student_stride_l,
-            student_fits,
-            first,
-            shift,
-            width,
-            N,
-            STUDENT,
-            UNIT,
-            RAGGED,
+            s_row, student_stride_l, s_fits, first, shift, width, N, STUDENT, UNIT, RAGGED
         )
         s = tl.where(part[:, None], tl.reshape(s, (BLOCK, HEADS)).to(ACC), MINUS_INFINITY)
         s_top = tl.maximum(m_s, tl.max(s, 0))
@@ -139,16 +121,7 @@ def rows_forward(
         z_s = z_s * tl.exp(m_s - s_base) + tl.sum(tl.exp(x), 0)
         if HAS_TEACHER:
             c = load_block(
-                teacher_row,
-                teacher_stride_l,
-                teacher_fits,
-                first,
-                shift,
-                width,
-                N,
-                TEACHER,
-                UNIT,
-                RAGGED,
+                c_row, teacher_stride_l, c_fits, first, shift, width, N, TEACHER, UNIT, RAGGED
             )
             c = tl.where(part[:, None], tl.reshape(c, (BLOCK, HEADS)).to(ACC), MINUS_INFINITY)
             if KIND == 0:
@@ -233,9 +206,9 @@ def rows_backward(
     mask,
     mask_stride_b,
     mask_stride_l,
-    start_positions,
+    start,
     start_stride,
-    end_positions,
+    end,
     end_stride,
     grad_row_loss,
     grad_row_loss_stride_b,
@@ -275,35 +248,15 @@ def rows_backward(
     position = first // HEADS - shift // HEADS + tl.arange(0, BLOCK)
     mask_row = mask + b * mask_stride_b
     part = participating(mask_row, mask_stride_l, position, length, MASK)
-    student_row = row_of(student, student_stride_b, student_stride_h, b, first_head)
-    student_fits = frame_fits(b, last_b, student_stride_b, shift, width, UNIT)
-    s = load_block(
-        student_row,
-        student_stride_l,
-        student_fits,
-        first,
-        shift,
-        width,
-        N,
-        STUDENT,
-        UNIT,
-        RAGGED,
-    )
+    s_row = row_of(student, student_stride_b, student_stride_h, b, first_head)
+    s_fits = frame_fits(b, last_b, student_stride_b, shift, width, UNIT)
+    s = load_block(s_row, student_stride_l, s_fits, first, shift, width, N, STUDENT, UNIT, RAGGED)
     s = tl.where(part[:, None], tl.reshape(s, (BLOCK, HEADS)).to(ACC), MINUS_INFINITY)
     if HAS_SOFT:
-        teacher_row = row_of(teacher, teacher_stride_b, teacher_stride_h, b, first_head)
-        teacher_fits = frame_fits(b, last_b, teacher_stride_b, shift, width, UNIT)
+        c_row = row_of(teacher, teacher_stride_b, teacher_stride_h, b, first_head)
+        c_fits = frame_fits(b, last_b, teacher_stride_b, shift, width, UNIT)
         c = load_block(
-            teacher_row,
-            teacher_stride_l,
-            teacher_fits,
-            first,
-            shift,
-            width,
-            N,
-            TEACHER,
-            UNIT,
-            RAGGED,
+            c_row, teacher_stride_l, c_fits, first, shift, width, N, TEACHER, UNIT, RAGGED
         )
         c = tl.where(part[:, None], tl.reshape(c, (BLOCK, HEADS)).to(ACC), MINUS_INFINITY)
 
@@ -327,16 +280,7 @@ def rows_backward(
             slope += tl.where(c == MINUS_INFINITY, 0.0, (s - c) * by_n[None, :])
     if HAS_HARD:
         target = target_of(
-            start_positions,
-            end_positions,
-            start_stride,
-            end_stride,
-            mask_row,
-            mask_stride_l,
-            b,
-            head,
-            length,
-            MASK,
+            start, end, start_stride, end_stride, mask_row, mask_stride_l, b, head, length, MASK
         )
         by_hard = _number(hard_slope, hard_slope_low, ACC)
         by_hard = tl.where(target >= 0, by_hard, 0.0)

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForQuestionAnswering
+from transformers import AutoModelForQuestionAnswering, PreTrainedTokenizerBase
 
 from kdfast import train
 from kdfast.demo import TEACHER, WINDOW
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def save_half(source: Path, target: Path, tokenizer) -> None:
+def save_half(source: Path, target: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write the model of `source` to `target` in fp16."""
     model = AutoModelForQuestionAnswering.from_pretrained(source, dtype=torch.float32)
     model.half().save_pretrained(target)

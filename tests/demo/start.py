@@ -12,6 +12,7 @@ import math
 
 import torch
 from transformers import BertConfig, BertForQuestionAnswering
+from transformers.models.bert.modeling_bert import BertEmbeddings, BertSelfAttention
 
 WIDTH, LAYERS, HEADS = 128, 4, 4
 FREQUENCIES = 16  # of the positions' sine waves, which fill the first 32 dimensions
@@ -56,7 +57,7 @@ def _frequencies() -> torch.Tensor:
     return 2.5 * ((torch.arange(FREQUENCIES) + 0.5) / FREQUENCIES) ** 1.5
 
 
-def _set_embeddings(embeddings) -> None:
+def _set_embeddings(embeddings: BertEmbeddings) -> None:
     """Positions, segments and words in dimensions of their own, of like size."""
     position = embeddings.position_embeddings.weight
     angle = torch.arange(len(position))[:, None] * _frequencies()
@@ -69,7 +70,7 @@ def _set_embeddings(embeddings) -> None:
     embeddings.word_embeddings.weight[:, : SEGMENT + 1] = 0
 
 
-def _match_words(attention, draw: torch.Generator) -> None:
+def _match_words(attention: BertSelfAttention, draw: torch.Generator) -> None:
     """Head 0 looks for its own word: a score of about 8, and 3 more in the other segment."""
     size = attention.attention_head_size
     words = WIDTH - SEGMENT - 1
@@ -82,7 +83,9 @@ def _match_words(attention, draw: torch.Generator) -> None:
     attention.key.weight[size - 1, SEGMENT] = -2.06
 
 
-def _look_aside(attention, head: int, steps: int, sharpness: float, used: int) -> None:
+def _look_aside(
+    attention: BertSelfAttention, head: int, steps: int, sharpness: float, used: int
+) -> None:
     """Head `head` looks `steps` tokens aside: its query is its own position, turned by as much."""
     size = attention.attention_head_size
     rows = slice(head * size, (head + 1) * size)

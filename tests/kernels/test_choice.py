@@ -17,8 +17,8 @@ def module(why_not):
 def choose_among(monkeypatch, native, triton, device, backend=None):
     """What is chosen where native and triton have these answers, and what is warned of."""
     modules = {"native": module(native), "triton": module(triton)}
-    monkeypatch.setattr(backends, "_imported", lambda name: (modules[name], None))
-    backends._say_once.cache_clear()
+    monkeypatch.setattr(backends, "_imported", lambda name: modules[name])
+    backends._warn_once.cache_clear()
     return backends.choose(SimpleNamespace(device=torch.device(device)), backend)
 
 

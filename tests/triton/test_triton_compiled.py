@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdfast.kernels import triton_launch
+from kdfast.kernels import triton_launch, triton_layout
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
@@ -106,7 +106,7 @@ def resources(binary, folder):
 def ceiling(card, dtype, length):
     if dtype == torch.float64:
         return 128
-    return 96 if card == 70 and length > triton_launch.LARGEST_BLOCK // 2 else 64
+    return 96 if card == 70 and length > triton_layout.LARGEST_BLOCK // 2 else 64
 
 
 def check_resources(binary, folder, most):
@@ -176,7 +176,7 @@ def test_options_do_not_hang_on_the_version():
 
 def test_the_checks_can_fail(tmp_path):
     launch = launches("interleaved", 384, torch.float32)["forward"]
-    launch.constants["STUDENT"] = triton_launch.DENSE
+    launch.constants["STUDENT"] = triton_layout.DENSE
     assert wide(compiled(launch, 70), "ld") == expected(launch, 4)
     launch = launches("interleaved", 384, torch.float32)["backward"]
     assert resources(compiled(launch, 70, maxnreg=16), tmp_path)[1] > 0
