@@ -1,6 +1,6 @@
 """The loss against what it replaces: the formula in eager PyTorch, and the same compiled.
 
-Every cell is gated first: loss and gradient of each contender agree with the reference in fp64.
+Every cell is gated first: loss and gradient of each candidate agree with the reference in fp64.
 The limit is a copy that moves the same bytes: forward reads student and teacher, backward reads
 both and writes the gradient, and a copy of n bytes moves 2n.
 """
@@ -17,7 +17,7 @@ from kdfast import fused_kd_loss
 from kdfast.kernels import backends
 
 from . import kd_loss_report
-from .rounds import clock, machine, run_rounds
+from .interleaved import clock, machine, time_interleaved
 
 SHAPES = [(batch, length) for length in (384, 512, 4096) for batch in (8, 80, 1024)]
 DTYPES = [torch.float32, torch.float16]
@@ -30,7 +30,7 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 def usable(device: str) -> list[str]:
-    """Backends to time there. (Triton's interpreter, on a CPU, is no contender.)"""
+    """Backends to time there. (Triton's interpreter, on a CPU, is no candidate.)"""
     names = ("native",) if device == "cpu" else ("native", "triton")
     return [name for name in names if backends.why_not(name, torch.empty(0, device=device)) is None]
 
@@ -112,7 +112,7 @@ class Empty(torch.autograd.Function):
 
 @dataclass
 class Cell:
-    """The inputs of one group of contenders."""
+    """The inputs of one group of candidates."""
 
     device: str
     shape: tuple[int, int]
@@ -188,39 +188,39 @@ class Cell:
 
 
 def with_gradient(device: str, function: Callable, leaves: list[Tensor], arguments: tuple):
-    """A contender of two steps: forward, and backward."""
+    """A candidate of two steps: forward, and backward."""
 
-    def contender():
+    def candidate():
         started = clock(device)
         loss = function(*arguments)
         between = clock(device)
         torch.autograd.grad(loss, leaves)
         return between - started, clock(device) - between
 
-    return contender
+    return candidate
 
 
 def rows_alone(cell: Cell, name: str, form: str):
     """The backend without autograd: what the kernels and their launch cost."""
-    _, (student, teacher, *beside) = cell.inputs(form)
+    _, (student, teacher, *others) = cell.inputs(form)
     heads = [
         (logits, None) if isinstance(logits, Tensor) else logits for logits in (student, teacher)
     ]
-    tensors = (*heads[0], *heads[1], *beside, None)
+    tensors = (*heads[0], *heads[1], *others, None)
     settings = (TEMPERATURE, WEIGHT, 0, 1.0)
     module = backends.load(name)
     batch = cell.shape[0]
     gradient = torch.full((), 1 / batch, device=cell.device).expand(batch, 2)
 
     @torch.no_grad()
-    def contender():
+    def candidate():
         started = clock(cell.device)
         _, row_stats = module.forward(tensors, settings)
         between = clock(cell.device)
         module.backward(gradient, tensors, row_stats, settings)
         return between - started, clock(cell.device) - between
 
-    return contender
+    return candidate
 
 
 def copies(cell: Cell):
@@ -230,17 +230,17 @@ def copies(cell: Cell):
     target = torch.zeros_like(source)
     halves = [(target[: n * elements // 2], source[: n * elements // 2]) for n in (2, 3)]
 
-    def contender():
+    def candidate():
         moments = [clock(cell.device)]
         for to, of in halves:
             to.copy_(of)
             moments.append(clock(cell.device))
         return moments[1] - moments[0], moments[2] - moments[1]
 
-    return contender
+    return candidate
 
 
-def contenders(cell: Cell, functions: dict) -> dict[str, Callable]:
+def candidates(cell: Cell, functions: dict) -> dict[str, Callable]:
     group = {}
     for name, (form, function) in functions.items():
         group[name] = with_gradient(cell.device, function, *cell.inputs(form))
@@ -283,13 +283,13 @@ def two_threads(cell: Cell, name: str) -> dict[str, Callable]:
     alone = rows_alone(cell, name, "interleaved")
 
     def on(threads):
-        def contender():
+        def candidate():
             torch.set_num_threads(threads)
             moments = alone()
             torch.set_num_threads(1)
             return moments
 
-        return contender
+        return candidate
 
     return {"1": on(1), "2": on(2)}
 
@@ -337,14 +337,14 @@ def test_kd_loss(device, capsys):
             cell = Cell(device, shape, dtype)
             functions = cell.losses(with_compiled=True)
             cell.gate(functions)
-            taken = run_rounds(contenders(cell, functions))
+            taken = time_interleaved(candidates(cell, functions))
             times += kd_loss_report.rows_of(cell, taken)
             if shape == (80, 384):
                 for name, (form, function) in functions.items():
                     extra = extra_memory(cell, function, form)
-                    memory.append({"contender": name, "dtype": str(dtype)[6:], "bytes": extra})
+                    memory.append({"candidate": name, "dtype": str(dtype)[6:], "bytes": extra})
             if device == "cpu" and dtype == torch.float32 and shape[0] >= 80:
-                taken = run_rounds(two_threads(cell, "native"), seconds=3.0)
+                taken = time_interleaved(two_threads(cell, "native"), seconds=3.0)
                 threads.append(kd_loss_report.scaling_of(cell, taken))
     report = {"machine": found, "times": times, "memory": memory, "threads": threads}
     written = kd_loss_report.write(report, device)

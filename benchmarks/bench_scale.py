@@ -16,8 +16,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BertConfig, BertForQuestionAnswering
 
-from .rounds import machine
-from .watched_run import Phase, watched_run
+from .interleaved import machine
+from .measured_run import Phase, measure_run
 
 SMALL, SIZES = 1_000, (100_000, 1_000_000)
 STEPS, BATCH = 100, 32
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read 
 @dataclass
 class Figures:
     """windows: of the set. tokens: real ones. stored: bytes of the caches. phases: those of
-    watched_run; "again" is a whole run of one step over caches that are there, from the start of
+    measure_run; "again" is a whole run of one step over caches that are there, from the start of
     the program to its end."""
 
     windows: int
@@ -95,10 +95,10 @@ def measure(folder: Path, windows: int, steps: int, *, start_again: bool) -> Fig
     arguments += ["--teacher", write_reader(folder / "teacher", 1)]
     arguments += ["--student", write_reader(folder / "student", 2)]
     arguments += ["--train_batch_size", str(BATCH)]
-    phases = watched_run([*arguments, "--max_steps", str(steps)], cache, LIMIT)
+    phases = measure_run([*arguments, "--max_steps", str(steps)], cache, LIMIT)
     files = {path: path.stat() for path in cache.rglob("*") if path.is_file()}
     if start_again:
-        phases["again"] = watched_run([*arguments, "--max_steps", "1"], cache, LIMIT)["train"]
+        phases["again"] = measure_run([*arguments, "--max_steps", "1"], cache, LIMIT)["train"]
         assert all(path.stat().st_mtime_ns == stat.st_mtime_ns for path, stat in files.items())
     logits = next(path for path in files if path.name == "logits.npy")
     stored = sum(stat.st_size for stat in files.values())

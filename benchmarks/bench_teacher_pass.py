@@ -25,8 +25,8 @@ from kdfast.teachers.teacher_pass import TeacherPass, fill_cache
 from kdfast.training.work import matmul_rate
 
 from .bert_reader import FORMULA, bert_reader, forward_operations
+from .interleaved import machine
 from .reading_corpus import corpus, made_up_corpus
-from .rounds import machine
 
 CPU = torch.device("cpu")
 HERE = Path(__file__).parent

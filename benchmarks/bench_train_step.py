@@ -19,11 +19,11 @@ from kdfast.training.work import count_work, matmul_rate
 
 from . import train_step_report
 from .bert_reader import bert_reader, forward_operations
+from .hf_trainer import BY_LENGTH, RANDOM, HuggingFace
+from .interleaved import machine
 from .peak_memory import peak_memory
 from .reading_corpus import corpus, made_up_corpus
-from .rounds import machine
 from .train_contenders import CPU, WIDTH, Kdfast, Padded, Problem, collate
-from .trainer_contender import BY_LENGTH, RANDOM, HuggingFace
 
 BATCHES = (32, 80)
 PRECISIONS = ("no", "bf16")
@@ -38,7 +38,7 @@ ROUNDS = {32: 3, 80: 2}
 
 @dataclass(frozen=True)
 class Cell:
-    """One group of contenders."""
+    """One group of candidates."""
 
     precision: str
     batch: int
@@ -59,7 +59,7 @@ def draws(windows, batch: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).choice(np.flatnonzero(windows.trainable), batch, False)
 
 
-def contenders(cell: Cell, problem: Problem, folder: Path) -> dict:
+def candidates(cell: Cell, problem: Problem, folder: Path) -> dict:
     group = {
         "padded to 384": Padded(problem, WIDTH),
         "padded to the longest": Padded(problem, None),
@@ -92,21 +92,21 @@ def live_teacher(problem: Problem):
     return run
 
 
-def gradients(contender, indices: np.ndarray) -> torch.Tensor:
+def gradients(candidate, indices: np.ndarray) -> torch.Tensor:
     """The gradient of one step at all weights, flat, as the optimizer finds it."""
     found = []
 
     def keep(*_):
-        found.append(torch.cat([each.grad.flatten() for each in contender.model.parameters()]))
+        found.append(torch.cat([each.grad.flatten() for each in candidate.model.parameters()]))
 
-    handle = contender.optimizer.register_step_pre_hook(keep)
-    contender(indices)
+    handle = candidate.optimizer.register_step_pre_hook(keep)
+    candidate(indices)
     handle.remove()
     return found[0].double()
 
 
 def gate(group: dict, indices: np.ndarray, limit: float) -> None:
-    """Every contender's first gradient against the one padded to 384, relative to its norm."""
+    """Every candidate's first gradient against the one padded to 384, relative to its norm."""
     first, *others = group
     expected = gradients(group[first], indices)
     for name in others:
@@ -115,28 +115,28 @@ def gate(group: dict, indices: np.ndarray, limit: float) -> None:
 
 
 def run_cell(cell: Cell, windows, folder: Path) -> list[dict]:
-    """All contenders of a cell in turns, between them the matrix products; a row for each."""
+    """All candidates of a cell in turns, between them the matrix products; a row for each."""
     student = bert_reader(LAYERS, attention_dropout=cell.attention_dropout)
     logits = made_up_logits(windows)
     problem = Problem(student, windows, logits, cell.precision, WINDOWS_AT_ONCE[cell.batch])
-    group = contenders(cell, problem, folder)
+    group = candidates(cell, problem, folder)
     memory = {}
-    for name, contender in group.items():  # a turn that is not timed
+    for name, candidate in group.items():  # a turn that is not timed
         if cell.batch == 32:
-            memory[name] = peak_memory(partial(contender, draws(windows, cell.batch, seed=0)))
+            memory[name] = peak_memory(partial(candidate, draws(windows, cell.batch, seed=0)))
         else:
-            contender(draws(windows, problem.windows_at_once, seed=0))
+            candidate(draws(windows, problem.windows_at_once, seed=0))
     rounds = ROUNDS[cell.batch]
-    # Two a round, so that their lengths together are about those of the other contenders' windows.
+    # Two a round, so that their lengths together are about those of the other candidates' windows.
     grouped = group[GROUPED].batches_by_length(2 * rounds)
     turns = {name: [] for name in group}
     peaks = []
     for number in range(rounds):
         drawn = draws(windows, cell.batch, seed=number + 1)
-        for name, contender in group.items():
+        for name, candidate in group.items():
             peaks.append(matmul_rate(CPU, AUTOCAST[cell.precision] or torch.float32))
             steps = grouped[number::rounds] if name == GROUPED else [drawn]
-            turns[name] += [contender(indices) for indices in steps]
+            turns[name] += [candidate(indices) for indices in steps]
     peak = statistics.median(peaks)
     return [
         train_step_report.row(cell, name, turns[name], windows, student.config, peak)
@@ -147,13 +147,13 @@ def run_cell(cell: Cell, windows, folder: Path) -> list[dict]:
 
 @pytest.fixture
 def small(tmp_path):
-    """A group of contenders on a small student and made-up windows, dropout off."""
+    """A group of candidates on a small student and made-up windows, dropout off."""
     windows = made_up_corpus(400).windows()
 
     def make(dtype=torch.float32, windows_at_once=4):
         student = bert_reader(2, 64, 4, 2000, **NO_DROPOUT).to(dtype)
         problem = Problem(student, windows, made_up_logits(windows), "no", windows_at_once, 1e9)
-        return windows, problem, contenders(Cell("no", 8, 0.0), problem, tmp_path)
+        return windows, problem, candidates(Cell("no", 8, 0.0), problem, tmp_path)
 
     return make
 
@@ -196,7 +196,7 @@ def test_train_step(two_threads, tmp_path, capsys):
     windows = questions.windows()
     student = bert_reader(LAYERS, **NO_DROPOUT)
     problem = Problem(student, windows, made_up_logits(windows), "no", 8, 1e9)
-    gate(contenders(Cell("no", 8, 0.0), problem, tmp_path), draws(windows, 8, seed=0), 1e-5)
+    gate(candidates(Cell("no", 8, 0.0), problem, tmp_path), draws(windows, 8, seed=0), 1e-5)
     rows = []
     for dropout in ATTENTION_DROPOUTS:
         for precision in PRECISIONS:

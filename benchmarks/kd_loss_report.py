@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from . import pictures
-from .rounds import percentiles
+from .interleaved import percentiles
 
 HERE = Path(__file__).parent
 FORMS = {  # baselines of an input in this form: the fastest counts
@@ -14,7 +14,7 @@ FORMS = {  # baselines of an input in this form: the fastest counts
 
 
 def rows_of(cell, taken: dict[str, list]) -> list[dict]:
-    """One row for each contender and step, in microseconds."""
+    """One row for each candidate and step, in microseconds."""
     rows = []
     for name, moments in taken.items():
         steps = {
@@ -24,7 +24,7 @@ def rows_of(cell, taken: dict[str, list]) -> list[dict]:
         }
         rows += [
             {
-                "contender": name,
+                "candidate": name,
                 "step": step,
                 "shape": list(cell.shape),
                 "dtype": str(cell.dtype)[6:],
@@ -42,17 +42,17 @@ def scaling_of(cell, taken: dict[str, list]) -> dict:
 
 
 class Times:
-    """Medians by contender, for one shape, dtype and step."""
+    """Medians by candidate, for one shape, dtype and step."""
 
     def __init__(self, times: list[dict], shape, dtype: str, step: str):
         self.rows = {
-            row["contender"]: row
+            row["candidate"]: row
             for row in times
             if (row["shape"], row["dtype"], row["step"]) == (list(shape), dtype, step)
         }
 
-    def median(self, contender: str) -> float:
-        return self.rows[contender]["p50"]
+    def median(self, candidate: str) -> float:
+        return self.rows[candidate]["p50"]
 
     def baseline(self, kind: str, form: str) -> float:
         """The fastest of eager's, or of torch.compile's, roads from an input of this form."""
@@ -97,12 +97,12 @@ def text(report: dict) -> list[str]:
             alone = times.median(f"{name} interleaved rows alone")
             lines.append(
                 f"{_size(shape):>11} {dtype:<8} {name}: {whole:.0f} us, of which "
-                f"{whole - alone:.0f} ({100 * (1 - alone / whole):.0f} %) beside the rows; "
+                f"{whole - alone:.0f} ({100 * (1 - alone / whole):.0f} %) outside the rows; "
                 f"an empty autograd.Function takes {empty:.0f} us"
             )
     lines += ["", "Peak memory beyond inputs and gradient, 80 x 384:"]
     lines += [
-        f"  {row['contender']:<24}{row['dtype']:<8}{row['bytes'] / 1024:>9.1f} KiB"
+        f"  {row['candidate']:<24}{row['dtype']:<8}{row['bytes'] / 1024:>9.1f} KiB"
         for row in report["memory"]
     ]
     if report["threads"]:
@@ -134,7 +134,7 @@ def _line(times: Times, shape, dtype: str, form: str, step: str, name: str) -> s
 
 
 def write(report: dict, device: str) -> list[str]:
-    """Write kd_loss_<device>.json and .png beside this file; says what was written."""
+    """Write kd_loss_<device>.json and .png next to this file; says what was written."""
     path = HERE / f"kd_loss_{device}.json"
     rows = {
         name: "[\n" + ",\n".join(f"  {json.dumps(row)}" for row in report[name]) + "\n ]"

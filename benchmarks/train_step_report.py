@@ -14,7 +14,7 @@ PART_COLOURS = ("#d08c3c", "#1f5f8b", "#8a4f10", "#9db4c8", "#6b8e5a", "#555555"
 
 
 def row(cell, name: str, turns: list, windows, config, peak: float) -> dict:
-    """One contender in one cell, over all its turns. peak: operations per second."""
+    """One candidate in one cell, over all its turns. peak: operations per second."""
     seconds = sum(turn.seconds for turn in turns)
     lengths = [windows.lengths[turn.indices] for turn in turns]
     tokens = sum(int(each.sum()) for each in lengths)
@@ -24,7 +24,7 @@ def row(cell, name: str, turns: list, windows, config, peak: float) -> dict:
         "precision": NAMES[cell.precision],
         "batch": cell.batch,
         "attention_dropout": cell.attention_dropout,
-        "contender": name,
+        "candidate": name,
         "windows_per_second": round(sum(len(each) for each in lengths) / seconds, 3),
         "tokens_per_second": round(tokens / seconds, 1),
         "padding": round(1 - tokens / sum(turn.padded_tokens for turn in turns), 4),
@@ -44,8 +44,8 @@ def cells(report: dict) -> list[list[dict]]:
     return list(found.values())
 
 
-def named(cell: list[dict], contender: str) -> dict:
-    return next(each for each in cell if each["contender"] == contender)
+def named(cell: list[dict], candidate: str) -> dict:
+    return next(each for each in cell if each["candidate"] == candidate)
 
 
 def text(report: dict) -> list[str]:
@@ -54,12 +54,12 @@ def text(report: dict) -> list[str]:
     lines += [
         f"windows: {report['windows']}",
         "",
-        "x: times that kdfast's real tokens per second are the contender's. peak: share of the",
+        "x: times that kdfast's real tokens per second are the candidate's. peak: share of the",
         "matrix-multiply rate of the same type and threads, measured between the turns. memory:",
         "resident at the peak of a step, beyond what was resident before it.",
         *FORMULA,
         "",
-        f"{'type':<6}{'batch':>5}{'attention':>10}  {'contender':<24}{'windows/s':>10}"
+        f"{'type':<6}{'batch':>5}{'attention':>10}  {'candidate':<24}{'windows/s':>10}"
         f"{'tokens/s':>10}{'padding':>9}{'peak':>7}{'memory':>9}{'x':>7}",
     ]
     for cell in cells(report):
@@ -68,7 +68,7 @@ def text(report: dict) -> list[str]:
             memory = each["peak_memory"]
             lines.append(
                 f"{each['precision']:<6}{each['batch']:>5}{each['attention_dropout']:>10}"
-                f"  {each['contender']:<24}{each['windows_per_second']:>10.2f}"
+                f"  {each['candidate']:<24}{each['windows_per_second']:>10.2f}"
                 f"{each['tokens_per_second']:>10.0f}{100 * each['padding']:>8.1f}%"
                 f"{100 * each['share_of_peak']:>6.1f}%"
                 f"{f'{memory / 2**30:.2f} GB' if memory else '':>9}"
@@ -92,7 +92,7 @@ def _label(each: dict) -> str:
 
 
 def write(report: dict) -> list[str]:
-    """Write train_step_cpu.json and .png beside this file; says what was written."""
+    """Write train_step_cpu.json and .png next to this file; says what was written."""
     path = HERE / "train_step_cpu.json"
     rows = ",\n".join(f"  {json.dumps(each)}" for each in report["rows"])
     parts = [f' "{name}": {json.dumps(report[name], indent=1)}' for name in ("machine", "windows")]
@@ -101,14 +101,14 @@ def write(report: dict) -> list[str]:
 
 
 def draw(report: dict, path: Path) -> None:
-    """Speed-up of kdfast over each contender, and the parts of its step."""
+    """Speed-up of kdfast over each candidate, and the parts of its step."""
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(
         1, 2, figsize=(12, 4.6), dpi=150, width_ratios=[1.5, 1], layout="constrained"
     )
     usual = [cell for cell in cells(report) if cell[0]["attention_dropout"] > 0]
-    others = [each["contender"] for each in usual[-1] if not each["contender"].startswith("kdfast")]
+    others = [each["candidate"] for each in usual[-1] if not each["candidate"].startswith("kdfast")]
     width = 0.8 / len(others)
     for number, (name, colour) in enumerate(zip(others, COLOURS, strict=True)):
         values = [

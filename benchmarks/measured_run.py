@@ -1,4 +1,4 @@
-"""A run of kdfast.train as its user starts it, watched from outside: seconds and memory by phase.
+"""A run of kdfast.train as its user starts it: seconds and memory by phase, from the outside.
 
 Nothing here knows how the program works: a phase ends when the folder that it makes is there.
 """
@@ -27,7 +27,7 @@ class Phase:
     processes: int = 0
 
 
-def watched_run(arguments: list[str], cache: Path, limit: int) -> dict[str, Phase]:
+def measure_run(arguments: list[str], cache: Path, limit: int) -> dict[str, Phase]:
     """Run `python -m kdfast.train` with `arguments` and --cache_dir `cache`.
 
     limit: bytes, RLIMIT_DATA of each of its processes: what they can allocate, touched or not,

@@ -1,7 +1,7 @@
-"""Timing side by side: in every round each contender has its turn, so that all see one machine.
+"""Interleaved timing: every round has one sample of each candidate, so that all see one machine.
 
-A turn is a call that is not timed, which brings the contender's data back into the cache, and
-then a few that are; the turn counts with its median. Nothing here knows what is timed.
+A sample begins with a call that is not timed, which brings the candidate's data back into the
+cache; it is the median of a few calls that are. Nothing here knows what is timed.
 """
 
 import gc
@@ -18,18 +18,18 @@ import torch
 
 from kdfast.common.machine import cpu_name
 
-SECONDS = 6.0  # for one group of contenders
+SECONDS = 6.0  # for one group of candidates
 FEWEST, MOST = 5, 100  # rounds
-TURN, MOST_CALLS = 2e-3, 15  # seconds of a turn, and calls
+SAMPLE, MOST_CALLS = 2e-3, 15  # seconds of a sample, and calls
 LONG = 20e-3  # seconds of a call whose data leave the cache anyway
 
-# A contender returns the moments, in seconds, that its steps took.
-Contender = Callable[[], tuple[float, ...]]
+# A candidate returns the moments, in seconds, that its steps took.
+Candidate = Callable[[], tuple[float, ...]]
 
 
 def clock(device: str) -> float:
-    """Seconds now: of this thread's CPU time on a CPU, which leaves out whatever else the machine
-    runs meanwhile; of the wall clock on a GPU, once it has done what it was given.
+    """Seconds now: of this thread's CPU time on a CPU, without what other
+    processes take; of the wall clock on a GPU, after all its work is done.
     """
     if device == "cpu":
         return time.thread_time()
@@ -37,15 +37,15 @@ def clock(device: str) -> float:
     return time.perf_counter()
 
 
-def run_rounds(contenders: dict[str, Contender], seconds: float = SECONDS) -> dict[str, list]:
-    """For each contender a list of tuples of seconds, one for each round."""
+def time_interleaved(candidates: dict[str, Candidate], seconds: float = SECONDS) -> dict[str, list]:
+    """For each candidate a list of tuples of seconds, one for each round."""
     calls = {}
-    for name, contender in contenders.items():
-        once = sum(contender())
+    for name, candidate in candidates.items():
+        once = sum(candidate())
         if once < LONG:
-            once = min(sum(contender()) for _ in range(3))
-        calls[name] = 0 if once >= LONG else max(1, min(MOST_CALLS, round(TURN / once)))
-    taken = {name: [] for name in contenders}
+            once = min(sum(candidate()) for _ in range(3))
+        calls[name] = 0 if once >= LONG else max(1, min(MOST_CALLS, round(SAMPLE / once)))
+    taken = {name: [] for name in candidates}
     started = time.perf_counter()
     gc.collect()
     gc.disable()
@@ -53,10 +53,10 @@ def run_rounds(contenders: dict[str, Contender], seconds: float = SECONDS) -> di
         for done in range(MOST):
             if done >= FEWEST and time.perf_counter() - started > seconds:
                 break
-            for name, contender in contenders.items():
-                turn = [contender()]
-                turn = [contender() for _ in range(calls[name])] or turn
-                taken[name].append(sorted(turn, key=sum)[len(turn) // 2])
+            for name, candidate in candidates.items():
+                sample = [candidate()]
+                sample = [candidate() for _ in range(calls[name])] or sample
+                taken[name].append(sorted(sample, key=sum)[len(sample) // 2])
     finally:
         gc.enable()
     return taken

@@ -1,4 +1,4 @@
-"""Who trains: the Hugging Face Trainer, with the same loss through its hooks."""
+"""A candidate of bench_train_step: the Hugging Face Trainer, with the same loss by its hooks."""
 
 import copy
 import time
@@ -55,7 +55,7 @@ class Clock(TrainerCallback):
 
 
 class HuggingFace:
-    """One step of trainer.train() a turn, on windows that are given.
+    """One step of trainer.train() on given windows.
 
     An epoch would take minutes, so the sampler's order is not run through: with random sampling
     any windows are as good as any others, and `batches_by_length` says which ones length grouping
@@ -118,6 +118,6 @@ class HuggingFace:
         trainer.chosen = [int(index) for index in indices]
         trainer.add_callback(clock)
         trainer.train()
-        # Without this, each turn would wrap the model's forward in one more autocast.
+        # Without this, each call would wrap the model's forward in one more autocast.
         trainer.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         return Turn(clock.seconds, indices, self.padded_tokens)
