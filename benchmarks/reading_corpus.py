@@ -55,7 +55,7 @@ def made_up_corpus(questions: int) -> Corpus:
     word of it.
     """
     tokenizer = small_tokenizers.bert()
-    words = [word for word in tokenizers.TEXT.split() if len(tokenizer.tokenize(word)) == 1]
+    words = [word for word in small_tokenizers.TEXT.split() if len(tokenizer.tokenize(word)) == 1]
     draw = np.random.default_rng(0)
     examples = []
     for number in range(questions):
