@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 __all__ = ["FusedKDLoss", "Reader", "__version__", "fused_kd_loss", "kd_loss_rows"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name == "Reader":
         from kdfast.reader import Reader
 

@@ -101,11 +101,13 @@ def is_of(value: Any, kind: Any) -> bool:
 
 def _check_range(name: str, value: float, described: Help) -> None:
     above, least, most = described.above, described.least, described.most
+    if most is None:
+        return
     if above is not None and not above < value <= most:
         raise UserError(f"--{name} is {value}: give a number above {above}, {most} at most.")
     if least is not None and not least <= value <= most:
         raise UserError(f"--{name} is {value}: give a number from {least} to {most}.")
-    if most is not None and not value <= most:  # False for NaN too
+    if not value <= most:  # False for NaN too
         raise UserError(f"--{name} is {value}: give {most} at most.")
 
 
