@@ -60,7 +60,7 @@ class BuildRows(build_ext):
         self.extensions = everything
 
     def cuda_object(self) -> tuple[Path, list[str]] | None:
-        """The compiled .cu and the directories of CUDA's libraries; None, said, without."""
+        """The compiled .cu and the directories of CUDA's libraries; or a message, and None."""
         home = os.environ.get("CUDA_HOME")
         nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
         if nvcc is None:
@@ -79,8 +79,8 @@ class BuildRows(build_ext):
             ask([*run, "-c", CUDA_SOURCE, "-o", str(compiled)])
             return compiled, library_directories(nvcc)
         except (OSError, subprocess.CalledProcessError) as error:
-            said = getattr(error, "stderr", None) or str(error)
-            say(f"nvcc failed, building the CPU part only: {said.strip()}")
+            message = getattr(error, "stderr", None) or str(error)
+            say(f"nvcc failed, building the CPU part only: {message.strip()}")
             return None
 
 

@@ -225,7 +225,7 @@ __device__ unsigned load_mask(const uint8_t* mask, int64_t step, bool packed, in
   return take;
 }
 
-// ---- What both kernels are told, and what a block makes of it ----
+// ---- The arguments of both kernels, and what a block makes of them ----
 
 template <class A>
 struct Call {

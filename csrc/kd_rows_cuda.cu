@@ -11,7 +11,7 @@
 // read once. The block then agrees on the maxima, every thread moves its sums there, and they are
 // added in a fixed order: the same bits every run.
 //
-// There is no sum over the rows here, and so no arrival counter: whoever wants the scalar sums
+// There is no sum over the rows here, and so no arrival counter: who wants the scalar sums
 // row_loss in a second small launch. One launch would need a counter for each device and stream,
 // allocated before a graph is captured and private to it, put right after a launch that failed; a
 // fence and an atomic in every block; and a last block that reads 2B numbers while the others are

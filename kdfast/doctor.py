@@ -1,9 +1,9 @@
 """`python -m kdfast.doctor`: what computes the loss on this machine, and why the rest does not.
 
 Prints a page to paste into an issue. Reads versions and devices, runs every usable backend once on
-a few windows, changes nothing. Exits with 0 whatever it finds. With --convert, makes safetensors of
-a model's pickled weights instead; with
---check_invariance, tests one step of a training run.
+a few windows, changes nothing. Exits with 0, also where something is missing. With --convert,
+makes safetensors of a model's pickled weights instead; with --check_invariance, tests one step of
+a training run.
 """
 
 import argparse
@@ -145,8 +145,8 @@ def installed(package: str) -> str:
 def compiler() -> str | None:
     """What the first C++ compiler of those that build csrc says of itself."""
     for command in (os.environ.get("CXX"), os.environ.get("CC"), "c++", "g++", "clang++"):
-        if command and (said := output_of(*shlex.split(command), "--version")):
-            return said.splitlines()[0]
+        if command and (text := output_of(*shlex.split(command), "--version")):
+            return text.splitlines()[0]
     return None
 
 

@@ -179,10 +179,10 @@ class Ranks:
         if isinstance(error, Exception):
             # Who fails first speaks for all that fail alike.
             try:
-                said = store.compare_set(FAILURE, "", f"{self.rank} {error}").decode()
+                known = store.compare_set(FAILURE, "", f"{self.rank} {error}").decode()
             except dist.DistNetworkError:  # the store went with its process
                 return
-            rank, why = said.split(" ", 1)
+            rank, why = known.split(" ", 1)
             if isinstance(error, UserError):
                 error.is_repeated = why == str(error) and rank != str(self.rank)
 

@@ -4,7 +4,7 @@ A passage tells of two or three subjects of one domain (villages, ships, novels,
 relations of each. Relations of one kind of answer stand side by side, and the subjects share some
 relations, so that neither the kind of answer nor the relation alone leads to the right span. A
 question names a subject and asks for a relation in words other than the passage's. It has no
-answer where the relation is told of another subject only, or where its subject is not told of.
+answer where the passage states the relation of another subject only, or not the subject at all.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def passages(
 ) -> tuple[list[Passage], set[str]]:
     """`count` questions' worth of passages of one side, and the invented names in them.
 
-    side: "train" or "validation"; the sides share no invented name, whatever the seeds.
+    side: "train" or "validation"; the sides share no invented name, with any seeds.
     """
     rng = random.Random(f"{side} {seed}")
     names = Names(side, rng)

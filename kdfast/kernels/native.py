@@ -1,7 +1,7 @@
 """Rows in C++ (csrc/, built into kdfast._C): on the CPU, and on CUDA where nvcc built them.
 
 Nothing of torch is linked: what is passed is addresses and strides. The CPU rows take any strides
-and any number of threads, and give the same bits whatever the number.
+and any number of threads, and give the same bits with each.
 """
 
 import importlib

@@ -74,7 +74,7 @@ def load_block(
     UNIT: tl.constexpr,
     RAGGED: tl.constexpr,
 ):
-    """N elements of the frame from `first`; whatever does not belong to the row is arbitrary."""
+    """N elements of the frame from `first`; those of other rows may hold any value."""
     flat = first + tl.arange(0, N)
     own = (flat >= shift) & (flat < shift + width)
     if LAYOUT == FRAMED:
