@@ -270,7 +270,7 @@ class EvaluationSettings:
 class OutputSettings:
     """What a run writes."""
 
-    _argument_group_name: ClassVar[str] = "output: checkpoints, logs, card"
+    _argument_group_name: ClassVar[str] = "output"
     output_dir: str = flag(
         "", "Folder for the student, its checkpoints and run.json.", resume="free"
     )
