@@ -42,6 +42,7 @@ $(VENV)/.installed: setup.py pyproject.toml constraints.txt
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 bench: setup
 	$(BIN)/python -m pytest benchmarks/ --benchmark

@@ -22,7 +22,7 @@ from kdfast.models.inference import forward_tokens
 from kdfast.models.span_model import SpanModel
 from kdfast.teachers.cache import Source
 from kdfast.teachers.teacher_pass import TeacherPass, fill_cache
-from kdfast.training.work import matmul_rate
+from kdfast.training.flops import matmul_rate
 
 from .bert_reader import FORMULA, bert_reader, forward_operations
 from .interleaved import machine

@@ -15,7 +15,7 @@ import torch
 
 from kdfast.common.precision import AUTOCAST
 from kdfast.models.span_model import SpanModel
-from kdfast.training.work import count_work, matmul_rate
+from kdfast.training.flops import count_work, matmul_rate
 
 from . import train_step_report
 from .bert_reader import bert_reader, forward_operations

@@ -19,8 +19,8 @@ from kdfast.common.precision import AUTOCAST
 from kdfast.common.run import Run
 from kdfast.config import TrainConfig
 from kdfast.data.windows import Windows
-from kdfast.models.loader import flat_positions
 from kdfast.models.span_model import SpanModel
+from kdfast.models.window_loader import flat_positions
 from kdfast.train import train_loop
 from kdfast.training.assemble import TrainingData, assemble
 from kdfast.training.log import Clock, TrainLog

@@ -27,8 +27,8 @@ from kdfast.models.checks import check_type
 from kdfast.models.hub import local_folder
 from kdfast.models.inference import forward_tokens, forward_windows
 from kdfast.models.load import Loaded, load_reader, longest_input
-from kdfast.models.loader import flat_positions
 from kdfast.models.span_model import SpanModel
+from kdfast.models.window_loader import flat_positions
 from kdfast.tokenizers.load import load_tokenizer
 from kdfast.tokenizers.template import Template
 from kdfast.tokenizers.word_offsets import WordOffsets

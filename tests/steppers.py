@@ -9,7 +9,7 @@ import torch
 from kdfast.common.run import Run
 from kdfast.config import TrainConfig, WindowSettings
 from kdfast.data.prepare import prepare_windows
-from kdfast.models import load, loader
+from kdfast.models import load, window_loader
 from kdfast.train import train_loop
 from kdfast.training.assemble import TrainingData, assemble
 from kdfast.training.invariance import Recorder
@@ -97,7 +97,7 @@ def make(
     run = Run(precision=precision, output=path / "out")
     training = assemble(config, run, model, data)
     training.model.to(dtype)
-    assert isinstance(training.loader, loader.HostLoader)
+    assert isinstance(training.loader, window_loader.HostLoader)
     if training.optimizer.scaler:
         state = training.optimizer.scaler.state_dict()
         training.optimizer.scaler.load_state_dict({**state, "scale": 2.0**10})

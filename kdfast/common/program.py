@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import Any, NoReturn, TextIO, cast
 
 from kdfast.common.errors import UserError
-from kdfast.common.usual_flags import explain
+from kdfast.common.flag_hints import explain
 
 MISTAKE = 2
 

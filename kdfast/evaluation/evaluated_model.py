@@ -23,8 +23,8 @@ from kdfast.models.checks import check_windows
 from kdfast.models.hub import local_folder
 from kdfast.models.inference import forward_tokens
 from kdfast.models.load import Loaded, check_fits, load_reader, longest_input
-from kdfast.models.loader import HostLoader
 from kdfast.models.save import RUN_FILE
+from kdfast.models.window_loader import HostLoader
 from kdfast.teachers import cache
 from kdfast.tokenizers.template import Template
 

@@ -16,8 +16,8 @@ from kdfast.data.windows import Windows
 from kdfast.evaluation import answers, metrics
 from kdfast.evaluation.metric_rules import SQUAD, MetricRule
 from kdfast.models.inference import forward_tokens, forward_windows
-from kdfast.models.loader import flat_positions
 from kdfast.models.span_model import SpanModel
+from kdfast.models.window_loader import flat_positions
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from kdfast.data.windows import Windows
-from kdfast.models.loader import HostLoader, MicroBatch, StreamedLoader, WindowLoader
 from kdfast.models.span_model import SpanModel
+from kdfast.models.window_loader import HostLoader, MicroBatch, StreamedLoader, WindowLoader
 
 
 def forward_tokens(device: torch.device) -> int:

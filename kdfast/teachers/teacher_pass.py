@@ -19,8 +19,8 @@ from kdfast.common.ranks import Ranks
 from kdfast.data.batches import cut_by_tokens
 from kdfast.data.windows import Windows
 from kdfast.models.inference import forward_windows
-from kdfast.models.loader import flat_positions
 from kdfast.models.span_model import SpanModel
+from kdfast.models.window_loader import flat_positions
 from kdfast.teachers.cache import (
     HEADER,
     PROGRESS_FILE,

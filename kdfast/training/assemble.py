@@ -14,9 +14,10 @@ from kdfast.config import OptimizationSettings, TrainConfig
 from kdfast.data.batches import MicroBatchPolicy, TrainingOrder
 from kdfast.data.windows import Windows
 from kdfast.models.dropout import speed_up_dropout
-from kdfast.models.loader import MicroBatch, WindowLoader, make_loader
 from kdfast.models.span_model import COMPILED_WIDTH, SpanModel
+from kdfast.models.window_loader import MicroBatch, WindowLoader, make_loader
 from kdfast.teachers.layers import LayerLosses, load_layer_teacher
+from kdfast.training.flops import Work, count_work
 from kdfast.training.micro_batches import MicroBatches, choose_policy, peak_bytes_of
 from kdfast.training.optimizer import ScaledAdamW
 from kdfast.training.step import (
@@ -27,7 +28,6 @@ from kdfast.training.step import (
     layer_objective,
     span_objective,
 )
-from kdfast.training.work import Work, count_work
 
 
 @dataclass

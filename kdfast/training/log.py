@@ -13,8 +13,8 @@ import numpy as np
 
 from kdfast.common.files import write_text
 from kdfast.models.save import writing
+from kdfast.training.flops import Work
 from kdfast.training.step import StepReport
-from kdfast.training.work import Work
 
 LOG_FILE = "train_log.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"

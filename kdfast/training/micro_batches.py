@@ -12,9 +12,9 @@ from kdfast.common.errors import UserError
 from kdfast.common.run import Run
 from kdfast.config import SpeedSettings
 from kdfast.data.batches import MicroBatchPolicy, shard
-from kdfast.models.loader import padded_width
+from kdfast.models.window_loader import padded_width
+from kdfast.training.flops import NOMINAL, Work
 from kdfast.training.optimizer import ScaledAdamW
-from kdfast.training.work import NOMINAL, Work
 
 # On a CPU, what stays in the caches: cut at 4,096 tokens a step ran at 0.57 of the speed.
 CPU_TOKENS = 768

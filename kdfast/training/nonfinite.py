@@ -19,8 +19,8 @@ from torch import nn
 from kdfast.common.errors import UserError
 from kdfast.data.windows import Windows
 from kdfast.models.checks import nonfinite_weight
-from kdfast.models.loader import MicroBatch
 from kdfast.models.save import kept_models
+from kdfast.models.window_loader import MicroBatch
 from kdfast.training.assemble import Training
 from kdfast.training.optimizer import SCALE_FLOOR
 from kdfast.training.step import StepReport, seed_generators

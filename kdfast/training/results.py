@@ -17,10 +17,10 @@ from kdfast.models.load import Loaded, first_line
 from kdfast.models.save import keep_weights, place_copy, place_model, replace_model
 from kdfast.training.assemble import Training
 from kdfast.training.checkpoint import save_checkpoint
+from kdfast.training.flops import matmul_rate
 from kdfast.training.log import Clock, TrainLog, progress_line
 from kdfast.training.nonfinite import NonfiniteSteps, check_weights
 from kdfast.training.step import Callback, StepReport
-from kdfast.training.work import matmul_rate
 
 
 class Results(Callback):

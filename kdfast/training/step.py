@@ -10,7 +10,7 @@ import torch
 from kdfast.common.run import Run
 from kdfast.config import LossSettings
 from kdfast.fused_kd_loss import kd_loss_rows
-from kdfast.models.loader import MicroBatch
+from kdfast.models.window_loader import MicroBatch
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pytest
 
 from kdfast import card, doctor, evaluate, predict, train
 from kdfast.card import CardConfig
-from kdfast.common.usual_flags import USUAL
+from kdfast.common.flag_hints import USUAL
 from kdfast.config import GROUPS, SETTINGS
 from kdfast.evaluation.settings import EvaluateConfig
 from kdfast.predict import PredictConfig

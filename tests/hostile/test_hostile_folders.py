@@ -24,7 +24,7 @@ from kdfast.data.read import read_examples
 from kdfast.data.windows import open_windows
 from kdfast.evaluation import scoring
 from kdfast.models import load as models
-from kdfast.models import loader
+from kdfast.models import window_loader
 from kdfast.models.checks import check_windows
 from kdfast.teachers import cache, teacher_pass
 from kdfast.training import checkpoint
@@ -99,7 +99,7 @@ def used(ground, windows, logits, work):
     parts = training.loader, training.cuts.lengths
     try:
         work()
-        training.loader = loader.HostLoader(windows, logits)
+        training.loader = window_loader.HostLoader(windows, logits)
         training.cuts.lengths = windows.lengths
         report = run.step(3, np.arange(min(8, len(windows))))
         ground.nonfinite.check(report, run.step.micro_batches)
@@ -330,7 +330,8 @@ def test_nan_in_a_teacher_cache_is_caught_at_the_step(ground):
     with Damaged(ground.teacher / "logits.npy", content.getvalue()):
         tokens = len(run.windows.input_ids)
         cached = cache.open_cache(ground.home / "cache", ground.source, tokens, verify=False)
-        run.training.loader, kept = loader.HostLoader(run.windows, cached), run.training.loader
+        kept = run.training.loader
+        run.training.loader = window_loader.HostLoader(run.windows, cached)
         with pytest.raises(UserError, match=r"the teacher's logits of question n2 \(window 5\)"):
             ground.nonfinite.check(run.step(4, np.arange(8)), run.step.micro_batches)
         run.training.loader = kept

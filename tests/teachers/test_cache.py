@@ -15,7 +15,7 @@ from kdfast.data.batches import cut_by_tokens
 from kdfast.data.prepare import prepare_windows
 from kdfast.models import load
 from kdfast.models.inference import forward_windows
-from kdfast.models.loader import HostLoader, flat_positions
+from kdfast.models.window_loader import HostLoader, flat_positions
 from kdfast.teachers import cache as teacher
 from kdfast.teachers import teacher_pass
 from kdfast.tokenizers.load import load_tokenizer

@@ -6,7 +6,7 @@ from kdfast.common.run import Run
 from kdfast.config import SpeedSettings
 from kdfast.models import checks
 from kdfast.models.span_model import SpanModel
-from kdfast.training import micro_batches, work
+from kdfast.training import flops, micro_batches
 from tests import readers
 
 CPU = torch.device("cpu")
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 def test_work_is_counted_by_the_formula_of_an_encoder():
     reader, _ = readers.make("bert", layers=3, hidden_size=32, intermediate_size=128)
-    found = work.count_work(SpanModel(reader))
+    found = flops.count_work(SpanModel(reader))
     # Four products of the width and two of the inner width a layer, and the head's two logits.
     assert found.per_token == pytest.approx(2 * (3 * (4 * 32 * 32 + 2 * 32 * 128) + 2 * 32))
     assert found.per_token_width == pytest.approx(3 * 4 * 32)
@@ -26,16 +26,16 @@ def test_work_is_counted_by_the_formula_of_an_encoder():
 @pytest.mark.parametrize("model_type", checks.SUPPORTED)
 def test_work_is_counted_for_every_type(model_type):
     reader, _ = readers.make(model_type)
-    found = work.count_work(SpanModel(reader))
+    found = flops.count_work(SpanModel(reader))
     assert found.per_token > 0 and found.per_token_width > 0 and found.layers == 2
     assert (found.per_pass > 0) == (model_type == "deberta-v2")
 
 
-WORK = work.Work(per_token=2e7, per_token_width=1e4, layers=6, parameters=20_000_000)
+WORK = flops.Work(per_token=2e7, per_token_width=1e4, layers=6, parameters=20_000_000)
 
 
 def test_the_policy_reads_no_clock(monkeypatch):
-    monkeypatch.setattr(work.time, "perf_counter", None)
+    monkeypatch.setattr(flops.time, "perf_counter", None)
     policy = micro_batches.choose_policy(SpeedSettings(), WORK, CPU, 384, None)
     assert policy == micro_batches.nominal_policy(WORK, "cpu", 768)
     assert policy.overhead > 0 and policy.per_token > 0 and policy.per_token_width > 0
@@ -74,20 +74,20 @@ def test_a_card_that_holds_few_windows_gets_one_at_a_time():
 
 
 def test_the_matmul_rate_is_of_this_machine():
-    rate = work.matmul_rate(CPU, torch.float32)
+    rate = flops.matmul_rate(CPU, torch.float32)
     assert 1e8 < rate < 1e14
 
 
 def test_rounded_weights_count_the_same():
     reader, _ = readers.make("bert")
     model = SpanModel(reader)
-    whole = work.count_work(model)
+    whole = flops.count_work(model)
     model.cast_linear_layers(torch.float16)
-    assert work.count_work(model) == whole
+    assert flops.count_work(model) == whole
 
 
 def test_a_live_teacher_adds_its_forward_pass():
-    small, large = (work.count_work(SpanModel(readers.make(layers=n)[0])) for n in (2, 6))
+    small, large = (flops.count_work(SpanModel(readers.make(layers=n)[0])) for n in (2, 6))
     both = small.with_teacher(large)
     lengths = np.array([10, 20])
     assert both.of(lengths) == pytest.approx(small.of(lengths) + large.of(lengths) / 3)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdfast.models import inference, loader
+from kdfast.models import inference, window_loader
 
 CPU = torch.device("cpu")
 
@@ -38,11 +38,11 @@ CUTS = {
 def test_every_loader_gives_the_same_batches(data, kind, cuts, multiple, has_teacher):
     windows, logits = data
     logits = logits if has_teacher else None
-    host = loader.HostLoader(windows, logits, multiple)
+    host = window_loader.HostLoader(windows, logits, multiple)
     if kind == "resident":
-        other = loader.ResidentLoader(windows, logits, CPU, multiple)
+        other = window_loader.ResidentLoader(windows, logits, CPU, multiple)
     else:
-        other = loader.StreamedLoader(host, CPU)
+        other = window_loader.StreamedLoader(host, CPU)
     wanted = list(map(host.micro_batch, CUTS[cuts]))
     for _ in range(2):
         for ours, theirs in zip(other.micro_batches(CUTS[cuts]), wanted, strict=True):
@@ -55,7 +55,7 @@ def test_every_loader_gives_the_same_batches(data, kind, cuts, multiple, has_tea
 
 def test_teacher_logits_stay_with_their_tokens(data):
     windows, logits = data
-    batch = loader.HostLoader(windows, logits).micro_batch(np.array([3, 0]))
+    batch = window_loader.HostLoader(windows, logits).micro_batch(np.array([3, 0]))
     for row, window in enumerate((3, 0)):
         begin, length = windows.window_start[window], windows.lengths[window]
         real = batch.teacher_logits[row, :length].numpy()
@@ -65,7 +65,7 @@ def test_teacher_logits_stay_with_their_tokens(data):
 
 def test_expected_batches_are_gathered_ahead_and_others_on_demand(data):
     windows, logits = data
-    host = loader.HostLoader(windows, logits)
+    host = window_loader.HostLoader(windows, logits)
     gathered = []
 
     class Watched:
@@ -73,7 +73,7 @@ def test_expected_batches_are_gathered_ahead_and_others_on_demand(data):
             gathered.append(list(indices))
             return host.micro_batch(indices)
 
-    streamed = loader.StreamedLoader(Watched(), CPU)
+    streamed = window_loader.StreamedLoader(Watched(), CPU)
     first, second, third = [np.array([1]), np.array([2])], [np.array([3])], [np.array([4, 5])]
     ready = streamed.micro_batches(first)
     streamed.expect(second)
@@ -93,11 +93,11 @@ def test_a_pass_over_all_windows_puts_every_row_in_its_place(setup):
     order = []
     for indices, logits in inference.forward_windows(run.model, run.windows, batches, CPU, None):
         order.append(indices)
-        rows[loader.flat_positions(run.windows, indices)] = logits
+        rows[window_loader.flat_positions(run.windows, indices)] = logits
     assert all(map(np.array_equal, order, batches))
     for window in (4, 2, 9, 0, 1, 3):
         begin, length = run.windows.window_start[window], run.windows.lengths[window]
-        alone = loader.HostLoader(run.windows, None).micro_batch(np.array([window]))
+        alone = window_loader.HostLoader(run.windows, None).micro_batch(np.array([window]))
         with torch.no_grad():
             wanted = run.model(**alone.inputs)[0].numpy()
         np.testing.assert_allclose(rows[begin : begin + length], wanted, rtol=1e-4, atol=1e-5)
