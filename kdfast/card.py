@@ -113,14 +113,12 @@ def publish(config: CardConfig, log: Log) -> None:
     repository = config.push_to_hub or before.get("repository")
     for note in [note for each in (files, *others.values()) for note in each.notes]:
         log(note)
-    plots = {}
-    if find_spec("matplotlib"):
-        plots = figures.save(files, list(others.values()))
-    else:
+    if not find_spec("matplotlib"):
         log("Pictures are left out, as matplotlib is absent: pip install matplotlib.")
-    path = model_card.write_card(files, plots, repository, language, license)
     kept = {"language": language, "license": license, "repository": repository}
-    with writing(folder / CARD_SETTINGS):
+    with writing(folder):
+        plots = figures.save(files, list(others.values())) if find_spec("matplotlib") else {}
+        path = model_card.write_card(files, plots, repository, language, license)
         write_json(folder / CARD_SETTINGS, {"beside": list(others), **kept})
     log(f"The card is {path}.")
     if config.report:

@@ -324,7 +324,7 @@ class OutputSettings:
     def allowed_changes(self) -> set[str]:
         """The flags of --allow_changes. Raises UserError for one that may not change."""
         names = {name.strip().lstrip("-") for name in self.allow_changes.split(",")} - {""}
-        free = set(SETTINGS) - set(OBJECTIVE)
+        free = set(SETTINGS) - set(FIXED_ON_RESUME)
         if given := sorted(names & free):
             raise UserError(
                 f"--allow_changes names {', '.join(given)}, which may change without it: leave "
@@ -355,7 +355,7 @@ _RESUME = {
 }
 # What a resumed run must share with the run that it continues, and of that what --allow_changes may
 # name. Data and models are compared by content (training/resume.py).
-OBJECTIVE = tuple(name for name, kind in _RESUME.items() if kind != "free")
+FIXED_ON_RESUME = tuple(name for name, kind in _RESUME.items() if kind != "free")
 CHANGEABLE = {name for name, kind in _RESUME.items() if kind == "allowed"}
 # How a step is cut: the same objective, other rounding.
 CUTS = {"max_tokens_per_micro_batch", "gradient_accumulation_steps"}

@@ -46,7 +46,7 @@ from kdfast.training.step import Callback, StepSums, read_step, seed_generators
 
 
 def train_loop(training: Training, callback: Callback, steps: int | None = None) -> None:
-    """The recipe: the steps of a run, up to the last one or to a signal that all ranks heard of.
+    """The recipe: the steps of a run, up to the last one or until all ranks agree to stop.
 
     A step is a pure function of its number, the seed, the data and the settings: nothing draws
     from a generator that outlives a micro-batch, and no cut depends on a clock.
@@ -95,7 +95,7 @@ def train_loop(training: Training, callback: Callback, steps: int | None = None)
         optimizer.step(lr, skipped)
 
         numbers = read_step(totals, grad_norm=grad_norm, skipped=skipped, loss_scale=loss_scale)
-        report = training.conclude(numbers, indices, lr)
+        report = training.finish_step(numbers, indices, lr)
         if report is None:  # dropped, because a rank must stop before it would have ended
             break
         callback.log_step(report, indices)

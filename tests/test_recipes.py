@@ -9,7 +9,7 @@ import pytest
 
 from kdfast import recipes, train
 from kdfast.common.errors import UserError
-from kdfast.config import OBJECTIVE, SETTINGS
+from kdfast.config import FIXED_ON_RESUME, SETTINGS
 from kdfast.config_checks import LAYERS_FLAGS, check
 from kdfast.evaluation import suites
 from tests import corpora, readers
@@ -122,7 +122,7 @@ def test_flags_override():
         "mine.json",
         56,
     )
-    assert config.model.recipe == name and "recipe" not in OBJECTIVE
+    assert config.model.recipe == name and "recipe" not in FIXED_ON_RESUME
 
 
 def test_list(capsys):

@@ -151,7 +151,7 @@ def test_best_f1_is_not_compared_over_two_sets(world, whole):
 
 
 def test_a_damaged_cache_is_named(world, whole, capsys):
-    for name in ("logits.npy", "input_ids.bin", "start_positions.bin"):
+    for name in ("logits.npy", "input_ids.npy", "start_positions.npy"):
         paths = list((world.path / "cache").rglob(name))
         for each in paths:
             flip(each, 1)
@@ -166,7 +166,7 @@ def test_a_damaged_cache_is_named(world, whole, capsys):
 
 def test_a_large_cache_is_taken_as_it_is(world, whole, monkeypatch):
     monkeypatch.setattr(cache, "VERIFIED_BYTES", 10)
-    flip(next((world.path / "cache").rglob("logits.npy")), 0)
+    flip(next((world.path / "cache").rglob("logits.npy")))
     assert world.run(overwrite=True) == 0
 
 

@@ -70,7 +70,8 @@ def save_model(folder: Path, model: SpanModel, tokenizer: Any) -> None:
 def rehearse_saving(output: Path, student: Loaded, name: str) -> None:
     """Save the student, `name`, into a folder of `output` that is deleted again, and load it back.
 
-    So that no run is lost at its last line. Raises UserError where it does not come back the same.
+    So that saving cannot fail only after training. Raises UserError if it does not come back the
+    same.
     """
     folder = output / REHEARSAL
     shutil.rmtree(folder, ignore_errors=True)

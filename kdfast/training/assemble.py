@@ -34,9 +34,9 @@ from kdfast.training.step import (
 class Progress:
     """Where a run stands.
 
-    steps: attempted so far. evaluated: steps before the last evaluation. best_f1: of the
+    steps: attempted so far. evaluated: the step count at the last evaluation. best_f1: of the
     evaluations so far on `validation` (Validation.key), or None. clock: Clock.sums of all steps.
-    starts: the steps at which it was started.
+    starts: the step count at each start.
     """
 
     steps: int = 0
@@ -48,8 +48,7 @@ class Progress:
 
 
 class Restored(NamedTuple):
-    """What a checkpoint says beyond weights. policy: None where the steps are to be cut by a new
-    one."""
+    """What a checkpoint says beyond weights. policy: None if a new one must be chosen."""
 
     progress: Progress
     policy: MicroBatchPolicy | None
@@ -81,12 +80,12 @@ class Training:
         model: What trains: the student, or `LayerLosses` around it.
         forward: The model, or what torch.compile made of it.
         objective: What is minimized.
-        optimizer: With its gradients' scale.
+        optimizer: AdamW and the loss scaler.
         loader: Gives micro-batches on the device.
         cuts: Cuts steps into micro-batches.
         order: Which windows a step takes.
         progress: Where the run stands.
-        total_steps: Of the whole run.
+        total_steps: Optimizer steps of the whole run.
         work: Operations of the model.
     """
 
@@ -112,7 +111,7 @@ class Training:
         return iter(ready)
 
     def totals(self, sums: StepSums, micro_batches: list[np.ndarray]) -> Totals:
-        """What this rank adds to the step's report."""
+        """This rank's numbers of a step, to be summed over the ranks."""
         ranks, parts = self.run.ranks, self.objective.parts
         rooms = {_room(rank): self.cuts.room * (rank == ranks.rank) for rank in range(ranks.count)}
         return Totals(
@@ -126,10 +125,10 @@ class Training:
             },
         )
 
-    def conclude(
+    def finish_step(
         self, numbers: dict[str, float], indices: np.ndarray, lr: float
     ) -> StepReport | None:
-        """Take what all ranks know after a step: cuts, an agreed stop, the optimizer's counts.
+        """Apply the summed numbers of a step: cuts, an agreed stop, the optimizer's counts.
 
         Returns None for a step that was dropped: nothing has changed.
         """

@@ -169,12 +169,12 @@ def _trained_tensors(model: SpanModel, optimizer: ScaledAdamW) -> dict[str, torc
         for name, parameter in optimizer.named.items()
         for key, value in optimizer.adamw.state.get(parameter, {}).items()
     }
-    others = {f"{name}|{VALUE}": each for name, each in not_of_reader(model, optimizer).items()}
+    others = {f"{name}|{VALUE}": each for name, each in extra_parameters(model, optimizer).items()}
     return tensors | others
 
 
-def not_of_reader(model: SpanModel, optimizer: ScaledAdamW) -> dict[str, torch.Tensor]:
-    """What trains and is not the reader's, by name; it shares memory with the parameters."""
+def extra_parameters(model: SpanModel, optimizer: ScaledAdamW) -> dict[str, torch.Tensor]:
+    """What trains and is not in the model's own file (the projection), by name."""
     own = {id(each) for each in model.reader.parameters()}
     return {name: each.detach() for name, each in optimizer.named.items() if id(each) not in own}
 
@@ -183,7 +183,7 @@ def _restore_trained(
     model: SpanModel, optimizer: ScaledAdamW, tensors: dict[str, torch.Tensor]
 ) -> None:
     parameters = optimizer.named
-    values = {f"{name}|{VALUE}" for name in not_of_reader(model, optimizer)}
+    values = {f"{name}|{VALUE}" for name in extra_parameters(model, optimizer)}
     states = {f"{name}|{key}" for name in parameters for key in ADAM}
     if not values <= set(tensors) or set(tensors) - values not in (set(), states):
         raise ValueError(f"{OPTIMIZER_FILE} lacks some of the model's parameters")

@@ -45,7 +45,7 @@ class Work:
 
 @dataclass(frozen=True)
 class NominalSpeed:
-    """A kind of device, in round figures: they place the cuts, and nothing else depends on them.
+    """Rough speed of a type of device, used only to choose how steps are cut.
 
     products, attention: operations a second in the linear layers and in attention. memory: bytes a
     second. layer: seconds that each layer takes however little it is given, forward and backward.

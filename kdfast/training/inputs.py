@@ -100,7 +100,7 @@ def find_targets(
     tokenizer: PreTrainedTokenizerFast,
     run: Run,
 ) -> TeacherTargets | None:
-    """Whose logits the student learns from; None where they have no weight.
+    """The teachers whose logits the student learns from; None if the soft loss is off.
 
     windows, tokenizer: the student's.
     """

@@ -46,9 +46,9 @@ Loop = Callable[[Training, Callback, int], None]
 def check(training: Training, loop: Loop, indices: np.ndarray) -> list[Split]:
     """The gradient of a step over some of the windows `indices`, split in many ways.
 
-    The first way is the whole in one piece. Ranks are played in turn by this process, which shards
-    as a real run does; under torchrun the real ones share that play. The model ends in fp64 and
-    without dropout, `training` with another optimizer.
+    The first way is the whole in one piece. This process simulates each rank in turn and shards as
+    a real run does; under torchrun the simulated ranks are divided among the real ones. The model
+    ends in fp64 and without dropout, `training` with another optimizer.
 
     Args:
         training: A run before its first step.
@@ -68,7 +68,7 @@ def check(training: Training, loop: Loop, indices: np.ndarray) -> list[Split]:
         model.to(dtype)
         training.optimizer = recorder = Recorder(model, weight_decay=0.0)
         for name, (policy, count) in ways.items():
-            training.cuts = cuts = PlayedRanks(policy, training.cuts, count)
+            training.cuts = cuts = SimulatedRanks(policy, training.cuts, count)
             training.progress.steps = 0
             loop(training, Callback(), 1)
             found[name][dtype], counts[name] = recorder.gradient, cuts.micro_batches
@@ -98,8 +98,8 @@ class Recorder(ScaledAdamW):
         self.zero_grad()
 
 
-class PlayedRanks(MicroBatches):
-    """Cuts a step as `count` ranks do, and plays them in turn: the real ranks share the play."""
+class SimulatedRanks(MicroBatches):
+    """Cuts a step as `count` ranks do; each real rank gets the micro-batches of some of them."""
 
     def __init__(self, policy: MicroBatchPolicy, like: MicroBatches, count: int):
         super().__init__(policy, like.lengths, like.multiple, like.run)

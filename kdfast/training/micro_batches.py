@@ -29,7 +29,7 @@ class MicroBatches:
     Args:
         policy: How a step is cut; it changes where memory does not suffice.
         lengths: int (W,), tokens of every window.
-        multiple: Of which the width of a micro-batch is one.
+        multiple: Widths of micro-batches are padded to a multiple of this.
         run: Whose ranks share each step.
         remedies: Flags that would save memory, for the sentence where one window does not fit.
     """
@@ -91,7 +91,7 @@ class MicroBatches:
 
     @property
     def room(self) -> int:
-        """What the ranks compare to find the one with the least memory."""
+        """max_tokens, or the number of parts if that is set: what the ranks compare."""
         return self.policy.parts or self.policy.max_tokens
 
     def take_smallest(self, rooms: list[float]) -> None:
@@ -127,7 +127,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def nominal_policy(work: Work, device_type: str, max_tokens: int) -> MicroBatchPolicy:
-    """The policy for `work` on a nominal device: no clock is read, so every start finds the same.
+    """The policy for `work` from fixed speeds, not measured ones, so that every start cuts alike.
 
     A micro-batch's overhead is each layer's own, what each pass computes once, and one read and two
     writes of fp32 gradients.
@@ -144,7 +144,7 @@ def nominal_policy(work: Work, device_type: str, max_tokens: int) -> MicroBatchP
 
 
 def find_budget(peak_bytes: Callable[[int], int], free_bytes: int, width: int) -> int:
-    """The most padded tokens whose activations fit, from two tries and a line through them.
+    """The most padded tokens whose activations fit, extrapolated from two measurements.
 
     peak_bytes(n): the most memory that forward and backward of n windows of `width` tokens took.
     free_bytes: what a step may take. At least one window, at most GPU_TOKENS_AT_MOST.

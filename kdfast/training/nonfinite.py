@@ -222,7 +222,7 @@ def _bad_terms(
     if output.dim() == 3:
         terms[STUDENT] = is_bad(output)
     for name, values in parts.items():
-        terms[PARTS[name]] = ~torch.isfinite(values.reshape(len(mask), -1)).all(1)
+        terms[PARTS.get(name, name)] = ~torch.isfinite(values.reshape(len(mask), -1)).all(1)
     left = torch.ones(len(mask), dtype=torch.bool, device=mask.device)
     found = {}
     for term, bad in terms.items():

@@ -1,4 +1,4 @@
-"""AdamW with fp16's loss scale, its schedule, and the step that a bad gradient never reaches."""
+"""AdamW with fp16's loss scale and its schedule; a step whose gradient is not finite is skipped."""
 
 import math
 
@@ -34,7 +34,7 @@ class ScaledAdamW:
         named: Name -> parameter that trains, in the model's order.
         adamw: torch's optimizer.
         updates: Steps that reached the weights. They drive the learning rate.
-        overflows: Overflows of the scaler since the last of them.
+        overflows: Consecutive overflows of the scaler since the last update.
     """
 
     def __init__(

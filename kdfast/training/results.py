@@ -37,7 +37,7 @@ class Results(Callback):
         identity: What a resumed run must share with this one.
 
     Attributes:
-        evaluation: The last one of this process.
+        evaluation: The latest since this process started, or None.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class Results(Callback):
 
     @contextmanager
     def telling_where(self) -> Iterator[None]:
-        """Inside, what fails once the student is in its place raises a UserError that says so."""
+        """Errors inside, once the student is saved, become a UserError that names its folder."""
         try:
             yield
         except Exception as error:
@@ -196,8 +196,7 @@ class Results(Callback):
             place_copy(self.output / "best", self.output)
 
     def figures(self) -> dict[str, Any]:
-        """What run.json holds of the run's course. train_speed is that of all `steps`, those before
-        the last of `starts` included, on whatever machines they ran."""
+        """Training figures for run.json. train_speed covers the steps before a resume too."""
         progress, found, speed = self.progress, self.evaluation, self.clock.speed()
         return {
             "steps": progress.steps,

@@ -8,7 +8,7 @@ import torch
 from kdfast.common.errors import UserError
 from kdfast.common.machine import code_key
 from kdfast.common.ranks import Ranks
-from kdfast.config import CHANGEABLE, CUTS, OBJECTIVE, TrainConfig
+from kdfast.config import CHANGEABLE, CUTS, FIXED_ON_RESUME, TrainConfig
 from kdfast.data.windows import Windows
 from kdfast.models.hub import local_folder
 from kdfast.models.load import Loaded
@@ -60,7 +60,7 @@ class Resumed:
 
     def check(self, identity: dict[str, Any]) -> None:
         """Raise UserError, saying what differs, where `identity` is not the checkpoint's and may
-        not change. What it lacks is not compared."""
+        not change. Only the keys in `identity` are compared."""
         different = [name for name in identity if identity[name] != self.identity.get(name)]
         refused = [name for name in different if name not in self.allowed]
         self.changed += [name for name in different if name in self.allowed]
@@ -78,7 +78,7 @@ class Resumed:
 
     def _told(self, name: str, value: Any) -> str:
         """A setting with both values; of data and models, whose keys say nothing, the name."""
-        return f"{name} ({self.identity.get(name)} -> {value})" if name in OBJECTIVE else name
+        return f"{name} ({self.identity.get(name)} -> {value})" if name in FIXED_ON_RESUME else name
 
     def restore(
         self, output: Path, validation: str | None, model: SpanModel, optimizer: ScaledAdamW
@@ -106,7 +106,7 @@ class Resumed:
 def settings_of(config: TrainConfig, precision: str) -> dict[str, Any]:
     """The settings that decide what a run learns, as a checkpoint's identity holds them."""
     values = config.flat()
-    return {**{name: values[name] for name in OBJECTIVE}, "mixed_precision": precision}
+    return {**{name: values[name] for name in FIXED_ON_RESUME}, "mixed_precision": precision}
 
 
 def keys_of(
@@ -132,7 +132,7 @@ def keys_of(
 
 
 def environment_of(ranks: Ranks) -> dict[str, Any]:
-    """What may change between starts, but not without other rounding."""
+    """What may differ between starts; results then differ by rounding."""
     return {
         "number of ranks": ranks.count,
         "version of torch": torch.__version__,

@@ -57,7 +57,7 @@ def of_predictions(config: TrainConfig) -> TrainConfig:
 def held(config: TrainConfig, ranks: Ranks) -> Iterator[list[TrainConfig]]:
     """The runs of --stage both in their order, as rank 0 finds them; their folder is held for them.
 
-    A finished one is among them: it is compared with its data and models, and ends. Raises
+    A finished stage is among them: its data and models are checked, and it trains no more. Raises
     UserError for a folder that a run may not write, and for data or a teacher that is not there.
     """
     shared, output = "", config.output.folder
@@ -100,7 +100,7 @@ def earlier(config: TrainConfig) -> dict[str, Any] | None:
 def _continued(first: TrainConfig, last: TrainConfig, may_begin: bool) -> list[TrainConfig]:
     """Both runs, each from where it stands: its last checkpoint, or from the start.
 
-    may_begin: whether nothing at all may be there yet.
+    may_begin: whether the first stage may not have been started yet.
     """
     first_is_done = (first.output.folder / RUN_FILE).is_file()
     had_begun = (first.output.folder / LOG_FILE).is_file()
@@ -119,7 +119,7 @@ def _continued(first: TrainConfig, last: TrainConfig, may_begin: bool) -> list[T
 
 
 def _look_ahead(first: TrainConfig, last: TrainConfig) -> None:
-    """Raise UserError for what would end the last run as soon as the first has taken its time."""
+    """Raise UserError for what the second stage would fail at, before the first one trains."""
     if last.data.train_file != first.data.train_file:
         read.read_examples(last.data.train_file, split="train")
     if last.data.validation_file:

@@ -133,7 +133,7 @@ def seed_generators(*key: int) -> None:
 
 class Callback:
     """What happens around the steps of the loop, which calls each of these after every step, in
-    this order. Here they do nothing."""
+    this order, and the last three before the first one too. Here they do nothing."""
 
     def log_step(self, report: StepReport, indices: np.ndarray) -> None:
         """A step over the windows `indices` has ended."""
