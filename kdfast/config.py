@@ -4,7 +4,7 @@ Names follow Hugging Face and Haystack; the defaults are the published recipe's.
 list is a setting that was not given.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -67,7 +67,7 @@ class ModelSettings:
 
     def __post_init__(self) -> None:
         if isinstance(self.teacher, str):  # one name, as a recipe may have it
-            object.__setattr__(self, "teacher", [self.teacher])
+            object.__setattr__(self, "teacher", [self.teacher] if self.teacher else [])
 
     @property
     def student_source(self) -> str:
@@ -350,6 +350,13 @@ GROUPS: dict[str, type] = {
 }
 # Every setting by name, with its group's.
 SETTINGS = {each.name: name for name, group in GROUPS.items() for each in fields(group)}
+# Those whose default is an empty text or list: not given.
+_EMPTY = {
+    each.name
+    for group in GROUPS.values()
+    for each in fields(group)
+    if each.default == "" or each.default_factory is not MISSING
+}
 _RESUME = {
     each.name: each.metadata["help"].resume for kind in GROUPS.values() for each in fields(kind)
 }
@@ -395,7 +402,9 @@ class TrainConfig:
     def flat(self) -> dict[str, Any]:
         """Setting -> value, as run.json and YAML have them; None for what was not given."""
         values = {name: getattr(getattr(self, group), name) for name, group in SETTINGS.items()}
-        return {name: None if value in ("", []) else value for name, value in values.items()}
+        return {
+            name: value if value or name not in _EMPTY else None for name, value in values.items()
+        }
 
     def given(self) -> dict[str, Any]:
         """`flat` without what was not given."""

@@ -58,6 +58,8 @@ def _check_presence(config: TrainConfig) -> None:
                 f"--{name} is missing: give it, or start without any argument for the demo."
             )
     model = config.model
+    if "" in model.teacher:
+        raise UserError("--teacher is given an empty name: name a folder or hub id.")
     if not model.teacher and config.learns_answers:
         raise UserError(
             "--teacher is missing: name one, or give --distillation_loss_weight 0 "

@@ -45,8 +45,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--check_invariance",
         action="store_true",
-        help="With flags of kdfast.train: train nothing, but compare one step's gradient over many "
-        "ways to split it into micro-batches and ranks.",
+        help="With the flags of kdfast.train, which --help then lists: train nothing, but compare "
+        "one step's gradient over many ways to split it into micro-batches and ranks.",
     )
     parser.add_argument(
         "--convert",
@@ -61,8 +61,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if "--check_invariance" in argv:
         from kdfast import train
 
-        others = [each for each in argv if each != "--check_invariance"]
-        return argparse.Namespace(check_invariance=train.parse(others) or TrainConfig())
+        config = train.parse([each for each in argv if each != "--check_invariance"])
+        if config is None or not config.data.train_file:
+            raise UserError("--train_file is missing: give the flags of a run of kdfast.train.")
+        return argparse.Namespace(check_invariance=config)
     given = program.parse(parser, argv)
     if given.output_dir and not given.convert:
         raise UserError("--output_dir needs --convert: leave it out, or name a model to convert.")

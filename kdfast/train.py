@@ -59,6 +59,7 @@ def train_loop(training: Training, callback: Callback, steps: int | None = None)
     run, settings, optimizer = training.run, training.settings, training.optimizer
     progress, cuts, objective = training.progress, training.cuts, training.objective
     end = training.total_steps if steps is None else progress.steps + steps
+    output = row_loss = row_parts = loss = batch = None
     # What a resumed run owes: its checkpoint may stand before an evaluation, or at the last step.
     callback.place_student_if_last()
     callback.evaluate_if_due()
@@ -67,7 +68,6 @@ def train_loop(training: Training, callback: Callback, steps: int | None = None)
         step, indices = progress.steps, training.order.step(progress.steps)
         training.model.train()
         for micro_batches in cuts.until_they_fit(indices, optimizer):
-            output = row_loss = row_parts = loss = None  # what did not fit must not stay
             sums = StepSums(run, len(indices))
             # One autocast for all: it forgets its half-precision weights at its end.
             with cuts.catching_out_of_memory(), run.autocast():
@@ -81,6 +81,7 @@ def train_loop(training: Training, callback: Callback, steps: int | None = None)
                         loss = row_loss.sum() / len(indices)
                         optimizer.scale(loss).backward()
                     sums.add(loss, row_parts)
+            output = row_loss = row_parts = loss = batch = None  # or what did not fit would stay
 
         totals = training.totals(sums, micro_batches)
         totals.values = run.ranks.sum_gradients(optimizer.parameters, totals.values)

@@ -14,14 +14,14 @@ GROWTH = 4 * 2**20
 
 def test_memory_and_open_files_stay_flat(world, monkeypatch, long):
     seen = []
-    step = Results.step
+    log_step = Results.log_step
 
     def watched(self, *arguments):
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         seen.append((pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir("/proc/self/fd"))))
-        return step(self, *arguments)
+        return log_step(self, *arguments)
 
-    monkeypatch.setattr(Results, "step", watched)
+    monkeypatch.setattr(Results, "log_step", watched)
     steps = STEPS[long]
     every = steps // SAVES
     flags = {"max_steps": steps, "save_steps": every, "eval_steps": every, "learning_rate": 1e-4}

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from kdfast import train
-from kdfast.teachers import cache
+from kdfast.teachers import teacher_pass
 from tests import forks
 from tests.programs import log_of, ranks_of
 
@@ -90,14 +90,14 @@ def test_a_rank_with_other_settings_is_named(world):
 
 
 def test_a_teacher_that_fails_at_one_rank_ends_all(world, monkeypatch):
-    check = cache._check_finite
+    check = teacher_pass._check_finite
 
     def fails(half, windows, indices):
         if 5 in indices:
             half[:] = float("nan")
         check(half, windows, indices)
 
-    monkeypatch.setattr(cache, "_check_finite", fails)
+    monkeypatch.setattr(teacher_pass, "_check_finite", fails)
     statuses, said = ranks_of(world, 2)
     assert statuses == [2, 2]
     assert "not finite in fp16 for question" in said[0] and "not finite in fp16" in said[1]

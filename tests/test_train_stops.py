@@ -9,7 +9,7 @@ import pytest
 
 from kdfast.common import signals
 from kdfast.evaluation import scoring
-from kdfast.teachers import cache
+from kdfast.teachers import teacher_pass
 from kdfast.training import assemble, checkpoint, results, step
 from tests import forks
 from tests.programs import log_of
@@ -94,7 +94,7 @@ def test_an_evaluation_is_cut_short_and_made_up_for(world, whole, monkeypatch):
 def test_a_signal_before_the_first_step_ends_the_teachers_pass(world, whole, monkeypatch):
     shutil.rmtree(world.path / "cache")
     with monkeypatch.context() as patch:
-        signal_at(patch, cache, "_check_finite", 2)
+        signal_at(patch, teacher_pass, "_check_finite", 2)
         assert world.run(**FLAGS) == 143
     assert world.run(**FLAGS) == 0
     assert log_of(world.output) == whole

@@ -14,6 +14,7 @@ USUAL = (
     ("micro_batch_size per_device_batch_size", "train_batch_size", STEP),
     ("per_device_eval_batch_size per_gpu_eval_batch_size eval_batch_size", "", OWN_CUTS),
     ("teacher_batch_size batch_size auto_find_batch_size", "", OWN_CUTS),
+    ("check_invariance", "", "python -m kdfast.doctor --check_invariance does it"),
     ("fp16", "mixed_precision", "--mixed_precision fp16"),
     ("bf16", "mixed_precision", "--mixed_precision bf16"),
     ("fp32", "mixed_precision", "--mixed_precision no"),

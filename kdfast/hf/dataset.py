@@ -88,8 +88,12 @@ def kd_dataset(config: TrainConfig) -> KDDataset:
     Raises:
         UserError: As `python -m kdfast.train` does, and for a weight of 0, which needs no teacher.
     """
-    if not config.model.teacher or config.loss.distillation_loss_weight == 0:
-        raise UserError("kd_dataset needs a teacher and a distillation_loss_weight above 0.")
+    if not config.model.teacher or not config.learns_answers:
+        raise UserError(
+            "kd_dataset needs a teacher, a distillation_loss_weight above 0 and stage predictions."
+        )
+    if not config.data.train_file:
+        raise UserError("kd_dataset needs a train_file: name one.")
     check_teachers(config)
     device = pick_device()
     run = Run(device, resolve(config.speed.mixed_precision, device))
@@ -110,6 +114,8 @@ def kd_tokenizer(config: TrainConfig) -> FolderTokenizer:
 
     (AutoTokenizer of transformers 5 may make another one of the same files.)
     """
+    if not config.model.student:
+        raise UserError("kd_tokenizer and kd_dataset need a student: name one.")
     return load_tokenizer(local_folder(config.model.student, "--student"), "--student")
 
 

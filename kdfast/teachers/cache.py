@@ -172,6 +172,8 @@ def make_once(
 def map_logits(folder: Path, tokens: int, mode: Literal["r", "r+"]) -> np.memmap:
     """The fp16 (tokens, 2) of a cache, or of the folder that start_folder made."""
     if (folder / RAW_LOGITS).is_file():
+        if (size := (folder / RAW_LOGITS).stat().st_size) != tokens * 4:
+            raise ValueError(f"{RAW_LOGITS} has {size} bytes, and {tokens * 4} are needed")
         return np.memmap(folder / RAW_LOGITS, np.float16, mode, shape=(tokens, 2))
     logits = np.lib.format.open_memmap(folder / LOGITS, mode)
     if logits.dtype != np.float16 or logits.shape != (tokens, 2):

@@ -115,6 +115,12 @@ class SimulatedRanks(MicroBatches):
         ranks = self.run.ranks
         return [batch for cut in cuts[ranks.rank :: ranks.count] for batch in cut]
 
+    def _smaller(self, batches: list[np.ndarray]) -> MicroBatchPolicy:
+        raise UserError(
+            f"--check_invariance: {WINDOWS} windows do not fit into memory in one piece: give a "
+            "smaller --max_seq_length."
+        )
+
 
 def table(splits: list[Split]) -> str:
     """The splits as text, a line each."""

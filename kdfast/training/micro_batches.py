@@ -199,10 +199,12 @@ def peak_bytes_of(
         held = torch.cuda.memory_allocated(run.device)
     model.train()
     ids = torch.ones(count, width, dtype=torch.int64, device=run.device)
-    with run.autocast():
-        output = forward(ids)
-    output.float().square().mean().backward()
-    model.zero_grad(set_to_none=True)
+    try:
+        with run.autocast():
+            output = forward(ids)
+        output.float().square().mean().backward()
+    finally:  # where memory runs out, too
+        model.zero_grad(set_to_none=True)
     if not on_gpu:
         return 0
     torch.cuda.synchronize(run.device)

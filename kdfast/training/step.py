@@ -71,7 +71,7 @@ class StepSums:
 
     def add(self, loss: torch.Tensor, row_parts: torch.Tensor) -> None:
         """Add a micro-batch. loss: scalar, divided by the windows of the step already."""
-        parts = row_parts.flatten(0, -2).sum(0) / self.windows
+        parts = row_parts.detach().flatten(0, -2).sum(0) / self.windows
         self.loss_and_parts += torch.cat([loss.detach()[None], parts]).float()
 
     def must_drop(self, done: int, of: int) -> bool:

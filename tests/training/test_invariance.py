@@ -2,8 +2,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from kdfast import doctor
+from kdfast.common.errors import UserError
 from kdfast.common.ranks import Ranks
 from kdfast.train import train_loop
 from kdfast.training import invariance
@@ -63,3 +65,14 @@ def test_the_command_needs_one_stage_and_what_training_needs(world, capsys):
     assert "give --stage layers" in capsys.readouterr().err
     assert doctor.main(["--check_invariance"]) == 2
     assert "--train_file is missing" in capsys.readouterr().err
+
+
+def test_a_whole_that_does_not_fit_is_refused(setup):
+    run = setup()
+
+    def refuse(gradient):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    run.model.reader.qa_outputs.weight.register_hook(refuse)
+    with pytest.raises(UserError, match="do not fit into memory in one piece"):
+        invariance.check(run.training, train_loop, np.arange(12))

@@ -50,6 +50,19 @@ def test_the_probe_leaves_no_gradient():
     assert all(each.grad is None for each in model.parameters())
 
 
+def test_a_probe_that_runs_out_of_memory_leaves_no_gradient():
+    reader, _ = readers.make("bert")
+    model = SpanModel(reader)
+
+    def refuse(gradient):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    model.reader.base_model.embeddings.word_embeddings.weight.register_hook(refuse)
+    with pytest.raises(torch.OutOfMemoryError):
+        micro_batches.peak_bytes_of(model, model, Run(), 2, 16)
+    assert all(each.grad is None for each in model.parameters())
+
+
 def test_the_budget_leaves_room():
     constant, per_window, free = 1000, 50, 10_000
     taken = []

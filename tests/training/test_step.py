@@ -1,3 +1,4 @@
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdfast.common.errors import UserError
 from kdfast.fused_kd_loss import fused_kd_loss
-from kdfast.models import load
+from kdfast.models.span_model import COMPILED_WIDTH
 from kdfast.training.optimizer import ScaledAdamW, learning_rate
 from kdfast.training.step import StepSums
 from tests.steppers import gradient
@@ -255,6 +256,26 @@ def test_a_step_that_runs_out_of_memory_is_run_again_in_smaller_parts(setup, err
     assert torch.equal(weights(run), weights(other))
 
 
+def test_what_did_not_fit_is_freed_before_the_next_try(setup, monkeypatch):
+    run = setup(max_tokens_per_micro_batch=1000)
+    refuse_above(run, 300, torch.OutOfMemoryError("CUDA out of memory."))
+    losses, alive = [], []
+    scale, forget = ScaledAdamW.scale, ScaledAdamW.zero_grad
+
+    def kept(self, loss):
+        losses.append(weakref.ref(loss))
+        return scale(self, loss)
+
+    def looked(self):
+        alive.append(losses[-1]() is not None)
+        forget(self)
+
+    monkeypatch.setattr(ScaledAdamW, "scale", kept)
+    monkeypatch.setattr(ScaledAdamW, "zero_grad", looked)
+    run.step(0, np.arange(12))
+    assert alive and not any(alive)
+
+
 def test_memory_for_less_than_a_window_is_said(setup):
     run = setup(max_tokens_per_micro_batch=1000)
     refuse_above(run, 0, torch.OutOfMemoryError("CUDA out of memory."))
@@ -301,7 +322,7 @@ def test_compiled_for_any_shape_in_a_handful_of_compilations(setup):
     run = setup(dtype=torch.float64, torch_compile=True)
     compiled = CompileCounter()
     run.training.forward = run.model.compiled(compiled)
-    run.training.loader.multiple = run.training.cuts.multiple = load.COMPILED_WIDTH
+    run.training.loader.multiple = run.training.cuts.multiple = COMPILED_WIDTH
     everything = np.arange(len(run.windows))
     eager = run.training.loader
     shapes = set()
