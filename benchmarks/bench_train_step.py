@@ -23,7 +23,7 @@ from .hf_trainer import BY_LENGTH, RANDOM, HuggingFace
 from .interleaved import machine
 from .peak_memory import peak_memory
 from .reading_corpus import corpus, made_up_corpus
-from .train_contenders import CPU, WIDTH, Kdfast, Padded, Problem, collate
+from .train_candidates import CPU, WIDTH, Kdfast, Padded, Problem, collate
 
 BATCHES = (32, 80)
 PRECISIONS = ("no", "bf16")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from .train_contenders import LEARNING_RATE, WEIGHT_DECAY, Problem, Turn, collate, padded_loss
+from .train_candidates import LEARNING_RATE, WEIGHT_DECAY, Problem, Turn, collate, padded_loss
 
 RANDOM, BY_LENGTH = "random", "group_by_length"  # values of train_sampling_strategy
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from . import pictures
 from .bert_reader import FORMULA, forward_operations
-from .train_contenders import PARTS
+from .train_candidates import PARTS
 
 HERE = Path(__file__).parent
 NAMES = {"no": "fp32", "bf16": "bf16"}

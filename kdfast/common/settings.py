@@ -1,5 +1,6 @@
 """Settings as fields of dataclasses: default, help and range of each stand in one place."""
 
+import math
 import reprlib
 from dataclasses import field, fields
 from pathlib import Path
@@ -103,6 +104,8 @@ def _check_range(name: str, value: float, described: Help) -> None:
     above, least, most = described.above, described.least, described.most
     if most is None:
         return
+    if least is not None and math.isinf(most) and not least <= value:
+        raise UserError(f"--{name} is {value}: give {least} or more.")
     if above is not None and not above < value <= most:
         raise UserError(f"--{name} is {value}: give a number above {above}, {most} at most.")
     if least is not None and not least <= value <= most:

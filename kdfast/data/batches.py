@@ -33,7 +33,7 @@ class TrainingOrder:
 
 @dataclass(frozen=True)
 class MicroBatchPolicy:
-    """How a step is cut into micro-batches: all that it depends on beside the windows' lengths.
+    """How a step is cut into micro-batches: all that it depends on besides the windows' lengths.
 
     max_tokens: padded tokens in one micro-batch. A micro-batch of n windows of width L is taken to
     last overhead + n L (per_token + per_token_width L) seconds, forward and backward. parts: cut

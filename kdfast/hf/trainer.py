@@ -166,5 +166,5 @@ def check_temperature(temperature: float | None, kd: TrainConfig) -> None:
     ):
         raise UserError(
             f"The rows hold distributions of teachers at temperature {temperature:g}: give "
-            "KDTrainer that temperature and kl_div, or make the rows anew."
+            "KDTrainer that temperature and kl_div, or make the rows again."
         )

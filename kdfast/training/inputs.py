@@ -1,6 +1,6 @@
 """What a run reads: student, windows, validation set, the teacher's logits.
 
-What a user should hear is said by rank 0.
+Rank 0 prints what the user should know.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from kdfast.evaluation import metrics, scoring, suites
 from kdfast.models.checks import check_windows
 from kdfast.models.load import Loaded, check_fits, keep_layers, load_reader
 from kdfast.teachers import cache, targets
-from kdfast.teachers import mixture as derived
+from kdfast.teachers.mixture import Mixture, fill_cache
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class TeacherTargets:
     """The teachers of a run, and what determines the logits that the student learns from."""
 
     teachers: list[targets.Teacher]
-    source: cache.Source | derived.Mixture
+    source: cache.Source | Mixture
 
     @property
     def key(self) -> str:
@@ -40,7 +40,7 @@ class TeacherTargets:
     @property
     def is_derived(self) -> bool:
         """Whether the logits are made of the teachers' distributions at the run's temperature."""
-        return isinstance(self.source, derived.Mixture)
+        return isinstance(self.source, Mixture)
 
     @property
     def weights(self) -> list[str]:
@@ -115,7 +115,7 @@ def find_targets(
     ]
     if len(found) == 1 and found[0].aligner is None:
         return TeacherTargets(found, found[0].source)
-    mixture = derived.Mixture(
+    mixture = Mixture(
         windows=windows.key,
         temperature=config.loss.temperature,
         weights=config.model.teacher_weights or [1 / len(found)] * len(found),
@@ -138,7 +138,7 @@ def teacher_logits(
     if taught is None:
         return None
     mixture = taught.source
-    if not isinstance(mixture, derived.Mixture):
+    if not isinstance(mixture, Mixture):
         return targets.own_logits(config, taught.teachers[0], run)
     logits = cache.open_shared(config.data.cache_path, mixture, len(windows.input_ids), run.ranks)
     if logits is None:
@@ -148,7 +148,7 @@ def teacher_logits(
             )
             for each in taught.teachers
         ]
-        logits = derived.fill_cache(config.data.cache_path, mixture, windows, shares, run.ranks)
+        logits = fill_cache(config.data.cache_path, mixture, windows, shares, run.ranks)
     run.ranks.log(f"Teacher distributions: cache {mixture.key} in {config.data.cache_path}.")
     return logits
 
@@ -178,7 +178,7 @@ def trained_windows(config: TrainConfig, windows: Windows, ranks: Ranks) -> np.n
 def validation_set(config: TrainConfig) -> suites.EvaluationSet | None:
     """The set of --validation_file with the rule that scores it, or None without one.
 
-    Raises UserError for a rule that lacks a language; that of --language, unless the set has one.
+    Raises UserError if the metric needs a language and neither the set nor --language gives one.
     """
     if not config.data.validation_file:
         return None

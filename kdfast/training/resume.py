@@ -22,7 +22,7 @@ from kdfast.training.optimizer import ScaledAdamW
 
 
 def restarted(config: TrainConfig, output: Path, ranks: Ranks) -> TrainConfig:
-    """The settings after torchrun has started the ranks anew: go on from the last checkpoint."""
+    """The settings after torchrun has started the ranks again: go on from the last checkpoint."""
     if ranks.restarts == 0:
         return config
     if checkpoint.list_checkpoints(output):
@@ -67,7 +67,7 @@ class Resumed:
         if not refused:
             return
         told = ", ".join(self._told(name, identity[name]) for name in refused)
-        remedy = "Start with the same settings and data, or start anew in another --output_dir."
+        remedy = "Start with the same settings and data, or start again in another --output_dir."
         if free := [name for name in refused if name in CHANGEABLE]:
             names = ",".join([*sorted(self.allowed), *free])
             remedy = f"Give --allow_changes {names} if that is meant. {remedy}"

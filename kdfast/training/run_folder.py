@@ -100,7 +100,7 @@ def check_is_run(output: Path) -> None:
 
 
 def remove_run(output: Path) -> None:
-    """Delete what an earlier run wrote beside its model and its log, and nothing else."""
+    """Delete what an earlier run wrote next to its model and its log, and nothing else."""
     remove_leftovers(output)
     folders = [*list_checkpoints(output), *(output / name for name in FOLDERS)]
     for folder in folders:

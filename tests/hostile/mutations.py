@@ -3,6 +3,7 @@
 import copy
 import json
 import struct
+from pathlib import Path
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -131,3 +132,13 @@ def check_sentence(error):
 def as_bytes(value) -> bytes:
     # A lone surrogate is written as an escape, which JSON allows.
     return json.dumps(value).encode()
+
+
+class Bomb:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.marker),)

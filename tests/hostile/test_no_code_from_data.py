@@ -15,6 +15,7 @@ import kdfast
 from kdfast import evaluate
 from kdfast.common.errors import UserError
 from kdfast.models import hub, load
+from tests.hostile.mutations import Bomb
 
 FORBIDDEN = (
     r"torch\.load\b",
@@ -78,16 +79,6 @@ def test_the_package_calls_nothing_that_runs_data():
 )
 def test_each_forbidden_call_is_seen(line):
     assert found_in(line)
-
-
-class Bomb:
-    """Touches a file when it is unpickled."""
-
-    def __init__(self, marker):
-        self.marker = str(marker)
-
-    def __reduce__(self):
-        return Path.touch, (Path(self.marker),)
 
 
 @pytest.fixture

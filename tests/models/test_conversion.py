@@ -16,22 +16,13 @@ from kdfast import doctor
 from kdfast.common.errors import UserError
 from kdfast.models import conversion, load
 from tests import hub
+from tests.hostile.mutations import Bomb
 
 pytestmark = pytest.mark.program
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PICKLED = GOLDEN / "pickled"  # written by transformers 4.57.6
 WEIGHTS = "model.safetensors"
-
-
-class Bomb:
-    """Touches a file when it is unpickled."""
-
-    def __init__(self, marker):
-        self.marker = str(marker)
-
-    def __reduce__(self):
-        return Path.touch, (Path(self.marker),)
 
 
 @pytest.fixture

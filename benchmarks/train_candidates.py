@@ -1,6 +1,6 @@
 """Who trains: a padded loop in plain PyTorch, and kdfast. All learn from the same Problem.
 
-Each contender is called with the windows of one optimizer step and returns its Turn.
+Each candidate is called with the windows of one optimizer step and returns its Turn.
 """
 
 import copy
@@ -36,11 +36,11 @@ PARTS = ("gather", "forward", "loss", "backward", "optimizer", "log")
 
 @dataclass(frozen=True)
 class Problem:
-    """What every contender starts from.
+    """What every candidate starts from.
 
     reader: a Hugging Face question-answering model, of which each trains a copy. teacher_logits:
     fp16 (tokens, 2), flat as windows.input_ids. precision: a key of AUTOCAST. windows_at_once: in
-    one forward pass of a padding contender. max_grad_norm: gradients are clipped to it.
+    one forward pass of a padding candidate. max_grad_norm: gradients are clipped to it.
     """
 
     reader: nn.Module
@@ -219,7 +219,7 @@ class Kdfast(Callback):
 
 
 def settings_of(problem: Problem) -> TrainConfig:
-    """kdfast's defaults, but for what the contenders share."""
+    """kdfast's defaults, but for what the candidates share."""
     return TrainConfig(
         temperature=TEMPERATURE,
         distillation_loss_weight=WEIGHT,
