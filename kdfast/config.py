@@ -206,7 +206,8 @@ class SpeedSettings:
     _argument_group_name: ClassVar[str] = "numbers and speed"
     mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(
         None,
-        "Type of the matrix products. Default: fp16 on a GPU, no (fp32) on a CPU.",
+        "Type of the matrix products, the teacher's too. Default: fp16 on a GPU, or what model and "
+        "card can instead; no (fp32) on a CPU.",
         resume="allowed",
     )
     # Both at most 2**24: exact in fp32, in which the ranks tell each other how they cut.

@@ -17,7 +17,7 @@ from typing import Any
 from kdfast.common.errors import UserError
 from kdfast.common.files import make_writable, write_json
 from kdfast.common.machine import describe_machine
-from kdfast.common.precision import pick_device, resolve
+from kdfast.common.precision import pick_device
 from kdfast.common.ranks import Ranks
 from kdfast.common.run import Run
 from kdfast.data.read import read_examples
@@ -115,8 +115,7 @@ def score_predictions(
 
 def load_models(config: EvaluateConfig, ranks: Ranks) -> list[EvaluatedModel]:
     """The models of --model and --compare, the same on all ranks."""
-    device = pick_device(ranks.local_rank)
-    run = Run(device, resolve(config.mixed_precision, device), ranks)
+    run = Run(pick_device(ranks.local_rank), ranks=ranks)
     settings = AnswerSettings(
         config.max_seq_length,
         config.max_query_length,
@@ -124,6 +123,7 @@ def load_models(config: EvaluateConfig, ranks: Ranks) -> list[EvaluatedModel]:
         config.max_answer_length,
         config.n_best_size,
         Path(config.cache_dir).expanduser(),
+        config.mixed_precision,
     )
     models = [
         EvaluatedModel(name, role, settings, run)

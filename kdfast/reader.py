@@ -87,7 +87,8 @@ class Reader:
         if mixed_precision not in AUTOCAST:
             known = ", ".join(AUTOCAST)
             raise UserError(f"mixed_precision is {mixed_precision!r}: give one of {known}.")
-        self._precision = AUTOCAST[resolve(mixed_precision, self.device)]
+        types = [loaded.model.reader.config.model_type]
+        self._precision = AUTOCAST[resolve(mixed_precision, self.device, types)]
         self.model = loaded.model.to(self.device).eval()
         self._warned_of_cuts = False
 

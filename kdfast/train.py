@@ -156,7 +156,8 @@ def start_run(config: TrainConfig, ranks: Ranks, stop: StopSignals) -> Run:
     """Device and precision of this process, equal settings on all ranks, one cache for all."""
     stop.grace_seconds, stop.is_first = config.output.grace_seconds, ranks.is_first
     device = pick_device(ranks.local_rank)
-    precision = resolve(config.speed.mixed_precision, device)
+    types = inputs.trained_types(config)
+    precision = resolve(config.speed.mixed_precision, device, types, ranks.log)
     if config.speed.deterministic:
         enable_determinism(device)
     ranks.assert_same_on_all_ranks(

@@ -8,7 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForQuestionAnswering
 
+from kdfast.common import precision
 from kdfast.common.errors import UserError
+from kdfast.common.run import Run
 from kdfast.config import TrainConfig, WindowSettings
 from kdfast.data.prepare import prepare_windows
 from kdfast.hf import kd_dataset
@@ -18,6 +20,7 @@ from kdfast.teachers.alignment import Aligner
 from kdfast.teachers.rewindow import rewindow
 from kdfast.tokenizers.load import load_tokenizer
 from kdfast.tokenizers.template import Template
+from kdfast.training import inputs
 from tests import readers
 from tests.programs import log_of
 from tests.teachers.two_tokenizers import by_the_book
@@ -261,3 +264,35 @@ def test_a_teacher_that_was_trained_without_token_types_gets_none(world):
             out = model(torch.from_numpy(row["input_ids"]))
         own = torch.stack([out.start_logits[0], out.end_logits[0]], 1).numpy()
         assert_near(found, softmax(own))
+
+
+def test_each_teacher_computes_in_what_is_asked_for_or_is_refused(world, capsys):
+    deberta = readers.save(world.path / "deberta", "deberta")
+    for kind in ("no", "fp16"):
+        record = run(world, mixed_precision=kind, output_dir=world.path / kind)
+        assert cached(world, record["teacher_cache"])[1]["precision"] == kind == record["precision"]
+    several = {"teacher": [world.teacher, deberta], "mixed_precision": "fp16"}
+    assert world.run(**LENGTHS, **several) == 2
+    assert "--mixed_precision fp16: deberta does not compute in it" in capsys.readouterr().err
+    # The teacher of stage layers computes with the student.
+    for changes in ({"student": deberta}, {"stage": "layers", "validation_file": None}):
+        assert world.run(teacher=deberta, mixed_precision="bf16", **changes) == 2
+        assert "--mixed_precision bf16: deberta does not" in capsys.readouterr().err
+
+
+def test_a_gpus_default_is_chosen_for_each_teacher_and_logged(world, monkeypatch, capsys):
+    """Where precision is chosen, the CPU is taken for a GPU."""
+
+    def on_gpu(asked, device, *rest):
+        return precision.resolve(asked, torch.device("cuda"), *rest)
+
+    monkeypatch.setattr(targets, "resolve", on_gpu)
+    monkeypatch.setattr(precision, "_has_bf16", lambda device: True)
+    several = [readers.save(world.path / "deberta", "deberta"), world.teacher]
+    config = TrainConfig(
+        **LENGTHS, teacher=several, train_file=world.train_file, cache_dir=str(world.path / "cache")
+    )
+    tokenizer = load_tokenizer(Path(world.student), "it")
+    found = inputs.find_targets(config, student_windows(world), tokenizer, Run())
+    assert [each.source.precision for each in found.teachers] == ["no", "fp16"]
+    assert "--mixed_precision is no, not fp16: deberta does not" in capsys.readouterr().out

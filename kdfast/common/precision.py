@@ -2,12 +2,20 @@
 
 import operator
 import os
+from collections.abc import Callable, Sequence
 
 import torch
 
 from kdfast.common.errors import UserError
 
 AUTOCAST = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+# What a GPU computes in by default: the first that model and card can.
+PREFERRED = ("fp16", "bf16", "no")
+# Model types that do not compute in a precision, with the reason; all others compute in all.
+# DeBERTa's queries stay fp32 under autocast, for an fp32 bias is added to them, and transformers
+# masks the scores, which are in half precision, with the least number of the queries' type.
+_MASK = "transformers masks its attention with a number that overflows there"
+CANNOT = {("deberta", "fp16"): _MASK, ("deberta", "bf16"): _MASK}
 
 
 def pick_device(number: int = 0) -> torch.device:
@@ -35,23 +43,62 @@ def device_of(device: str | int | torch.device | None) -> torch.device:
         ) from None
 
 
-def resolve(mixed_precision: str | None, device: torch.device) -> str:
-    """`no`, `fp16` or `bf16`; None becomes fp16 on a GPU and no on a CPU.
+def works_in(model_type: str, precision: str) -> bool:
+    """Whether models of that type compute in "no", "fp16" or "bf16" on a device that can."""
+    return (model_type, precision) not in CANNOT
 
-    Raises UserError for bf16 on a card that only emulates it, as a V100 does.
+
+def why_not(precision: str, model_type: str, device: torch.device) -> str | None:
+    """Why a model of that type cannot compute in a precision on a device; None: it can."""
+    if not works_in(model_type, precision):
+        return f"{model_type} does not compute in it ({CANNOT[model_type, precision]})"
+    if precision == "bf16" and not _has_bf16(device):
+        return f"{torch.cuda.get_device_name(device)} has no bf16 of its own"
+    return None
+
+
+def resolve(
+    mixed_precision: str | None,
+    device: torch.device,
+    model_types: Sequence[str],
+    log: Callable[[str], object] = lambda sentence: None,
+) -> str:
+    """The precision in which models compute together.
+
+    Args:
+        mixed_precision: "no", "fp16" or "bf16". None, the default: "no" on a CPU, and on a GPU the
+            first of "fp16", "bf16" and "no" that the models and the card can.
+        device: Where they compute.
+        model_types: Theirs, as config.json names them.
+        log: Called with a sentence where the default on a GPU is not fp16.
+
+    Returns:
+        "no", "fp16" or "bf16".
+
+    Raises:
+        UserError: For one that a model or the card cannot compute in. A V100 only emulates bf16.
     """
-    if mixed_precision is None:
-        return "fp16" if device.type == "cuda" else "no"
-    if (
-        mixed_precision == "bf16"
-        and device.type == "cuda"
-        and not torch.cuda.is_bf16_supported(including_emulation=False)
-    ):
-        raise UserError(
-            f"--mixed_precision bf16: {torch.cuda.get_device_name(device)} has no bf16 of its "
-            "own: use fp16."
-        )
-    return mixed_precision
+    can = {}
+    for each in PREFERRED:
+        reasons = (why_not(each, model_type, device) for model_type in model_types)
+        can[each] = next(filter(None, reasons), None)
+    best = next(each for each in PREFERRED if can[each] is None)
+    if mixed_precision is None and device.type == "cuda":
+        if best != "fp16":
+            log(f"--mixed_precision is {best}, not fp16: {can['fp16']}.")
+        return best
+    chosen = mixed_precision or "no"
+    if reason := can[chosen]:
+        raise UserError(f"--mixed_precision {chosen}: {reason}: leave it out or use {best}.")
+    return chosen
+
+
+def _has_bf16(device: torch.device) -> bool:
+    """Whether the device computes in bf16 itself: on an older card torch would emulate it."""
+    if device.type == "cpu":
+        return True
+    with torch.cuda.device(device):  # torch asks the current one
+        return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def enable_determinism(device: torch.device) -> None:
@@ -68,10 +115,3 @@ def enable_determinism(device: torch.device) -> None:
         )
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
-
-
-def teacher_precision(mixed_precision: str, device: torch.device) -> str:
-    """The teacher's type: fp16 on a GPU unless the run is bf16; on a CPU, bf16 or none."""
-    if device.type == "cuda":
-        return "bf16" if mixed_precision == "bf16" else "fp16"
-    return "bf16" if mixed_precision == "bf16" else "no"

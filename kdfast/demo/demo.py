@@ -60,7 +60,8 @@ def score_teacher(config: TrainConfig) -> dict[str, Any]:
     """The teacher's row: it answers the same validation questions in the same way."""
     device = pick_device()
     loaded = load_reader(config.model.teacher[0], "--teacher")
-    run = Run(device, resolve(config.speed.mixed_precision, device))
+    kind = loaded.model.reader.config.model_type
+    run = Run(device, resolve(config.speed.mixed_precision, device, [kind]))
     validation = load_validation(config, loaded, Ranks())
     assert validation is not None  # the demo has a set
     result = validation.score(loaded.model.to(device), run)

@@ -1,7 +1,7 @@
 """A model under evaluation: how it is loaded, its answers to a set, and its speed."""
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from kdfast.common.files import read_json_object
+from kdfast.common.precision import resolve
 from kdfast.common.progress import reading_bar
 from kdfast.common.run import Run
 from kdfast.common.settings import LARGEST
@@ -43,6 +44,7 @@ class AnswerSettings:
         max_answer_length: Tokens in the longest answer that is considered.
         n_best_size: Answers that are kept for each question.
         cache_dir: Folder for prepared windows.
+        mixed_precision: "no", "fp16" or "bf16". None: what suits a model and the device.
     """
 
     max_seq_length: int | None
@@ -51,6 +53,7 @@ class AnswerSettings:
     max_answer_length: int
     n_best_size: int
     cache_dir: Path
+    mixed_precision: str | None = None
 
     def windows_for(
         self, trained: dict[str, Any], longest: int = LARGEST, special: int = 0
@@ -101,16 +104,20 @@ class EvaluatedModel:
         name: Folder or hub id.
         role: The flag that named it.
         settings: How it answers.
-        run: Device and precision, and the ranks that share the windows.
+        run: Device, and the ranks that share the windows.
 
     Raises:
-        UserError: For a model that does not load, or that reads fewer tokens than a window has.
+        UserError: For a model that does not load, that reads fewer tokens than a window has, or
+            that does not compute in the precision.
     """
 
     def __init__(self, name: str, role: str, settings: AnswerSettings, run: Run):
         loaded = load_reader(name, role)
         folder = local_folder(name, role)
-        self.name, self.settings, self.run = name, settings, run
+        self.name, self.settings = name, settings
+        types = [loaded.model.reader.config.model_type]
+        precision = resolve(settings.mixed_precision, run.device, types, run.ranks.warn)
+        self.run = replace(run, precision=precision)
         for note in loaded.notes:
             run.ranks.warn(note)
         self.windows = self._choose_windows(loaded, folder)

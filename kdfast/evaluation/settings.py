@@ -78,7 +78,9 @@ class EvaluateConfig:
         20, "Answers per question in nbest_predictions.json.", above=0, most=1000
     )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(
-        None, "Default: fp16 on a GPU, no on a CPU."
+        None,
+        "Type of the matrix products. Default: fp16 on a GPU, or what model and card can instead; "
+        "no (fp32) on a CPU.",
     )
 
     def check(self) -> None:

@@ -10,7 +10,7 @@ import torch
 from transformers import default_data_collator
 
 from kdfast.common.errors import UserError
-from kdfast.common.precision import pick_device, resolve
+from kdfast.common.precision import pick_device
 from kdfast.common.run import Run
 from kdfast.config import TrainConfig
 from kdfast.config_checks import check_teachers
@@ -95,8 +95,7 @@ def kd_dataset(config: TrainConfig) -> KDDataset:
     if not config.data.train_file:
         raise UserError("kd_dataset needs a train_file: name one.")
     check_teachers(config)
-    device = pick_device()
-    run = Run(device, resolve(config.speed.mixed_precision, device))
+    run = Run(pick_device())
     tokenizer = kd_tokenizer(config)
     windows = inputs.prepare(config, tokenizer, config.data.train_file, "train", run.ranks)
     targets = inputs.find_targets(config, windows, tokenizer, run)

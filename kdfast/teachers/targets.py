@@ -11,8 +11,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from kdfast.common.errors import UserError
+from kdfast.common.precision import resolve
 from kdfast.common.progress import passing_bar
-from kdfast.common.ranks import Ranks
 from kdfast.common.run import Run
 from kdfast.config import TrainConfig
 from kdfast.data.windows import Windows
@@ -61,14 +61,16 @@ def find_teacher(
     name: str,
     windows: Windows,
     own_tokenizer: PreTrainedTokenizerFast,
-    kind: str,
-    ranks: Ranks,
+    run: Run,
 ) -> Teacher:
     """The teacher `name` and the windows it reads, which are made where they are not there.
 
-    windows: the student's. kind: the precision of the teacher.
+    windows: the student's. The teacher has a precision of its own: what its type can.
     """
     folder = local_folder(name, "--teacher")
+    own_config = load_config(folder, name, "--teacher")
+    asked, ranks = config.speed.mixed_precision, run.ranks
+    kind = resolve(asked, run.device, [own_config.model_type], ranks.log)
     tokenizer = load_tokenizer(folder, "--teacher")
     key = tokenizer_key(tokenizer)
     weights = cache.weights_key(folder)
@@ -77,7 +79,7 @@ def find_teacher(
         windows = windows.with_token_types(Template.learn(tokenizer).uses_token_types)
         return Teacher(name, source, windows, config.windows.max_seq_length)
     refuse_mse(config, name)
-    length = trained_length(load_config(folder, name, "--teacher"))
+    length = trained_length(own_config)
     read = rewindow(
         windows,
         config.data.train_file,

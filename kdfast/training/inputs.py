@@ -10,7 +10,6 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from kdfast.common.errors import UserError
-from kdfast.common.precision import teacher_precision
 from kdfast.common.progress import reading_bar
 from kdfast.common.ranks import Ranks
 from kdfast.common.run import Run
@@ -20,7 +19,8 @@ from kdfast.data.prepare import prepare_windows
 from kdfast.data.windows import Windows
 from kdfast.evaluation import metrics, scoring, suites
 from kdfast.models.checks import check_windows
-from kdfast.models.load import Loaded, check_fits, keep_layers, load_reader
+from kdfast.models.hub import local_folder
+from kdfast.models.load import Loaded, check_fits, keep_layers, load_config, load_reader
 from kdfast.teachers import cache, targets
 from kdfast.teachers.mixture import Mixture, fill_cache
 
@@ -46,6 +46,17 @@ class TeacherTargets:
     def weights(self) -> list[str]:
         """Each teacher's weights_key."""
         return [each.source.weights for each in self.teachers]
+
+
+def trained_types(config: TrainConfig) -> list[str]:
+    """Types of the models that compute in one step: the student and, in stage layers, the teacher.
+
+    Raises UserError for models that are not there or not supported.
+    """
+    names = [("--student" if config.model.student else "--teacher", config.model.student_source)]
+    if config.model.stage == "layers":
+        names.append(("--teacher", config.model.teacher[0]))
+    return [load_config(local_folder(name, role), name, role).model_type for role, name in names]
 
 
 def load_student(config: TrainConfig, ranks: Ranks) -> Loaded:
@@ -108,10 +119,8 @@ def find_targets(
         if config.model.teacher and config.model.stage == "predictions":
             run.ranks.log("--distillation_loss_weight is 0: the teacher's logits are not computed.")
         return None
-    kind = teacher_precision(run.precision, run.device)
     found = [
-        targets.find_teacher(config, name, windows, tokenizer, kind, run.ranks)
-        for name in config.model.teacher
+        targets.find_teacher(config, name, windows, tokenizer, run) for name in config.model.teacher
     ]
     if len(found) == 1 and found[0].aligner is None:
         return TeacherTargets(found, found[0].source)
