@@ -1,0 +1,106 @@
+"""The table of docs/models.md: each cell says what a small model of the type has just done.
+
+`python -m tests.models_table` writes the table there again.
+"""
+
+import json
+import re
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from unittest import mock
+
+import torch
+from safetensors.torch import load_file
+
+from kdfast.common.precision import works_in
+from kdfast.models.checks import SUPPORTED
+from tests import published, readers
+from tests.programs import World, log_of
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "models.md"
+
+
+def names_of(model_type: str) -> list[str]:
+    """The published models of that type, as tests.published names them."""
+    return [name for name, each in published.MODELS.items() if each.model_type == model_type]
+
+
+@cache
+def trained_and_taught(name: str, precision: str) -> bool:
+    """Whether small models like `name` learn for two steps and teach; False: it is refused.
+
+    Teacher and student are both like `name`. Raises AssertionError where either does not work,
+    or where the precision is refused against the table of kdfast.common.precision.
+    """
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        # Neither asks for the type of the model, and both take longer than the steps.
+        mock.patch("kdfast.train.publish"),
+        mock.patch("kdfast.training.results.matmul_rate", return_value=1e12),
+    ):
+        world = World(Path(folder))
+        teacher = readers.save(world.path / "its teacher", name, seed=1)
+        student = readers.save(world.path / "its student", name, seed=2)
+        models = {"teacher": teacher, "student": student, "mixed_precision": precision}
+        status = world.run(max_steps=2, train_batch_size=4, validation_file=None, **models)
+        if not works_in(published.MODELS[name].model_type, precision):
+            assert status == 2, f"{name} ended with {status} in {precision}, and is to be refused"
+            return False
+        assert status == 0, f"{name} ended with {status} in {precision}"
+        _check_steps(log_of(world.output), Path(student), world.output)
+        record = json.loads((world.output / "run.json").read_text())
+        (header,) = world.path.joinpath("cache").rglob(f"{record['teacher_cache']}/header.json")
+        assert json.loads(header.read_text())["precision"] == precision == record["precision"]
+    return True
+
+
+def _check_steps(steps: list[dict], before: Path, after: Path) -> None:
+    """The two steps had finite losses, of teacher and gold answers, and moved every matrix."""
+    parts = torch.tensor([[step["loss"], step["soft"], step["hard"]] for step in steps])
+    assert parts.shape == (2, 3) and parts.isfinite().all() and (parts > 0).all()
+    old, new = (load_file(each / "model.safetensors") for each in (before, after))
+    still = [key for key, value in old.items() if value.dim() > 1 and value.equal(new[key])]
+    assert not still, f"the steps have not changed {still}"
+
+
+def _does(precision: str) -> Callable[[str], str]:
+    def cell(model_type: str) -> str:
+        done = {trained_and_taught(name, precision) for name in names_of(model_type)}
+        assert len(done) == 1
+        return "yes" if done.pop() else "no"
+
+    return cell
+
+
+# Column -> what its cell says of a type.
+COLUMNS: dict[str, Callable[[str], str]] = {
+    "configurations": lambda model_type: ", ".join(names_of(model_type)),
+    "trains": _does("no"),
+    "teaches": _does("no"),
+    "fp16": _does("fp16"),
+    "bf16": _does("bf16"),
+}
+
+
+def in_document() -> dict[str, dict[str, str]]:
+    """The table in the document: type -> column -> cell."""
+    lines = [line for line in DOCUMENT.read_text().splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    header, _, *rows = rows
+    return {row[0]: dict(zip(header[1:], row[1:], strict=True)) for row in rows}
+
+
+def write() -> None:
+    """Compute the table, and put it in the place of the document's."""
+    lines = ["| type | " + " | ".join(COLUMNS) + " |", "|:--" * (len(COLUMNS) + 1) + "|"]
+    for each in SUPPORTED:
+        lines.append(f"| {each} | " + " | ".join(cell(each) for cell in COLUMNS.values()) + " |")
+    table = "\n".join(lines)
+    text = DOCUMENT.read_text()
+    DOCUMENT.write_text(re.sub(r"(^\|.*\n?)+", lambda _: table + "\n", text, flags=re.M))
+
+
+if __name__ == "__main__":
+    write()
