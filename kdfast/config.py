@@ -213,7 +213,7 @@ class SpeedSettings:
     # Both at most 2**24: exact in fp32, in which the ranks tell each other how they cut.
     max_tokens_per_micro_batch: int | None = flag(
         None,
-        "Padded tokens in a micro-batch. Default: 768 on a CPU, what fits on a GPU.",
+        "Tokens in a micro-batch, with padding. Default: 768 on a CPU, what fits on a GPU.",
         above=0,
         most=2**24,
         resume="allowed",
@@ -225,8 +225,14 @@ class SpeedSettings:
         most=2**24,
         resume="allowed",
     )
+    packing: Literal["auto", "on", "off"] = flag(
+        "auto",
+        "Put windows one behind the other, without padding, in training and in a teacher's pass. "
+        "auto: on a GPU, for types of models that can.",
+        resume="allowed",
+    )
     torch_compile: bool = flag(
-        False, "Compile the student; widths are then multiples of 8.", resume="allowed"
+        False, "Compile the student; windows are then padded, to multiples of 8.", resume="allowed"
     )
     gradient_checkpointing: bool = flag(
         False,
@@ -366,7 +372,7 @@ _RESUME = {
 FIXED_ON_RESUME = tuple(name for name, kind in _RESUME.items() if kind != "free")
 CHANGEABLE = {name for name, kind in _RESUME.items() if kind == "allowed"}
 # How a step is cut: the same objective, other rounding.
-CUTS = {"max_tokens_per_micro_batch", "gradient_accumulation_steps"}
+CUTS = {"max_tokens_per_micro_batch", "gradient_accumulation_steps", "packing"}
 
 
 @dataclass(frozen=True, init=False)

@@ -91,6 +91,11 @@ def _check_contradictions(config: TrainConfig) -> None:
     ):
         if given[one] and given[other]:
             raise UserError(f"--{one} and --{other} exclude each other: give one of them.")
+    if given["packing"] == "on" and given["torch_compile"]:
+        raise UserError(
+            "--packing on and --torch_compile exclude each other: compiled models read padded "
+            "windows. Give one of them."
+        )
     for name in EVALUATION_FLAGS:
         if given[name] and not given["validation_file"]:
             raise UserError(f"--{name} needs --validation_file: give one, or leave it out.")
@@ -114,6 +119,11 @@ def _check_stage(config: TrainConfig) -> None:
     for name in ("torch_compile", "gradient_checkpointing"):
         if given[name]:
             raise UserError(f"--{name} and {stage} exclude each other: give one of them.")
+    if given["packing"] == "on":
+        raise UserError(
+            f"--packing on and {stage} exclude each other, as layers are compared over padded "
+            "windows: give --packing auto."
+        )
     if model.stage == "both":
         if config.output.resume_from_checkpoint not in ("", "last"):
             raise UserError(

@@ -59,6 +59,7 @@ def make(
     dropout=0.0,
     teacher=True,
     teacher_name=None,
+    model_type="bert",
     **changes,
 ):
     """Files below `path`, and what trains on them.
@@ -67,6 +68,7 @@ def make(
     """
     name = readers.save(
         path / "student",
+        model_type,
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
     )

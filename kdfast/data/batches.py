@@ -37,7 +37,8 @@ class MicroBatchPolicy:
 
     max_tokens: padded tokens in one micro-batch. A micro-batch of n windows of width L is taken to
     last overhead + n L (per_token + per_token_width L) seconds, forward and backward. parts: cut
-    into so many equal micro-batches instead, or None.
+    into so many equal micro-batches instead, or None. packed: there is no padding, and the
+    fewest micro-batches that max_tokens allows are best.
     """
 
     max_tokens: int
@@ -45,9 +46,12 @@ class MicroBatchPolicy:
     per_token: float
     per_token_width: float
     parts: int | None = None
+    packed: bool = False
 
     def cut(self, windows: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
         """The micro-batches of a step. windows: int array (n,); lengths: int array (n,)."""
+        if self.packed:
+            return cut_packed(windows, lengths, self.max_tokens, self.parts)
         if self.parts is not None:
             return cut_evenly(windows, lengths, self.parts)
         return cut_by_cost(windows, lengths, self)
@@ -58,17 +62,46 @@ def shard(
 ) -> list[np.ndarray]:
     """The windows of a step in `count` shares that cost about the same, some perhaps empty.
 
-    The longest window left goes to the share that has cost least so far. A pure function of the
-    lengths and the policy, so that every rank finds all shares by itself.
+    Packed windows cost their tokens. A pure function of the lengths and the policy, so that every
+    rank finds all shares by itself.
     """
-    costs = lengths * (policy.per_token + policy.per_token_width * lengths)
+    costs = lengths
+    if not policy.packed:
+        costs = lengths * (policy.per_token + policy.per_token_width * lengths)
+    return [windows[share] for share in balance(costs, count)]
+
+
+def balance(costs: np.ndarray, count: int) -> list[np.ndarray]:
+    """`count` shares of range(len(costs)) whose costs have about the same sum, some perhaps empty.
+
+    The largest cost left goes to the share that has cost least so far.
+    """
     shares: list[list[int]] = [[] for _ in range(count)]
     least = [(0.0, number) for number in range(count)]
     for index in np.argsort(-costs, kind="stable").tolist():
         spent, number = heapq.heappop(least)
         shares[number].append(index)
         heapq.heappush(least, (spent + float(costs[index]), number))
-    return [windows[np.array(share, dtype=np.int64)] for share in shares]
+    return [np.array(share, dtype=np.int64) for share in shares]
+
+
+def cut_packed(
+    windows: np.ndarray, lengths: np.ndarray, max_tokens: int, parts: int | None = None
+) -> list[np.ndarray]:
+    """As few micro-batches as hold max_tokens each, or min(parts, n), with about equal tokens.
+
+    A window longer than max_tokens stands alone.
+    """
+    if len(windows) == 0:
+        return []
+    count = min(parts or -(-int(lengths.sum()) // max_tokens), len(windows))
+    shares = balance(lengths, count)
+    while parts is None and any(
+        len(share) > 1 and lengths[share].sum() > max_tokens for share in shares
+    ):
+        count += 1
+        shares = balance(lengths, count)
+    return [windows[share] for share in shares]
 
 
 def cut_by_cost(

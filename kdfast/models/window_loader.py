@@ -8,12 +8,13 @@ fills pinned buffers one step ahead.
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from kdfast.data.windows import Windows
+from kdfast.models.packing import PackedWindows, packed_length
 
 # Of a GPU's free memory, what the uploaded data may take.
 RESIDENT_SHARE = 0.25
@@ -21,13 +22,14 @@ RESIDENT_SHARE = 0.25
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """n windows padded to the longest of them, on the device.
+    """n windows padded to the longest of them, or packed, on the device.
 
-    inputs: the arguments of SpanModel. mask: bool (n, L), the real tokens, or None where all are.
-    start_positions, end_positions: int64 (n,). teacher_logits: fp16 (n, L, 2), or None.
+    inputs: the arguments of SpanModel, whose logits are (n, L, 2) either way. mask: bool (n, L),
+    the real tokens, or None where all are. start_positions, end_positions: int64 (n,).
+    teacher_logits: fp16 (n, L, 2), or None.
     """
 
-    inputs: dict[str, torch.Tensor | None]
+    inputs: dict[str, Any]
     mask: torch.Tensor | None
     start_positions: torch.Tensor
     end_positions: torch.Tensor
@@ -44,31 +46,72 @@ class WindowLoader(Protocol):
         """Say what will be asked for next, so that it may be made ready."""
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How micro-batches are laid out.
+
+    multiple: of which the width of padded windows is one, or the length of packed ones. packs:
+    windows stand one behind the other, instead of in padded rows.
+    """
+
+    multiple: int = 1
+    packs: bool = False
+
+    def tokens(self, lengths: np.ndarray) -> int:
+        """The tokens of a micro-batch of windows of these lengths, with padding or filling."""
+        if self.packs:
+            return packed_length(lengths, self.multiple)
+        return len(lengths) * padded_width(lengths, self.multiple)
+
+    def laid_out(
+        self, batch: "MicroBatch", lengths: np.ndarray, on_device: torch.Tensor
+    ) -> "MicroBatch":
+        """A padded batch as it should be. lengths, on_device: of its windows, int64 (n,)."""
+        if not self.packs:
+            return batch
+        width = batch.inputs["input_ids"].shape[1]
+        packed = PackedWindows.of(lengths, on_device, width, self.multiple)
+        inputs = {
+            name: None if batch.inputs[name] is None else packed.pack(batch.inputs[name])
+            for name in ("input_ids", "token_type_ids")
+        }
+        return replace(batch, inputs=inputs | {"packed": packed})
+
+
+PADDED = Layout()
+
+
 def make_loader(
-    windows: Windows, teacher_logits: np.ndarray | None, device: torch.device, multiple: int = 1
+    windows: Windows,
+    teacher_logits: np.ndarray | None,
+    device: torch.device,
+    layout: Layout = PADDED,
+    reserved: int = 0,
 ) -> WindowLoader:
     """The loader that suits the device and the size of the data.
 
-    teacher_logits: fp16 (tokens, 2), flat as windows.input_ids, or None. multiple: of which every
-    width is one, by padding.
+    teacher_logits: fp16 (tokens, 2), flat as windows.input_ids, or None. reserved: bytes on the
+    device that the run is still to take for other things than micro-batches.
     """
-    host = HostLoader(windows, teacher_logits, multiple)
+    host = HostLoader(windows, teacher_logits, layout)
     if device.type == "cpu":
         return host
     needed = ResidentLoader.bytes_needed(windows, teacher_logits)
     torch.cuda.empty_cache()  # what it holds in reserve would count as taken
-    if needed < RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]:
-        return ResidentLoader(windows, teacher_logits, device, multiple)
+    if needed < RESIDENT_SHARE * (torch.cuda.mem_get_info(device)[0] - reserved):
+        return ResidentLoader(windows, teacher_logits, device, layout)
     return StreamedLoader(host, device)
 
 
 class HostLoader:
     """Micro-batches in the host's memory, from arrays that may be memory-mapped."""
 
-    def __init__(self, windows: Windows, teacher_logits: np.ndarray | None, multiple: int = 1):
+    def __init__(
+        self, windows: Windows, teacher_logits: np.ndarray | None, layout: Layout = PADDED
+    ):
         self.windows = windows
         self.teacher_logits = teacher_logits
-        self.multiple = multiple
+        self.layout = layout
 
     def micro_batches(self, cuts: list[np.ndarray]) -> Iterator[MicroBatch]:
         return map(self.micro_batch, cuts)
@@ -79,7 +122,7 @@ class HostLoader:
     def micro_batch(self, indices: np.ndarray) -> MicroBatch:
         windows = self.windows
         lengths = windows.lengths[indices]
-        width = padded_width(lengths, self.multiple)
+        width = padded_width(lengths, self.layout.multiple)
         padded = windows.padded(indices, width)
         mask = torch.from_numpy(padded["attention_mask"]) if lengths.min() < width else None
         teacher = None
@@ -88,7 +131,7 @@ class HostLoader:
             rows[padded["attention_mask"]] = self.teacher_logits[flat_positions(windows, indices)]
             teacher = torch.from_numpy(rows)
         types = torch.from_numpy(padded["token_type_ids"]) if windows.uses_token_types else None
-        return MicroBatch(
+        batch = MicroBatch(
             inputs={
                 "input_ids": torch.from_numpy(padded["input_ids"]),
                 "attention_mask": mask,
@@ -99,6 +142,7 @@ class HostLoader:
             end_positions=torch.from_numpy(windows.end_positions[indices].astype(np.int64)),
             teacher_logits=teacher,
         )
+        return self.layout.laid_out(batch, lengths, torch.from_numpy(lengths.astype(np.int64)))
 
 
 class ResidentLoader:
@@ -109,13 +153,13 @@ class ResidentLoader:
         windows: Windows,
         teacher_logits: np.ndarray | None,
         device: torch.device,
-        multiple: int = 1,
+        layout: Layout = PADDED,
     ):
         def upload(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
             return torch.from_numpy(np.array(array)).to(device, dtype)
 
         self.lengths = np.array(windows.lengths)
-        self.multiple = multiple
+        self.layout = layout
         self.device = device
         self.pad_token_id = windows.pad_token_id
         self.ids = upload(windows.input_ids, torch.int32)
@@ -148,7 +192,7 @@ class ResidentLoader:
 
     def _gather(self, chosen: torch.Tensor, lengths: np.ndarray) -> MicroBatch:
         """chosen: int64 (n,) on the device; lengths: int (n,) on the host, of the same windows."""
-        width = padded_width(lengths, self.multiple)
+        width = padded_width(lengths, self.layout.multiple)
         position = torch.arange(width, device=self.device)
         real = position < self.length[chosen, None]
         place = torch.where(real, self.begin[chosen, None] + position, 0)
@@ -160,13 +204,14 @@ class ResidentLoader:
         teacher = None
         if self.teacher is not None:
             teacher = torch.where(real[..., None], self.teacher[place], 0)
-        return MicroBatch(
+        batch = MicroBatch(
             inputs={"input_ids": ids, "attention_mask": mask, "token_type_ids": types},
             mask=mask,
             start_positions=self.start[chosen],
             end_positions=self.end[chosen],
             teacher_logits=teacher,
         )
+        return self.layout.laid_out(batch, lengths, self.length[chosen])
 
 
 class StreamedLoader:
@@ -204,14 +249,19 @@ def _same(cuts: list[np.ndarray], others: list[np.ndarray]) -> bool:
 def map_tensors(batch: MicroBatch, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
     """The batch with every tensor changed; mask and attention_mask stay one."""
 
-    def changed(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        return None if tensor is None else change(tensor)
+    def changed(value: Any) -> Any:
+        if isinstance(value, PackedWindows):
+            return value.map(change)
+        return None if value is None else change(value)
 
     mask = changed(batch.mask)
-    inputs = {name: changed(t) for name, t in batch.inputs.items() if name != "attention_mask"}
+    inputs = {
+        name: mask if name == "attention_mask" else changed(value)
+        for name, value in batch.inputs.items()
+    }
     return replace(
         batch,
-        inputs=inputs | {"attention_mask": mask},
+        inputs=inputs,
         mask=mask,
         start_positions=change(batch.start_positions),
         end_positions=change(batch.end_positions),

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -14,11 +14,12 @@ from kdfast.config import OptimizationSettings, TrainConfig
 from kdfast.data.batches import MicroBatchPolicy, TrainingOrder
 from kdfast.data.windows import Windows
 from kdfast.models.dropout import speed_up_dropout
-from kdfast.models.span_model import COMPILED_WIDTH, SpanModel
-from kdfast.models.window_loader import MicroBatch, WindowLoader, make_loader
+from kdfast.models.packing import wants_packing
+from kdfast.models.span_model import SpanModel
+from kdfast.models.window_loader import Layout, MicroBatch, WindowLoader, make_loader
 from kdfast.teachers.layers import LayerLosses, load_layer_teacher
 from kdfast.training.flops import Work, count_work
-from kdfast.training.micro_batches import MicroBatches, choose_policy, peak_bytes_of
+from kdfast.training.micro_batches import MicroBatches, bytes_to_come, choose_policy, peak_bytes_of
 from kdfast.training.optimizer import ScaledAdamW
 from kdfast.training.step import (
     Objective,
@@ -178,12 +179,20 @@ def assemble(
         restore: Loads a checkpoint into student and optimizer, and says where the run stood.
 
     Raises:
-        UserError: For a teacher of stage layers that does not fit the student.
+        UserError: For a teacher of stage layers that does not fit the student, and a student that
+            cannot pack.
     """
     speed, compiles = config.speed, config.speed.torch_compile
+    packs = (
+        config.model.stage != "layers"
+        and not compiles
+        and wants_packing(speed.packing, student.reader.config.model_type, run.device)
+    )
     student.to(run.device)
     if run.device.type == "cpu" and not compiles:  # it compiles its own dropout
         speed_up_dropout(student)
+    if packs:
+        student.enable_packing()
     model: nn.Module = student
     objective = span_objective(config.loss)
     if config.model.stage == "layers":
@@ -196,21 +205,25 @@ def assemble(
     progress, policy = restore(student, optimizer) if restore else Restored(Progress(), None)
 
     forward = student.compiled() if compiles else model
-    multiple = COMPILED_WIDTH if compiles else 1
+    layout = Layout(student.width_multiple(compiles), packs)
     if speed.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     work = count_work(student)
     if isinstance(model, LayerLosses):
         work = work.with_teacher(count_work(model.teacher))
-    if policy is None:
+    # Before the memory of a micro-batch is measured: what it uploads is taken then.
+    reserved = bytes_to_come(optimizer)
+    loader = make_loader(data.windows, data.teacher_logits, run.device, layout, reserved)
+    if policy is None or policy.packed != packs:
         text = ""
         if run.ranks.is_first:  # what memory it finds holds for all
             width = config.windows.max_seq_length
 
             def peak_bytes(count: int) -> int:
-                return peak_bytes_of(model, forward, run, count, width)
+                return peak_bytes_of(model, forward, run, count, width, packs)
 
-            text = json.dumps(asdict(choose_policy(speed, work, run.device, width, peak_bytes)))
+            chosen = choose_policy(speed, work, run.device, width, peak_bytes, reserved)
+            text = json.dumps(asdict(replace(chosen, packed=packs)))
         policy = MicroBatchPolicy(**json.loads(run.ranks.share(text)))
     remedies = "a smaller --max_seq_length"
     if not speed.gradient_checkpointing and config.model.stage != "layers":  # which excludes it
@@ -226,8 +239,8 @@ def assemble(
         forward=forward,
         objective=objective,
         optimizer=optimizer,
-        loader=make_loader(data.windows, data.teacher_logits, run.device, multiple),
-        cuts=MicroBatches(policy, data.windows.lengths, multiple, run, remedies),
+        loader=loader,
+        cuts=MicroBatches(policy, data.windows.lengths, layout, run, remedies),
         order=order,
         progress=progress,
         total_steps=total_steps(config.optimization, order.steps_per_epoch),

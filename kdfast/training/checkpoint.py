@@ -220,13 +220,13 @@ def _optional(is_good: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or is_good(value)
 
 
-def _record(entries: dict[str, Callable[[Any], bool]]) -> Callable[[Any], bool]:
-    """An object that has these entries and no other."""
+def _record(entries: dict[str, Callable[[Any], bool]], *added: str) -> Callable[[Any], bool]:
+    """An object that has these entries and no other; those `added` later it may lack."""
 
     def is_good(value: Any) -> bool:
         return (
             isinstance(value, dict)
-            and value.keys() == entries.keys()
+            and value.keys() | set(added) == entries.keys()
             and all(entries[name](each) for name, each in value.items())
         )
 
@@ -241,6 +241,7 @@ CUTS: dict[str, Callable[[Any], bool]] = dict.fromkeys(
     (each.name for each in fields(MicroBatchPolicy)), _number
 )
 CUTS |= {"max_tokens": _whole(1, 2**24), "parts": _optional(_whole(1, 2**24))}
+CUTS |= {"packed": lambda value: isinstance(value, bool)}
 # torch's names of a GradScaler's state.
 SCALER = {
     "scale": lambda value: _number(value) and value > 0,
@@ -254,7 +255,7 @@ PROGRESS = {
     "evaluated": _whole(0),
     "best_f1": _optional(_number),
     "validation": _optional(lambda value: isinstance(value, str)),
-    "rule": _optional(_record(CUTS)),
+    "rule": _optional(_record(CUTS, "packed")),
     "clock": lambda value: _list(_number)(value) and len(value) in (0, 5),
     "starts": _list(_whole(0)),
 }

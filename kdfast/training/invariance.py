@@ -102,7 +102,7 @@ class SimulatedRanks(MicroBatches):
     """Cuts a step as `count` ranks do; each real rank gets the micro-batches of some of them."""
 
     def __init__(self, policy: MicroBatchPolicy, like: MicroBatches, count: int):
-        super().__init__(policy, like.lengths, like.multiple, like.run)
+        super().__init__(policy, like.lengths, like.layout, like.run)
         self.count = count
         self.micro_batches = 0
 

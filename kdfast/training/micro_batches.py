@@ -12,7 +12,8 @@ from kdfast.common.errors import UserError
 from kdfast.common.run import Run
 from kdfast.config import SpeedSettings
 from kdfast.data.batches import MicroBatchPolicy, shard
-from kdfast.models.window_loader import padded_width
+from kdfast.models.packing import PackedWindows
+from kdfast.models.window_loader import Layout
 from kdfast.training.flops import NOMINAL, Work
 from kdfast.training.optimizer import ScaledAdamW
 
@@ -21,6 +22,9 @@ CPU_TOKENS = 768
 GPU_TOKENS_AT_MOST = 65536
 # Of the free memory; the rest is for fragmentation and for what others take meanwhile.
 MEMORY_SHARE = 0.8
+# What CUDA loads at its first use, after the probe: kernels of loss and optimizer, cuBLAS's and
+# NCCL's buffers. An estimate; no card has been measured.
+KERNEL_BYTES = 2**29
 
 
 class MicroBatches:
@@ -29,7 +33,7 @@ class MicroBatches:
     Args:
         policy: How a step is cut; it changes where memory does not suffice.
         lengths: int (W,), tokens of every window.
-        multiple: Widths of micro-batches are padded to a multiple of this.
+        layout: How micro-batches are laid out.
         run: Whose ranks share each step.
         remedies: Flags that would save memory, for the sentence where one window does not fit.
     """
@@ -38,13 +42,13 @@ class MicroBatches:
         self,
         policy: MicroBatchPolicy,
         lengths: np.ndarray,
-        multiple: int,
+        layout: Layout,
         run: Run,
         remedies: str = "a smaller --max_seq_length",
     ):
         self.policy = policy
         self.lengths = lengths
-        self.multiple = multiple
+        self.layout = layout
         self.run = run
         self.remedies = remedies
         self._agreed = policy
@@ -87,7 +91,7 @@ class MicroBatches:
 
     def padded_tokens(self, batch: np.ndarray) -> int:
         """Tokens of a micro-batch with its padding."""
-        return len(batch) * padded_width(self.lengths[batch], self.multiple)
+        return self.layout.tokens(self.lengths[batch])
 
     @property
     def room(self) -> int:
@@ -143,11 +147,18 @@ def nominal_policy(work: Work, device_type: str, max_tokens: int) -> MicroBatchP
     )
 
 
-def find_budget(peak_bytes: Callable[[int], int], free_bytes: int, width: int) -> int:
-    """The most padded tokens whose activations fit, extrapolated from two measurements.
+def bytes_to_come(optimizer: ScaledAdamW) -> int:
+    """GPU memory that a run takes for other things than data and micro-batches, and has not yet."""
+    moments = 0 if optimizer.adamw.state else 2 * sum(each.nbytes for each in optimizer.parameters)
+    return moments + KERNEL_BYTES
+
+
+def find_budget(peak_bytes: Callable[[int], int], free_bytes: Callable[[], int], width: int) -> int:
+    """The most tokens whose activations fit, extrapolated from two measurements.
 
     peak_bytes(n): the most memory that forward and backward of n windows of `width` tokens took.
-    free_bytes: what a step may take. At least one window, at most GPU_TOKENS_AT_MOST.
+    free_bytes(): what a step may take, asked after these, which have loaded their kernels. At least
+    one window, at most GPU_TOKENS_AT_MOST.
     """
     few, more = 1, 4
     try:
@@ -156,7 +167,7 @@ def find_budget(peak_bytes: Callable[[int], int], free_bytes: int, width: int) -
         return width
     per_window = max(1.0, (high - low) / (more - few))
     constant = max(0.0, low - few * per_window)
-    windows = int((MEMORY_SHARE * free_bytes - constant) / per_window)
+    windows = int((MEMORY_SHARE * free_bytes() - constant) / per_window)
     return min(GPU_TOKENS_AT_MOST, max(1, windows) * width)
 
 
@@ -166,31 +177,39 @@ def choose_policy(
     device: torch.device,
     width: int,
     peak_bytes: Callable[[int], int],
+    reserved: int = 0,
 ) -> MicroBatchPolicy:
     """The policy of a new run: what the flags say, what the memory holds, the rest nominal.
 
     width: the longest window. peak_bytes: as `find_budget` has it, for windows of that width; it
-    is called on a GPU alone.
+    is called on a GPU alone. reserved: `bytes_to_come`.
     """
+
+    def free_bytes() -> int:
+        torch.cuda.empty_cache()  # what it holds in reserve would count as taken
+        return torch.cuda.mem_get_info(device)[0] - reserved
+
     max_tokens = speed.max_tokens_per_micro_batch
     if max_tokens is None and device.type == "cpu":
         max_tokens = CPU_TOKENS
     elif max_tokens is None:
-        torch.cuda.empty_cache()  # what it holds in reserve would count as taken
-        # What stands already counts as taken, and Adam's two moments are still to come.
-        free = torch.cuda.mem_get_info(device)[0] - 8 * work.parameters
-        max_tokens = find_budget(peak_bytes, free, width)
+        max_tokens = find_budget(peak_bytes, free_bytes, width)
     policy = nominal_policy(work, device.type, max_tokens)
     return replace(policy, parts=speed.gradient_accumulation_steps)
 
 
 def peak_bytes_of(
-    model: nn.Module, forward: Callable[..., torch.Tensor], run: Run, count: int, width: int
+    model: nn.Module,
+    forward: Callable[..., torch.Tensor],
+    run: Run,
+    count: int,
+    width: int,
+    packs: bool = False,
 ) -> int:
     """GPU memory that forward and backward of `count` windows take beyond what is held already.
 
-    model: what trains; forward: it, or what torch.compile made of it. Leaves no gradient. 0 on a
-    CPU, which does not count memory.
+    model: what trains; forward: it, or what torch.compile made of it. packs: the windows are
+    packed. Leaves no gradient. 0 on a CPU, which does not count memory.
     """
     on_gpu = run.device.type == "cuda"
     held = 0
@@ -199,9 +218,14 @@ def peak_bytes_of(
         held = torch.cuda.memory_allocated(run.device)
     model.train()
     ids = torch.ones(count, width, dtype=torch.int64, device=run.device)
+    packed = {}
+    if packs:
+        lengths = np.full(count, width)
+        packed["packed"] = PackedWindows.of(lengths, ids.sum(1), width)
+        ids = ids.view(1, -1)
     try:
         with run.autocast():
-            output = forward(ids)
+            output = forward(ids, **packed)
         output.float().square().mean().backward()
     finally:  # where memory runs out, too
         model.zero_grad(set_to_none=True)

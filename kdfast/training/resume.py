@@ -35,7 +35,8 @@ class Resumed:
 
     def __init__(self, folder: Path, config: TrainConfig):
         self.folder = folder
-        self.identity = checkpoint.read_state(folder)["identity"]
+        # A setting that checkpoints of earlier versions lack comes first.
+        self.identity = {"packing": "auto", **checkpoint.read_state(folder)["identity"]}
         self.allowed = config.output.allowed_changes()
         self.changed: list[str] = []
 

@@ -3,7 +3,7 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 
-from kdfast.data.batches import MicroBatchPolicy, TrainingOrder, cut_by_tokens, cut_evenly
+from kdfast.data.batches import MicroBatchPolicy, TrainingOrder, cut_by_tokens, cut_evenly, shard
 
 
 def test_an_epoch_takes_every_window_once_and_ends_short():
@@ -116,3 +116,40 @@ def test_a_step_of_one_window_and_equal_parts():
     assert [list(batch) for batch in policy.cut(np.array([7]), np.array([300]))] == [[7]]
     policy = MicroBatchPolicy(100, 1.0, 1.0, 0.0, parts=3)
     assert [len(batch) for batch in policy.cut(np.arange(7), np.ones(7, int))] == [3, 2, 2]
+
+
+def packed_policy(max_tokens, parts=None):
+    return MicroBatchPolicy(max_tokens, 5.0, 0.01, 1e-5, parts, packed=True)
+
+
+@pytest.mark.parametrize("max_tokens", [400, 1000, 5000, 10**6])
+def test_packed_cuts_are_few_and_balanced(max_tokens):
+    draw = np.random.default_rng(max_tokens)
+    lengths = draw.integers(1, 400, 80)
+    windows = draw.permutation(1000)[:80]
+    of = dict(zip(windows, lengths, strict=True))
+    cuts = packed_policy(max_tokens).cut(windows, lengths)
+    assert sorted(np.concatenate(cuts)) == sorted(windows)
+    sums = [sum(of[window] for window in cut) for cut in cuts]
+    assert max(sums) <= max_tokens and max(sums) - min(sums) <= lengths.max()
+    if len(cuts) > 1:  # one less would not fit
+        fewer = packed_policy(max_tokens, parts=len(cuts) - 1).cut(windows, lengths)
+        assert max(sum(of[window] for window in cut) for cut in fewer) > max_tokens
+
+
+def test_packed_cuts_at_the_edges():
+    assert packed_policy(100).cut(np.arange(0), np.arange(0)) == []
+    cuts = packed_policy(100).cut(np.arange(3), np.array([5, 500, 5]))
+    assert [1] in [list(cut) for cut in cuts]
+    assert len(packed_policy(1).cut(np.arange(4), np.full(4, 9))) == 4
+    assert [len(cut) for cut in packed_policy(1, parts=2).cut(np.arange(6), np.full(6, 9))] == [
+        3,
+        3,
+    ]
+    assert len(packed_policy(10**6, parts=5).cut(np.arange(3), np.full(3, 9))) == 3
+
+
+def test_packed_shares_have_equal_tokens():
+    lengths = np.array([10, 400, 10, 10, 10, 380, 10, 10])
+    shares = shard(np.arange(8), lengths, 2, packed_policy(100))
+    assert [int(lengths[share].sum()) for share in shares] == [420, 420]

@@ -13,12 +13,20 @@ def data(setup):
     return run.windows, run.training.loader.teacher_logits
 
 
-def assert_equal(one, other):
+def values_of(batch):
     names = ("mask", "start_positions", "end_positions", "teacher_logits")
-    tensors = [(getattr(one, name), getattr(other, name)) for name in names]
-    tensors += [(one.inputs[name], other.inputs[name]) for name in other.inputs]
-    assert one.inputs.keys() == other.inputs.keys()
-    for ours, theirs in tensors:
+    values = {name: getattr(batch, name) for name in names} | batch.inputs
+    return values | (vars(values["packed"]) if "packed" in values else {})
+
+
+def assert_equal(one, other):
+    one, other = values_of(one), values_of(other)
+    assert one.keys() == other.keys()
+    for name, theirs in other.items():
+        ours = one[name]
+        if not isinstance(theirs, torch.Tensor | None):
+            assert name == "packed" or ours == theirs
+            continue
         assert (ours is None) == (theirs is None)
         if ours is not None:
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
@@ -31,25 +39,32 @@ CUTS = {
 }
 
 
+@pytest.mark.parametrize("packs", [False, True])
 @pytest.mark.parametrize("multiple", [1, 8])
 @pytest.mark.parametrize("cuts", CUTS)
 @pytest.mark.parametrize("kind", ["resident", "streamed"])
 @pytest.mark.parametrize("has_teacher", [True, False])
-def test_every_loader_gives_the_same_batches(data, kind, cuts, multiple, has_teacher):
+def test_every_loader_gives_the_same_batches(data, kind, cuts, multiple, packs, has_teacher):
     windows, logits = data
     logits = logits if has_teacher else None
-    host = window_loader.HostLoader(windows, logits, multiple)
+    layout = window_loader.Layout(multiple, packs)
+    host = window_loader.HostLoader(windows, logits, layout)
     if kind == "resident":
-        other = window_loader.ResidentLoader(windows, logits, CPU, multiple)
+        other = window_loader.ResidentLoader(windows, logits, CPU, layout)
     else:
         other = window_loader.StreamedLoader(host, CPU)
     wanted = list(map(host.micro_batch, CUTS[cuts]))
     for _ in range(2):
         for ours, theirs in zip(other.micro_batches(CUTS[cuts]), wanted, strict=True):
             assert_equal(ours, theirs)
-    assert all(batch.inputs["input_ids"].shape[1] % multiple == 0 for batch in wanted)
-    widths = [batch.inputs["input_ids"].shape[1] for batch in wanted]
-    padded = [(windows.lengths[i] < w).any() for i, w in zip(CUTS[cuts], widths, strict=True)]
+    shapes = [batch.inputs["input_ids"].shape for batch in wanted]
+    lengths = [windows.lengths[cut] for cut in CUTS[cuts]]
+    assert [rows * width for rows, width in shapes] == list(map(layout.tokens, lengths))
+    assert all(width % multiple == 0 for _, width in shapes)
+    if packs:
+        assert all(rows == 1 for rows, _ in shapes)
+        return
+    padded = [(each < width).any() for each, (_, width) in zip(lengths, shapes, strict=True)]
     assert [batch.mask is not None for batch in wanted] == padded
 
 

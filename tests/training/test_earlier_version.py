@@ -17,11 +17,13 @@ from tests.training.test_checkpoint import save
 
 FILES = json.loads((Path(__file__).parents[1] / "golden" / "earlier_run.json").read_text())
 
+ADDED = {"packing": "auto"}  # settings, with their defaults
+
 
 def config_of(record):
     """The settings of a run.json, without what is no setting any more."""
     dropped = {"check_invariance"}
-    assert record["config"].keys() == SETTINGS.keys() | dropped
+    assert record["config"].keys() == SETTINGS.keys() - ADDED.keys() | dropped
     return TrainConfig(**{k: v for k, v in record["config"].items() if k not in dropped})
 
 
@@ -29,13 +31,13 @@ def config_of(record):
 def test_its_settings_are_the_same_settings(name):
     config = config_of(FILES[name])
     check(config)
-    assert config.flat() | {"check_invariance": False} == FILES[name]["config"]
+    assert config.flat() | {"check_invariance": False} == FILES[name]["config"] | ADDED
 
 
 def test_a_run_goes_on_from_its_checkpoint():
     identity = FILES["state"]["identity"]
     ours = resume.settings_of(config_of(FILES["run"]), FILES["run"]["precision"])
-    assert ours == {name: identity[name] for name in FIXED_ON_RESUME}
+    assert ours == {name: identity.get(name, ADDED.get(name)) for name in FIXED_ON_RESUME}
 
 
 def test_its_state_is_restored(setup, tmp_path):
@@ -45,7 +47,9 @@ def test_its_state_is_restored(setup, tmp_path):
     (folder / checkpoint.STATE_FILE).write_text(json.dumps(FILES["state"]))
     progress, policy = checkpoint.load_checkpoint(folder, run.model, run.optimizer)
     saved = FILES["state"]["progress"]
-    assert vars(progress) | {"rule": vars(policy)} == saved
+    rule = vars(policy)
+    assert not rule.pop("packed")
+    assert vars(progress) | {"rule": rule} == saved
     assert (
         run.optimizer.updates == 2 and run.optimizer.scaler.state_dict() == FILES["state"]["scaler"]
     )

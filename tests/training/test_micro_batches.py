@@ -65,16 +65,17 @@ def test_a_probe_that_runs_out_of_memory_leaves_no_gradient():
 
 def test_the_budget_leaves_room():
     constant, per_window, free = 1000, 50, 10_000
+    most = micro_batches.GPU_TOKENS_AT_MOST
     taken = []
 
     def peak(count):
         taken.append(count)
         return constant + per_window * count
 
-    assert micro_batches.find_budget(peak, free, 384) == (8000 - 1000) // 50 * 384
+    assert micro_batches.find_budget(peak, lambda: free, 384) == (8000 - 1000) // 50 * 384
     assert max(taken) <= 4
-    assert micro_batches.find_budget(peak, 1010, 384) == 384
-    assert micro_batches.find_budget(peak, 10**9, 384) == micro_batches.GPU_TOKENS_AT_MOST
+    assert micro_batches.find_budget(peak, lambda: 1010, 384) == 384
+    assert micro_batches.find_budget(peak, lambda: 10**9, 384) == most
 
 
 def test_a_card_that_holds_few_windows_gets_one_at_a_time():
@@ -83,7 +84,7 @@ def test_a_card_that_holds_few_windows_gets_one_at_a_time():
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return 100
 
-    assert micro_batches.find_budget(peak, 10_000, 384) == 384
+    assert micro_batches.find_budget(peak, lambda: 10_000, 384) == 384
 
 
 def test_the_matmul_rate_is_of_this_machine():

@@ -9,7 +9,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdfast.common.errors import UserError
 from kdfast.fused_kd_loss import fused_kd_loss
-from kdfast.models.span_model import COMPILED_WIDTH
 from kdfast.training.optimizer import ScaledAdamW, learning_rate
 from kdfast.training.step import StepSums
 from tests.steppers import gradient
@@ -322,7 +321,6 @@ def test_compiled_for_any_shape_in_a_handful_of_compilations(setup):
     run = setup(dtype=torch.float64, torch_compile=True)
     compiled = CompileCounter()
     run.training.forward = run.model.compiled(compiled)
-    run.training.loader.multiple = run.training.cuts.multiple = COMPILED_WIDTH
     everything = np.arange(len(run.windows))
     eager = run.training.loader
     shapes = set()
