@@ -55,6 +55,17 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item in kept]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """Call a test with the marker `pretended` in the process that has a pretended CUDA device."""
+    if pyfuncitem.get_closest_marker("pretended") is None:
+        return None
+    from tests.pretended.process import run_item
+
+    run_item(pyfuncitem)
+    return True
+
+
 @pytest.fixture
 def long(request):
     """Whether --long was given."""
