@@ -186,10 +186,10 @@ def test_bf16_begins_with_sm_80():
             F.scaled_dot_product_attention(q, q, q)
             assert ("_scaled_dot_product_efficient_attention" in device.launches) == has_it
             if has_it:
-                assert resolve("bf16", gpu) == "bf16"
+                assert resolve("bf16", gpu, ["bert"]) == "bf16"
             else:
                 with pytest.raises(UserError, match="no bf16"):
-                    resolve("bf16", gpu)
+                    resolve("bf16", gpu, ["bert"])
                 with pytest.raises(RuntimeError, match="no kernel"):
                     torch.ops.aten._efficient_attention_forward(
                         q, q, q, None, None, None, None, None, 0.0, 0, True
