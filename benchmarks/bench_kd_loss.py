@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from kdfast import fused_kd_loss
 from kdfast.kernels import backends
 
-from . import kd_loss_report
-from .interleaved import clock, machine, time_interleaved
+from . import kd_loss_report, records
+from .measure import SECONDS, clock, time_interleaved
 
 SHAPES = [(batch, length) for length in (384, 512, 4096) for batch in (8, 80, 1024)]
 DTYPES = [torch.float32, torch.float16]
@@ -25,8 +25,6 @@ TEMPERATURE, WEIGHT = 2.0, 0.75
 SETTINGS = {"temperature": TEMPERATURE, "distillation_loss_weight": WEIGHT}
 STEPS = ("forward", "backward", "both")
 MOVED = {"forward": 2, "backward": 3, "both": 5}  # tensors of (B, L, 2)
-
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 def usable(device: str) -> list[str]:
@@ -302,13 +300,13 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16"])
 @pytest.mark.parametrize("shape", SHAPES[:-1], ids=lambda shape: "x".join(map(str, shape)))
 def test_gate(shape, dtype, device):
-    if not usable(device):
-        pytest.skip(f"native: {backends.why_not('native', torch.empty(0, device=device))}")
-    cell = Cell(device, shape, dtype)  # the largest is gated where it is timed: it takes seconds
+    skip_without_backend(device.type)
+    cell = Cell(
+        device.type, shape, dtype
+    )  # the largest is gated where it is timed: it takes seconds
     cell.gate(cell.losses(with_compiled=False))
 
 
@@ -323,21 +321,37 @@ def test_the_gate_can_fail():
 
 
 @pytest.mark.timed
-@pytest.mark.parametrize("device", DEVICES)
-def test_kd_loss(device, capsys):
+def test_kd_loss(device, capsys, quick):
+    skip_without_backend(device.type)
+    found = records.machine(device.type)
+    with capsys.disabled():
+        shapes, seconds = (SHAPES[:1], 0.1) if quick else (SHAPES, SECONDS)
+        report = {"machine": found, **measure(device.type, shapes, seconds)}
+        lines = kd_loss_report.text(report)
+        if device.type == "cuda" and not quick:
+            rows = kd_loss_report.summary(report)
+            lines.append(records.add_to_card(found, {"kd_loss": rows}))
+        elif not quick:
+            lines += kd_loss_report.write(report)
+        print("", *lines, sep="\n")
+
+
+def skip_without_backend(device: str) -> None:
     if not usable(device):
         pytest.skip(f"native: {backends.why_not('native', torch.empty(0, device=device))}")
-    found = machine(device)
+
+
+def measure(device: str, shapes: list[tuple[int, int]], seconds: float) -> dict:
+    """Times, memory and threads of every cell, each once it has passed the gate."""
     times, memory, threads = [], [], []
-    for shape in SHAPES:
+    for shape in shapes:
         for dtype in DTYPES:
-            with capsys.disabled():
-                print(f"{shape[0]} x {shape[1]} {dtype}", flush=True)
+            print(f"{shape[0]} x {shape[1]} {dtype}", flush=True)
             torch._dynamo.reset()  # each guard of another cell's code would cost a baseline time
             cell = Cell(device, shape, dtype)
             functions = cell.losses(with_compiled=True)
             cell.gate(functions)
-            taken = time_interleaved(candidates(cell, functions))
+            taken = time_interleaved(candidates(cell, functions), seconds)
             times += kd_loss_report.rows_of(cell, taken)
             if shape == (80, 384):
                 for name, (form, function) in functions.items():
@@ -346,7 +360,4 @@ def test_kd_loss(device, capsys):
             if device == "cpu" and dtype == torch.float32 and shape[0] >= 80:
                 taken = time_interleaved(two_threads(cell, "native"), seconds=3.0)
                 threads.append(kd_loss_report.scaling_of(cell, taken))
-    report = {"machine": found, "times": times, "memory": memory, "threads": threads}
-    written = kd_loss_report.write(report, device)
-    with capsys.disabled():
-        print("", *kd_loss_report.text(report), *written, sep="\n")
+    return {"times": times, "memory": memory, "threads": threads}

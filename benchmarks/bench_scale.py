@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BertConfig, BertForQuestionAnswering
 
-from .interleaved import machine
+from . import records
 from .measured_run import Phase, measure_run
 
 SMALL, SIZES = 1_000, (100_000, 1_000_000)
@@ -27,6 +27,12 @@ TOKENIZER = Path(__file__).parents[1] / "kdfast" / "demo" / "teacher"
 FEWEST_WORDS, MOST_WORDS = 40, 160  # of a context, as SQuAD's mostly are
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu(device, quick):
+    if device.type != "cpu" or quick:
+        pytest.skip("what a run reads and keeps in memory is the same on a GPU")
 
 
 @dataclass
@@ -117,17 +123,17 @@ def test_gate(tmp_path):
 
 @pytest.mark.timed
 def test_scale(tmp_path, capsys):
-    found, results = machine("cpu"), []
+    found, results = records.machine("cpu"), []
     for size in SIZES:
         folder = tmp_path / str(size)
         folder.mkdir()
         results.append(measure(folder, size, STEPS, start_again=True))
         shutil.rmtree(folder)
     report = {"machine": found, "results": [asdict(each) for each in results]}
-    path = Path(__file__).with_name("scale_cpu.json")
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    written = records.write(records.HERE / "scale_cpu.json", report)
     with capsys.disabled():
-        print("", *(f"{name}: {value}" for name, value in found.items()), *text(results), sep="\n")
+        lines = [f"{name}: {value}" for name, value in found.items()]
+        print("", *lines, *text(results), written, sep="\n")
     for each in results:
         gate(each)
 

@@ -1,12 +1,11 @@
 """The teacher's pass over the windows: kdfast's, into its cache, against what Haystack does.
 
 Haystack runs the teacher in fp32 over batches of 8 windows as they come, padded to 384. Before any
-clock, the cached logits agree with those of the padded batches. Wall time.
+clock, the cached logits agree with those of the padded batches. Wall time. On a GPU the teachers
+are RoBERTas of true size with random weights.
 """
 
 import copy
-import json
-import time
 from functools import partial
 from pathlib import Path
 
@@ -24,16 +23,24 @@ from kdfast.teachers.cache import Source
 from kdfast.teachers.teacher_pass import TeacherPass, fill_cache
 from kdfast.training.flops import matmul_rate
 
-from .bert_reader import FORMULA, bert_reader, forward_operations
-from .interleaved import machine
-from .reading_corpus import corpus, made_up_corpus
+from . import card_table, gpu, records
+from .measure import free_memory, peak_on_card, wall
+from .workload import (
+    FORMULA,
+    bert_reader,
+    corpus,
+    for_roberta,
+    forward_operations,
+    made_up_corpus,
+    roberta_reader,
+)
 
-CPU = torch.device("cpu")
-HERE = Path(__file__).parent
-PRECISIONS = {"fp32": "no", "bf16": "bf16"}
+PRECISIONS = {"cpu": {"fp32": "no", "bf16": "bf16"}, "cuda": {"fp32": "no", "fp16": "fp16"}}
 LAYERS, WIDTH, HAYSTACK_BATCH = 12, 384, 8
 QUESTIONS, CHUNKS = 470, 4  # about 500 windows; a turn goes over one chunk
-HAYSTACK_WINDOWS = 40  # of a chunk: each padded batch takes as long as any other
+CARD_CHUNKS = 3  # of all windows
+# Of a chunk: each padded batch takes as long as any other.
+HAYSTACK_WINDOWS = {"cpu": 40, "cuda": 160}
 LOGIT_SPREAD = 3.0  # standard deviation of the logits of a window
 
 
@@ -64,15 +71,16 @@ def spread_logits(model: nn.Module, windows: Windows) -> None:
 
 def padded_pass(model: nn.Module, windows: Windows, indices: np.ndarray) -> list[np.ndarray]:
     """Logits (length, 2) of each window, by batches of 8 padded to 384, in fp32."""
-    found = []
+    found, device = [], next(model.parameters()).device
     for first in range(0, len(indices), HAYSTACK_BATCH):
         some = indices[first : first + HAYSTACK_BATCH]
         batch = {
-            name: torch.from_numpy(array) for name, array in windows.padded(some, WIDTH).items()
+            name: torch.from_numpy(array).to(device)
+            for name, array in windows.padded(some, WIDTH).items()
         }
         with torch.no_grad():
             outputs = model(**batch)
-        logits = torch.stack((outputs.start_logits, outputs.end_logits), 2).numpy()
+        logits = torch.stack((outputs.start_logits, outputs.end_logits), 2).cpu().numpy()
         lengths = windows.lengths[some]
         found += [row[:length] for row, length in zip(logits, lengths, strict=True)]
     return found
@@ -86,8 +94,8 @@ def cached_pass(
     On a copy, as a pass in half precision rounds the weights in place.
     """
     source = Source(weights=name, tokenizer="", windows="", precision=precision)
-    own = SpanModel(copy.deepcopy(model))
-    return fill_cache(folder, TeacherPass(source, own, windows, CPU, forward_tokens(CPU)))
+    own, device = SpanModel(copy.deepcopy(model)), next(model.parameters()).device
+    return fill_cache(folder, TeacherPass(source, own, windows, device, forward_tokens(device)))
 
 
 def kl(one: np.ndarray, other: np.ndarray) -> float:
@@ -113,10 +121,10 @@ def gate(model: nn.Module, windows: Windows, folder: Path) -> None:
 
 
 @pytest.fixture
-def small():
+def small(device):
     """A small teacher and made-up windows."""
     windows = made_up_corpus(20).windows()
-    model = bert_reader(2, 64, 4, 2000).eval()
+    model = bert_reader(2, 64, 4, 2000).eval().to(device)
     spread_logits(model, windows)
     return model, windows
 
@@ -136,19 +144,20 @@ def test_the_gate_can_fail(small, tmp_path):
 
 def run_chunk(model: nn.Module, windows: Windows, folder: Path, number: int) -> list[dict]:
     """The three passes over a chunk in turns; a row for each."""
-    every = np.arange(len(windows))
-    some = every[:: max(1, len(every) // HAYSTACK_WINDOWS)][:HAYSTACK_WINDOWS]
+    device, every = next(model.parameters()).device, np.arange(len(windows))
+    fewer = HAYSTACK_WINDOWS[device.type]
+    some = every[:: max(1, len(every) // fewer)][:fewer]
     passes = {"Haystack, fp32": (torch.float32, some, lambda: padded_pass(model, windows, some))}
-    for name, precision in PRECISIONS.items():
+    for name, precision in PRECISIONS[device.type].items():
         kind = AUTOCAST[precision] or torch.float32
         own = partial(cached_pass, model, windows, precision, folder, f"{name} {number}")
         passes[f"kdfast, {name}"] = kind, every, own
     rows = []
     for name, (kind, taken, run) in passes.items():
-        rate = matmul_rate(CPU, kind)
-        started = time.perf_counter()
-        run()
-        seconds = time.perf_counter() - started
+        rate = matmul_rate(device, kind)
+        started = wall(device)
+        _, peak = peak_on_card(device, run)
+        seconds = wall(device) - started
         lengths = windows.lengths[taken]
         done = forward_operations(model.config, lengths)
         rows.append(
@@ -158,8 +167,10 @@ def run_chunk(model: nn.Module, windows: Windows, folder: Path, number: int) -> 
                 "tokens": int(lengths.sum()),
                 "seconds": round(seconds, 4),
                 "share_of_peak": round(done / seconds / rate, 4),
+                **({} if peak is None else {"peak_memory": peak}),
             }
         )
+        free_memory(device)
     return rows
 
 
@@ -167,7 +178,7 @@ def agreement(model: nn.Module, windows: Windows, folder: Path, number: int) -> 
     """For each window, how the cache in bf16 stands to the one in fp32."""
     exact, rounded = (
         by_window(windows, cached_pass(model, windows, precision, folder, f"{name} {number}"))
-        for name, precision in PRECISIONS.items()
+        for name, precision in PRECISIONS["cpu"].items()
     )
     return [
         {"kl": kl(one, other), "same_best": bool((one.argmax(0) == other.argmax(0)).all())}
@@ -181,10 +192,14 @@ def summary(rows: list[dict]) -> dict[str, dict[str, float]]:
     for name in dict.fromkeys(each["pass"] for each in rows):
         own = [each for each in rows if each["pass"] == name]
         seconds = sum(each["seconds"] for each in own)
+        peaks = [each["peak_memory"] for each in own if "peak_memory" in each]
         found[name] = {
             "windows_per_second": round(sum(each["windows"] for each in own) / seconds, 2),
             "tokens_per_second": round(sum(each["tokens"] for each in own) / seconds, 1),
             "share_of_peak": round(np.mean([each["share_of_peak"] for each in own]), 4),
+            "peak_memory": max(
+                (each["peak_memory"] for each in own if "peak_memory" in each), default=None
+            ),
         }
     return found
 
@@ -205,22 +220,57 @@ def text(report: dict) -> list[str]:
     return lines
 
 
+def card_rows(models: dict, windows: list[Windows], device, folder: Path) -> list[dict]:
+    """A row for each teacher and pass, once the gate has been passed. windows: of each chunk."""
+    rows = []
+    for name, shape in models.items():
+        own = folder / name
+        own.mkdir()
+        model = roberta_reader(shape).eval().to(device)
+        spread_logits(model, windows[0])
+        gate(model, windows[0], own)
+        turns = []
+        for number, chunk in enumerate(windows):
+            turns += run_chunk(model, chunk, own, number)
+        rows += [{"model": name, "pass": kind, **each} for kind, each in summary(turns).items()]
+    return rows
+
+
 @pytest.mark.timed
-def test_teacher_pass(two_threads, tmp_path, capsys):
-    found = machine("cpu") | {"threads": torch.get_num_threads()}
+def test_teacher_pass(two_threads, tmp_path, capsys, device, quick):
+    found = records.machine(device.type) | {"threads": torch.get_num_threads()}
+    if quick or device.type == "cuda":
+        questions, plan = (
+            (made_up_corpus(40), card_table.QUICK) if quick else (corpus(), card_table.Plan())
+        )
+        chunks = [questions.windows(slice(i, None, CARD_CHUNKS)) for i in range(CARD_CHUNKS)]
+        rows = card_rows(plan.models, list(map(for_roberta, chunks)), device, tmp_path)
+        lines = gpu.teacher_pass(rows)
+        if not quick:
+            parts = {"windows": questions.source, "teacher_pass": rows}
+            lines.append(records.add_to_card(found, parts))
+    else:
+        report = {"machine": found, **cpu_report(tmp_path)}
+        path = records.HERE / "teacher_pass_cpu.json"
+        lines = [*text(report), records.write(path, report)]
+    with capsys.disabled():
+        print("", *lines, sep="\n")
+
+
+def cpu_report(folder: Path) -> dict:
+    """What is measured on a CPU, once the gate has been passed."""
     questions = corpus()
     model = teacher()
     step = max(1, len(questions.examples) // QUESTIONS)
     chunks = [questions.windows(slice(i * step, None, CHUNKS * step)) for i in range(CHUNKS)]
     spread_logits(model, chunks[0])
-    gate(model, questions.windows(slice(0, None, 40 * step)), tmp_path)
+    gate(model, questions.windows(slice(0, None, 40 * step)), folder)
     rows, compared = [], []
     for number, windows in enumerate(chunks):
-        rows += run_chunk(model, windows, tmp_path, number)
-        compared += agreement(model, windows, tmp_path, number)
+        rows += run_chunk(model, windows, folder, number)
+        compared += agreement(model, windows, folder, number)
     divergences = [each["kl"] for each in compared]
-    report = {
-        "machine": found,
+    return {
         "windows": f"{len(compared)} of {questions.source}",
         "passes": summary(rows),
         "agreement": {
@@ -233,7 +283,3 @@ def test_teacher_pass(two_threads, tmp_path, capsys):
         },
         "turns": rows,
     }
-    path = HERE / "teacher_pass_cpu.json"
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    with capsys.disabled():
-        print("", *text(report), f"written: {path}", sep="\n")

@@ -1,7 +1,8 @@
 """A training step: kdfast against a padding loop and the Hugging Face Trainer.
 
 All train copies of one student on the same windows with the same loss, in turns. Before any clock,
-the gradients of the first step agree, dropout off. Wall time, as a step uses every thread.
+the gradients of the first step agree, dropout off. Wall time, as a step uses every thread. This is
+the table of a CPU; card_table.py has that of a GPU.
 """
 
 import statistics
@@ -17,13 +18,11 @@ from kdfast.common.precision import AUTOCAST
 from kdfast.models.span_model import SpanModel
 from kdfast.training.flops import count_work, matmul_rate
 
-from . import train_step_report
-from .bert_reader import bert_reader, forward_operations
-from .hf_trainer import BY_LENGTH, RANDOM, HuggingFace
-from .interleaved import machine
-from .peak_memory import peak_memory
-from .reading_corpus import corpus, made_up_corpus
-from .train_candidates import CPU, WIDTH, Kdfast, Padded, Problem, collate
+from . import card_table, gpu, records, train_step_report
+from .measure import peak_memory
+from .train_candidates import CPU, Kdfast, Padded, Problem, collate
+from .train_group import CARD_TABLE, CPU_TABLE, GROUPED, draws, gate, made_up_logits, makers
+from .workload import bert_reader, corpus, for_roberta, forward_operations, made_up_corpus
 
 BATCHES = (32, 80)
 PRECISIONS = ("no", "bf16")
@@ -32,7 +31,6 @@ ATTENTION_DROPOUTS = (0.1, 0.0)
 WINDOWS_AT_ONCE = {32: 32, 80: 16}
 LAYERS, TEACHER_LAYERS = 6, 12
 NO_DROPOUT = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
-GROUPED = "HF Trainer, by length"
 ROUNDS = {32: 3, 80: 2}
 
 
@@ -47,30 +45,6 @@ class Cell:
     @property
     def with_live_teacher(self) -> bool:
         return (self.batch, self.attention_dropout) == (32, 0.1)
-
-
-def made_up_logits(windows) -> np.ndarray:
-    draw = np.random.default_rng(1)
-    return draw.normal(0, 3, (len(windows.input_ids), 2)).astype(np.float16)
-
-
-def draws(windows, batch: int, seed: int) -> np.ndarray:
-    """The windows of an unbiased step."""
-    return np.random.default_rng(seed).choice(np.flatnonzero(windows.trainable), batch, False)
-
-
-def candidates(cell: Cell, problem: Problem, folder: Path) -> dict:
-    group = {
-        "padded to 384": Padded(problem, WIDTH),
-        "padded to the longest": Padded(problem, None),
-        "HF Trainer": HuggingFace(problem, cell.batch, folder / "random", RANDOM),
-        GROUPED: HuggingFace(problem, cell.batch, folder / "grouped", BY_LENGTH),
-        "kdfast": Kdfast(problem, folder / "cached"),
-    }
-    if cell.with_live_teacher:
-        live = live_teacher(problem)
-        group["kdfast, teacher live"] = Kdfast(problem, folder / "live", live)
-    return group
 
 
 def live_teacher(problem: Problem):
@@ -92,34 +66,16 @@ def live_teacher(problem: Problem):
     return run
 
 
-def gradients(candidate, indices: np.ndarray) -> torch.Tensor:
-    """The gradient of one step at all weights, flat, as the optimizer finds it."""
-    found = []
-
-    def keep(*_):
-        found.append(torch.cat([each.grad.flatten() for each in candidate.model.parameters()]))
-
-    handle = candidate.optimizer.register_step_pre_hook(keep)
-    candidate(indices)
-    handle.remove()
-    return found[0].double()
-
-
-def gate(group: dict, indices: np.ndarray, limit: float) -> None:
-    """Every candidate's first gradient against the one padded to 384, relative to its norm."""
-    first, *others = group
-    expected = gradients(group[first], indices)
-    for name in others:
-        error = (gradients(group[name], indices) - expected).norm() / expected.norm()
-        assert error <= limit, f"{name}: {error:.1e}"
-
-
 def run_cell(cell: Cell, windows, folder: Path) -> list[dict]:
     """All candidates of a cell in turns, between them the matrix products; a row for each."""
     student = bert_reader(LAYERS, attention_dropout=cell.attention_dropout)
     logits = made_up_logits(windows)
     problem = Problem(student, windows, logits, cell.precision, WINDOWS_AT_ONCE[cell.batch])
-    group = candidates(cell, problem, folder)
+    made = makers(problem, cell.batch, folder, CPU_TABLE)
+    group = {name: make() for name, make in made.items()}
+    if cell.with_live_teacher:
+        live = live_teacher(problem)
+        group["kdfast, teacher live"] = Kdfast(problem, folder / "live", live_teacher=live)
     memory = {}
     for name, candidate in group.items():  # a turn that is not timed
         if cell.batch == 32:
@@ -146,32 +102,38 @@ def run_cell(cell: Cell, windows, folder: Path) -> list[dict]:
 
 
 @pytest.fixture
-def small(tmp_path):
+def small(tmp_path, device):
     """A group of candidates on a small student and made-up windows, dropout off."""
     windows = made_up_corpus(400).windows()
 
     def make(dtype=torch.float32, windows_at_once=4):
         student = bert_reader(2, 64, 4, 2000, **NO_DROPOUT).to(dtype)
-        problem = Problem(student, windows, made_up_logits(windows), "no", windows_at_once, 1e9)
-        return windows, problem, candidates(Cell("no", 8, 0.0), problem, tmp_path)
+        logits = made_up_logits(windows)
+        problem = Problem(student, windows, logits, "no", windows_at_once, 1e9, device)
+        packings = CPU_TABLE | CARD_TABLE
+        if device.type == "cuda" and dtype == torch.float64:  # no kernel packs it
+            del packings["kdfast, packed"]
+        return windows, problem, makers(problem, 8, tmp_path, packings)
 
     return make
 
 
 @pytest.mark.parametrize("windows_at_once", [4, 8])
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
-def test_gate(small, dtype, limit, windows_at_once):
+def test_gate(small, dtype, limit, windows_at_once, device):
     windows, _, group = small(dtype, windows_at_once)
-    gate(group, draws(windows, 8, seed=0), limit)
+    gate(group, draws(windows, 8, seed=0), limit, device)
 
 
-def test_the_gate_can_fail(small):
+@pytest.mark.parametrize("name", ["Padded", "Kdfast"])
+def test_the_gate_can_fail(small, device, tmp_path, name):
     windows, problem, group = small()
     other = problem.teacher_logits.copy()
     other[windows.window_start[draws(windows, 8, seed=0)[0]]] += 0.1
-    moved = {"moved": Padded(replace(problem, teacher_logits=other), None)}
+    moved = replace(problem, teacher_logits=other)
+    moved = partial(Padded, moved, None) if name == "Padded" else partial(Kdfast, moved, tmp_path)
     with pytest.raises(AssertionError, match="moved"):
-        gate(group | moved, draws(windows, 8, seed=0), 1e-5)
+        gate(group | {"moved": moved}, draws(windows, 8, seed=0), 1e-5, device)
 
 
 def test_operations_are_those_that_training_reports(small):
@@ -183,29 +145,42 @@ def test_operations_are_those_that_training_reports(small):
 def test_length_grouping_is_the_trainers_own(small):
     windows, _, group = small()
     random, grouped = (
-        np.mean([np.ptp(windows.lengths[batch]) for batch in group[name].batches_by_length(8)])
+        np.mean([np.ptp(windows.lengths[batch]) for batch in group[name]().batches_by_length(8)])
         for name in ("HF Trainer", GROUPED)
     )
     assert grouped < random / 2
 
 
 @pytest.mark.timed
-def test_train_step(two_threads, tmp_path, capsys):
-    found = machine("cpu") | {"threads": torch.get_num_threads()}
-    questions = corpus()
+def test_train_step(two_threads, tmp_path, capsys, device, quick):
+    found = records.machine(device.type) | {"threads": torch.get_num_threads()}
+    questions = made_up_corpus(400) if quick else corpus()
     windows = questions.windows()
+    with capsys.disabled():
+        if quick or device.type == "cuda":
+            plan = card_table.QUICK if quick else card_table.Plan()
+            rows = card_table.measure(plan, for_roberta(windows), device, tmp_path)
+            lines = gpu.train_step(rows)
+            if not quick:
+                parts = {"windows": questions.source, "train_step": rows}
+                lines.append(records.add_to_card(found, parts))
+        else:
+            report = {"machine": found, "windows": questions.source}
+            report["rows"] = cpu_rows(windows, tmp_path)
+            lines = [*train_step_report.text(report), *train_step_report.write(report)]
+        print("", *lines, sep="\n")
+
+
+def cpu_rows(windows, folder: Path) -> list[dict]:
+    """The rows of all cells, once the gate has been passed."""
     student = bert_reader(LAYERS, **NO_DROPOUT)
     problem = Problem(student, windows, made_up_logits(windows), "no", 8, 1e9)
-    gate(candidates(Cell("no", 8, 0.0), problem, tmp_path), draws(windows, 8, seed=0), 1e-5)
+    gate(makers(problem, 8, folder, CPU_TABLE), draws(windows, 8, seed=0), 1e-5, CPU)
     rows = []
     for dropout in ATTENTION_DROPOUTS:
         for precision in PRECISIONS:
             for batch in BATCHES:
                 cell = Cell(precision, batch, dropout)
-                with capsys.disabled():
-                    print(cell, flush=True)
-                rows += run_cell(cell, windows, tmp_path)
-    report = {"machine": found, "windows": questions.source, "rows": rows}
-    written = train_step_report.write(report)
-    with capsys.disabled():
-        print("", *train_step_report.text(report), *written, sep="\n")
+                print(cell, flush=True)
+                rows += run_cell(cell, windows, folder)
+    return rows

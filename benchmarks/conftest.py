@@ -5,6 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from kdfast.common.errors import UserError
+from kdfast.common.precision import device_of
+
 THREADS = 2
 
 
@@ -14,9 +17,25 @@ def pytest_addoption(parser):
         action="store_true",
         help="time what benchmarks/ has, once its results have proved equal",
     )
+    parser.addoption(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="of gates and timings. A GPU's figures go into one record, gpu_<card>.json. "
+        "Default: cpu, whether there is a GPU or not",
+    )
+    parser.addoption(
+        "--quick",
+        action="store_true",
+        help="with --benchmark: a GPU's tables for a tiny reader, on --device, and no record",
+    )
 
 
 def pytest_configure(config):
+    try:
+        device_of(config.getoption("--device"))
+    except UserError as error:
+        raise pytest.UsageError(f"--{error}") from None
     config.addinivalue_line("markers", "timed: runs with --benchmark only")
 
 
@@ -36,9 +55,21 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture
-def two_threads():
-    """What is timed runs on THREADS threads."""
+def device(request) -> torch.device:
+    """The device that --device names."""
+    return device_of(request.config.getoption("--device"))
+
+
+@pytest.fixture
+def quick(request) -> bool:
+    """Whether --quick was given."""
+    return request.config.getoption("--quick")
+
+
+@pytest.fixture
+def two_threads(device):
+    """What is timed on a CPU runs on THREADS threads."""
     before = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(THREADS if device.type == "cpu" else before)
     yield
     torch.set_num_threads(before)

@@ -1,12 +1,12 @@
 """A candidate of bench_train_step: the Hugging Face Trainer, with the same loss by its hooks."""
 
 import copy
-import time
 from pathlib import Path
 
 import numpy as np
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from .measure import wall
 from .train_candidates import LEARNING_RATE, WEIGHT_DECAY, Problem, Turn, collate, padded_loss
 
 RANDOM, BY_LENGTH = "random", "group_by_length"  # values of train_sampling_strategy
@@ -32,7 +32,7 @@ class DistillingTrainer(Trainer):
     """
 
     loss_is_scaled_for_ga = False
-    chosen: list[int]  # the windows of the step that is to be timed
+    chosen: list[int]  # the windows of the steps that are to be timed
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         return padded_loss(model, inputs)
@@ -45,17 +45,18 @@ class DistillingTrainer(Trainer):
 
 
 class Clock(TrainerCallback):
-    """From before the first batch is fetched to the end of the update."""
+    """From before the first batch is fetched to the end of the last update."""
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.started = time.perf_counter()
+        self.started = wall(args.device)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.seconds = time.perf_counter() - self.started
+        if state.global_step == args.max_steps:
+            self.seconds = wall(args.device) - self.started
 
 
 class HuggingFace:
-    """One step of trainer.train() on given windows.
+    """Steps of trainer.train() on given windows.
 
     An epoch would take minutes, so the sampler's order is not run through: with random sampling
     any windows are as good as any others, and `batches_by_length` says which ones length grouping
@@ -72,17 +73,20 @@ class HuggingFace:
             per_device_train_batch_size=at_once,
             gradient_accumulation_steps=batch // at_once,
             train_sampling_strategy=sampling,
-            max_steps=1,
+            max_steps=1,  # __call__ knows how many
             learning_rate=LEARNING_RATE,
             weight_decay=WEIGHT_DECAY,
             max_grad_norm=problem.max_grad_norm,
             bf16=problem.precision == "bf16",
-            use_cpu=True,
+            fp16=problem.precision == "fp16",
+            use_cpu=problem.device.type == "cpu",
             remove_unused_columns=False,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
         )
+        if problem.device.type == "cuda":
+            self.arguments._n_gpu = 1  # of several cards it would use all
         self.optimizer = self.trainer().create_optimizer()
 
     def trainer(self) -> DistillingTrainer:
@@ -112,10 +116,12 @@ class HuggingFace:
         ranked = batches[np.argsort(self.problem.windows.lengths[batches].sum(1))]
         return [ranked[int((i + 0.5) * len(ranked) / count)] for i in range(count)]
 
-    def __call__(self, indices: np.ndarray) -> Turn:
+    def __call__(self, *steps: np.ndarray) -> Turn:
         self.padded_tokens = 0
+        self.arguments.max_steps = len(steps)
         trainer, clock = self.trainer(), Clock()
-        trainer.chosen = [int(index) for index in indices]
+        indices = np.concatenate(steps)
+        trainer.chosen = indices.tolist()
         trainer.add_callback(clock)
         trainer.train()
         # Without this, each call would wrap the model's forward in one more autocast.

@@ -1,12 +1,11 @@
 """What bench_kd_loss.py measured: as text, as JSON, as a picture."""
 
-import json
+import itertools
 from pathlib import Path
 
-from . import pictures
-from .interleaved import percentiles
+from . import records
+from .measure import percentiles
 
-HERE = Path(__file__).parent
 FORMS = {  # baselines of an input in this form: the fastest counts
     "interleaved": ("interleaved", "split"),
     "contiguous": ("contiguous",),
@@ -133,17 +132,35 @@ def _line(times: Times, shape, dtype: str, form: str, step: str, name: str) -> s
     )
 
 
-def write(report: dict, device: str) -> list[str]:
-    """Write kd_loss_<device>.json and .png next to this file; says what was written."""
-    path = HERE / f"kd_loss_{device}.json"
-    rows = {
-        name: "[\n" + ",\n".join(f"  {json.dumps(row)}" for row in report[name]) + "\n ]"
-        for name in ("times", "memory", "threads")
-    }
-    parts = [f' "machine": {json.dumps(report["machine"], indent=1)}']
-    parts += [f' "{name}": {value}' for name, value in rows.items()]
-    path.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
-    return [f"written: {path}", pictures.save(report, path.with_suffix(".png"), draw)]
+def summary(report: dict) -> list[dict]:
+    """Microseconds of forward and backward, a row for each shape, type, form and backend."""
+    rows = []
+    for shape, dtype in groups(report):
+        times = Times(report["times"], shape, dtype, "both")
+        for name, form in itertools.product(times.backends(), FORMS):
+            rows.append(
+                {
+                    "shape": list(shape),
+                    "dtype": dtype,
+                    "form": form,
+                    "backend": name,
+                    "kdfast": times.median(f"{name} {form}"),
+                    "rows": times.median(f"{name} {form} rows alone"),
+                    "eager": times.baseline("eager", form),
+                    "compile": times.baseline("compile", form),
+                    "copy": times.median("copy"),
+                }
+            )
+    return rows
+
+
+def write(report: dict) -> list[str]:
+    """Write kd_loss_cpu.json and .png next to this file; says what was written."""
+    path = records.HERE / "kd_loss_cpu.json"
+    return [
+        records.write(path, report),
+        records.picture(report, path.with_suffix(".png"), draw),
+    ]
 
 
 def draw(report: dict, path: Path) -> None:

@@ -1,10 +1,9 @@
 """Who trains: a padded loop in plain PyTorch, and kdfast. All learn from the same Problem.
 
-Each candidate is called with the windows of one optimizer step and returns its Turn.
+Each candidate is called with the windows of each optimizer step of a turn and returns its Turn.
 """
 
 import copy
-import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +26,8 @@ from kdfast.training.log import Clock, TrainLog
 from kdfast.training.optimizer import ScaledAdamW
 from kdfast.training.step import Callback, StepReport
 
+from .measure import wall
+
 CPU = torch.device("cpu")
 TEMPERATURE, WEIGHT = 2.0, 0.75
 LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-5, 0.01, 1.0
@@ -40,7 +41,8 @@ class Problem:
 
     reader: a Hugging Face question-answering model, of which each trains a copy. teacher_logits:
     fp16 (tokens, 2), flat as windows.input_ids. precision: a key of AUTOCAST. windows_at_once: in
-    one forward pass of a padding candidate. max_grad_norm: gradients are clipped to it.
+    one forward pass of a padding candidate. max_grad_norm: gradients are clipped to it. device: on
+    which all of it happens.
     """
 
     reader: nn.Module
@@ -49,12 +51,13 @@ class Problem:
     precision: str
     windows_at_once: int
     max_grad_norm: float = MAX_GRAD_NORM
+    device: torch.device = CPU
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One optimizer step: its wall time in seconds, its windows, the tokens that went through the
-    student, padding included, and for kdfast the seconds of each of PARTS.
+    """One or more optimizer steps: their wall time in seconds, their windows, the tokens that went
+    through the student, padding included, and for kdfast on a CPU the seconds of each of PARTS.
     """
 
     seconds: float
@@ -108,27 +111,40 @@ class Padded:
     def __init__(self, problem: Problem, width: int | None):
         self.problem = problem
         self.width = width
-        self.model = copy.deepcopy(problem.reader)
-        self.scaled = ScaledAdamW(self.model, WEIGHT_DECAY)
+        self.model = copy.deepcopy(problem.reader).to(problem.device)
+        scaler = torch.amp.GradScaler(problem.device.type) if problem.precision == "fp16" else None
+        self.scaled = ScaledAdamW(self.model, WEIGHT_DECAY, scaler)
         self.optimizer = self.scaled.adamw
 
-    def __call__(self, indices: np.ndarray) -> Turn:
-        started = time.perf_counter()
+    def __call__(self, *steps: np.ndarray) -> Turn:
+        started = wall(self.problem.device)
         self.model.train()
-        kind = AUTOCAST[self.problem.precision]
-        total, padded = 0.0, 0
-        for first in range(0, len(indices), self.problem.windows_at_once):
-            some = indices[first : first + self.problem.windows_at_once]
-            batch = collate(self.problem, some, self.width)
+        padded = sum(map(self._step, steps))
+        return Turn(wall(self.problem.device) - started, np.concatenate(steps), padded)
+
+    def _step(self, indices: np.ndarray) -> int:
+        problem, device = self.problem, self.problem.device
+        kind = AUTOCAST[problem.precision]
+        total, padded = torch.zeros((), device=device), 0
+        for first in range(0, len(indices), problem.windows_at_once):
+            some = indices[first : first + problem.windows_at_once]
+            batch = collate(problem, some, self.width)
             padded += batch["input_ids"].numel()
-            with torch.autocast("cpu", dtype=kind, enabled=kind is not None):
+            if device.type == "cuda":
+                batch = {
+                    name: each.pin_memory().to(device, non_blocking=True)
+                    for name, each in batch.items()
+                }
+            with torch.autocast(device.type, dtype=kind, enabled=kind is not None):
                 loss = padded_loss(self.model, batch) * (len(some) / len(indices))
-            loss.backward()
-            total += loss.item()
-        norm = self.scaled.clip(self.problem.max_grad_norm)
-        is_finite = torch.isfinite(norm) & math.isfinite(total)
-        self.scaled.step(LEARNING_RATE, ~is_finite)
-        return Turn(time.perf_counter() - started, indices, padded)
+            self.scaled.scale(loss).backward()
+            total += loss.detach()
+        scale = self.scaled.loss_scale()
+        self.scaled.unscale()
+        norm = self.scaled.clip(problem.max_grad_norm)
+        self.scaled.step(LEARNING_RATE, ~(torch.isfinite(norm) & torch.isfinite(total)))
+        self.scaled.count(*torch.stack([total, norm, scale]).tolist())
+        return padded
 
 
 class Timeline:
@@ -169,56 +185,70 @@ class TimedOptimizer(ScaledAdamW):
 
 
 class Kdfast(Callback):
-    """kdfast's own loop and log line. folder: for the log.
+    """kdfast's own loop and log line. folder: for the log. packing: the setting of that name.
 
     live_teacher: called with the step's windows before it, as a teacher that is not cached.
+    On a CPU, where the host waits for everything, it also says how long the parts of a step take.
     """
 
-    def __init__(self, problem: Problem, folder: Path, live_teacher=None):
+    def __init__(self, problem: Problem, folder: Path, packing: str = "auto", live_teacher=None):
+        self.problem = problem
         self.live_teacher = live_teacher
-        self.timeline = Timeline()
         student = SpanModel(copy.deepcopy(problem.reader))
         self.training = assemble(
-            settings_of(problem),
-            Run(precision=problem.precision),
+            settings_of(problem, packing),
+            Run(device=problem.device, precision=problem.precision),
             student,
             TrainingData(problem.windows, problem.teacher_logits, np.arange(len(problem.windows))),
         )
         self.model = student.reader
-        self.training.optimizer = timed = TimedOptimizer(student, WEIGHT_DECAY)
-        timed.timeline = self.timeline
-        self.optimizer = timed.adamw
+        self.timeline = Timeline() if problem.device.type == "cpu" else None
+        if self.timeline:
+            self._time_parts(student, self.timeline)
+        self.optimizer = self.training.optimizer.adamw
+        folder.mkdir(parents=True, exist_ok=True)
+        self.log = TrainLog(folder, 0, 0, tensorboard=False)
+        self.clock = Clock(self.training.work, matmul_rate=1.0)
+
+    def _time_parts(self, student: SpanModel, timeline: Timeline) -> None:
+        self.training.optimizer = TimedOptimizer(
+            student, WEIGHT_DECAY, self.training.optimizer.scaler
+        )
+        self.training.optimizer.timeline = timeline
         load = self.training.load
 
         def timed_load(*given):
             for batch in load(*given):
                 yield batch
-                self.timeline.begin("gather")  # of the next micro-batch, if there is one
+                timeline.begin("gather")  # of the next micro-batch, if there is one
 
         self.training.load = timed_load
-        student.register_forward_pre_hook(lambda *_: self.timeline.begin("forward"))
-        student.register_forward_hook(lambda *_: self.timeline.begin("loss"))
-        folder.mkdir(parents=True, exist_ok=True)
-        self.log = TrainLog(folder, 0, 0, tensorboard=False)
-        self.clock = Clock(self.training.work, matmul_rate=1.0)
+        student.register_forward_pre_hook(lambda *_: timeline.begin("forward"))
+        student.register_forward_hook(lambda *_: timeline.begin("loss"))
 
     def log_step(self, report: StepReport, indices: np.ndarray) -> None:
         self.log.step(report, self.clock.add(report, self.training.cuts.lengths[indices]))
-        self.padded_tokens = report.padded_tokens
+        self.padded_tokens += report.padded_tokens
 
-    def __call__(self, indices: np.ndarray) -> Turn:
-        started = time.perf_counter()
+    def __call__(self, *steps: np.ndarray) -> Turn:
+        self.padded_tokens, first = 0, self.training.progress.steps
+
+        def windows_of_step(number: int) -> np.ndarray:  # of one that is not to come, too
+            return steps[min(number - first, len(steps) - 1)]
+
+        started = wall(self.problem.device)
         if self.live_teacher:
-            self.live_teacher(indices)
-        self.timeline.begin("gather")
-        self.training.order = SimpleNamespace(step=lambda number: indices)
-        train_loop(self.training, self, steps=1)
-        ended = time.perf_counter()
-        parts = self.timeline.seconds(ended)
-        return Turn(ended - started, indices, self.padded_tokens, parts)
+            self.live_teacher(*steps)
+        if self.timeline:
+            self.timeline.begin("gather")
+        self.training.order = SimpleNamespace(step=windows_of_step)
+        train_loop(self.training, self, steps=len(steps))
+        ended = wall(self.problem.device)
+        parts = self.timeline.seconds(ended) if self.timeline else {}
+        return Turn(ended - started, np.concatenate(steps), self.padded_tokens, parts)
 
 
-def settings_of(problem: Problem) -> TrainConfig:
+def settings_of(problem: Problem, packing: str) -> TrainConfig:
     """kdfast's defaults, but for what the candidates share."""
     return TrainConfig(
         temperature=TEMPERATURE,

@@ -1,14 +1,12 @@
 """What bench_train_step.py measured: as text, as JSON, as a picture."""
 
-import json
 from pathlib import Path
 
-from . import pictures
-from .bert_reader import FORMULA, forward_operations
+from . import records
 from .train_candidates import PARTS
+from .workload import FORMULA, forward_operations
 
-HERE = Path(__file__).parent
-NAMES = {"no": "fp32", "bf16": "bf16"}
+NAMES = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
 COLOURS = ("#9db4c8", "#5f8fb3", "#1f5f8b", "#123d5c")
 PART_COLOURS = ("#d08c3c", "#1f5f8b", "#8a4f10", "#9db4c8", "#6b8e5a", "#555555")
 
@@ -93,11 +91,11 @@ def _label(each: dict) -> str:
 
 def write(report: dict) -> list[str]:
     """Write train_step_cpu.json and .png next to this file; says what was written."""
-    path = HERE / "train_step_cpu.json"
-    rows = ",\n".join(f"  {json.dumps(each)}" for each in report["rows"])
-    parts = [f' "{name}": {json.dumps(report[name], indent=1)}' for name in ("machine", "windows")]
-    path.write_text("{\n" + ",\n".join([*parts, f' "rows": [\n{rows}\n ]']) + "\n}\n")
-    return [f"written: {path}", pictures.save(report, path.with_suffix(".png"), draw)]
+    path = records.HERE / "train_step_cpu.json"
+    return [
+        records.write(path, report),
+        records.picture(report, path.with_suffix(".png"), draw),
+    ]
 
 
 def draw(report: dict, path: Path) -> None:

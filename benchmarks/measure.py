@@ -1,22 +1,22 @@
-"""Interleaved timing: every round has one sample of each candidate, so that all see one machine.
+"""Interleaved timing, and memory: every round has one sample of each candidate, so that all see one
+machine.
 
 A sample begins with a call that is not timed, which brings the candidate's data back into the
 cache; it is the median of a few calls that are. Nothing here knows what is timed.
 """
 
 import gc
-import os
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from ctypes import CDLL
+from ctypes.util import find_library
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
-from kdfast.common.machine import cpu_name
+T = TypeVar("T")
 
 SECONDS = 6.0  # for one group of candidates
 FEWEST, MOST = 5, 100  # rounds
@@ -29,11 +29,15 @@ Candidate = Callable[[], tuple[float, ...]]
 
 def clock(device: str) -> float:
     """Seconds now: of this thread's CPU time on a CPU, without what other
-    processes take; of the wall clock on a GPU, after all its work is done.
+    processes take; `wall` on a GPU.
     """
-    if device == "cpu":
-        return time.thread_time()
-    torch.cuda.synchronize(device)
+    return time.thread_time() if device == "cpu" else wall(torch.device(device))
+
+
+def wall(device: torch.device) -> float:
+    """Seconds of the wall clock, after all work of a GPU is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
@@ -68,30 +72,33 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
     return {name: round(1e6 * cuts[i], 2) for name, i in (("p20", 1), ("p50", 4), ("p80", 7))}
 
 
-def machine(device: str) -> dict[str, str | int]:
-    """Hardware, versions, commit and command: what a figure means nothing without."""
-    commit = _output("git", "describe", "--always", "--dirty", "--abbrev=12")
-    found = {
-        "processor": cpu_name(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit or "unknown",
-        "command": "pytest " + " ".join(sys.argv[1:]),
-        "date": time.strftime("%Y-%m-%d"),
-        "load at the start": f"{os.getloadavg()[0]:.1f}",
-    }
-    if device != "cpu":
-        card = torch.cuda.get_device_properties(device)
-        found["card"] = f"{card.name}, sm_{card.major}{card.minor}"
-        found["CUDA"] = torch.version.cuda
-    return found
+def peak_memory(call: Callable[[], object]) -> int:
+    """Bytes resident at the peak of a call, beyond what was resident before it; Linux only."""
+    gc.collect()
+    CDLL(find_library("c")).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    before = _resident("VmRSS")
+    call()
+    return _resident("VmHWM") - before
 
 
-def _output(*command: str) -> str:
-    try:
-        here = Path(__file__).parent
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, cwd=here)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip()
+def peak_on_card(device: torch.device, call: Callable[[], T]) -> tuple[T, int | None]:
+    """What a call returns, and the most bytes of the card that tensors took meanwhile, weights and
+    optimizer included; None on a CPU."""
+    if device.type == "cpu":
+        return call(), None
+    torch.cuda.reset_peak_memory_stats(device)
+    result = call()
+    return result, torch.cuda.max_memory_allocated(device)
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what nothing refers to any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _resident(name: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
