@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train quick test test-all setup lint bench haystack clean
+.PHONY: train quick test test-all setup lint bench gpu haystack clean
 
 train: setup
 	$(BIN)/python -m kdfast.train
@@ -46,6 +46,10 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m pytest benchmarks/ --benchmark
+
+# What waits for a CUDA device: its tests, its benchmarks, one record of both (docs/v100.md).
+gpu: setup
+	$(BIN)/python -m benchmarks.gpu
 
 # Haystack 2's extractive reader, which tests/test_haystack.py lets read a model, by itself.
 haystack:

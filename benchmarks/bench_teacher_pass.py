@@ -197,9 +197,7 @@ def summary(rows: list[dict]) -> dict[str, dict[str, float]]:
             "windows_per_second": round(sum(each["windows"] for each in own) / seconds, 2),
             "tokens_per_second": round(sum(each["tokens"] for each in own) / seconds, 1),
             "share_of_peak": round(np.mean([each["share_of_peak"] for each in own]), 4),
-            "peak_memory": max(
-                (each["peak_memory"] for each in own if "peak_memory" in each), default=None
-            ),
+            **({"peak_memory": max(peaks)} if peaks else {}),
         }
     return found
 

@@ -34,7 +34,7 @@ PAPER = (
 def main() -> int:
     if not torch.cuda.is_available():
         print(
-            "make gpu: torch finds no CUDA device here; docs/v100.md says how to install torch for "
+            "make gpu: torch finds no CUDA device here: docs/v100.md says how to install torch for "
             "a card.",
             file=sys.stderr,
         )

@@ -258,5 +258,6 @@ def settings_of(problem: Problem, packing: str) -> TrainConfig:
         max_grad_norm=problem.max_grad_norm,
         embeds_dropout_prob=0.0,
         mixed_precision=problem.precision,
+        packing=packing,
         max_steps=1000,
     )

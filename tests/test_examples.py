@@ -20,7 +20,8 @@ PROGRAMS = [
     if "\ndef main(" in path.read_text()
 ]
 # Of programs that are not ours, and parts of a flag's name.
-OTHER_FLAGS = {"nproc_per_node", "max_restarts", "nnodes", "long", "benchmark", "check"}
+OTHER_FLAGS = {"nproc_per_node", "max_restarts", "nnodes", "long", "check"}
+OTHER_FLAGS |= {"benchmark", "device", "quick"}  # of pytest in benchmarks/
 
 
 @pytest.fixture
