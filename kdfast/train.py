@@ -74,7 +74,7 @@ def train_loop(training: Training, callback: Callback, steps: int | None = None)
                 for number, batch in enumerate(training.load(step, micro_batches)):
                     if sums.must_drop(number, len(micro_batches)):
                         break
-                    seed_generators(settings.seed, step, run.ranks.rank, number)
+                    seed_generators(run.device, settings.seed, step, run.ranks.rank, number)
                     output = training.forward(**batch.inputs)
                     with run.full_precision():
                         row_loss, row_parts = objective.loss(output, batch)

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from kdfast.common.errors import UserError
+from kdfast.models.host_reads import mask_without_sdpa, prepare_relative_positions
 from kdfast.models.packing import PackedWindows, enable_packing
 
 # Of what a GPU or torch.compile is given every width is a multiple: the tensor cores of a V100 take
@@ -33,6 +34,7 @@ class SpanModel(nn.Module):
         # RoBERTa has one type only, published DeBERTas and MPNet none, whatever a tokenizer gives.
         types = getattr(reader.base_model.embeddings, "token_type_embeddings", None)
         self.takes_token_types = types is not None and types.num_embeddings > 1
+        prepare_relative_positions(reader)
 
     def forward(
         self,
@@ -93,11 +95,7 @@ class SpanModel(nn.Module):
             if attention_mask.is_cuda:
                 attention_mask = self._additive(attention_mask)
         elif not self.takes_4d_mask:
-            # DeBERTa makes a mask itself, but looks for padding first: that reads the device. The
-            # convolution of DeBERTa-v2-xlarge subtracts it from 1, which bools cannot.
-            attention_mask = (
-                torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-            )
+            attention_mask = mask_without_sdpa(self.reader, input_ids, attention_mask)
         kwargs: dict[str, Any] = {}
         if packed is not None:
             padding_id = getattr(self._positions(), "padding_idx", None)

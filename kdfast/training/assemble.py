@@ -105,11 +105,11 @@ class Training:
     work: Work
 
     def load(self, step: int, micro_batches: list[np.ndarray]) -> Iterator[MicroBatch]:
-        """The micro-batches of a step, while those of the next one are made ready."""
-        ready = self.loader.micro_batches(micro_batches)
+        """The micro-batches of a step; behind the last, while the device computes, the next step
+        is cut and its micro-batches are made ready. A loop that breaks off needs none."""
+        yield from self.loader.micro_batches(micro_batches)
         if step + 1 < self.total_steps:
             self.loader.expect(self.cuts.cut(self.order.step(step + 1)))
-        return iter(ready)
 
     def totals(self, sums: StepSums, micro_batches: list[np.ndarray]) -> Totals:
         """This rank's numbers of a step, to be summed over the ranks."""

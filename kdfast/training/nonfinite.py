@@ -196,7 +196,7 @@ def rows(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Output, row losses and their parts of micro-batch `number`, as the step computed them."""
     run = training.run
-    seed_generators(training.settings.seed, step, run.ranks.rank, number)
+    seed_generators(run.device, training.settings.seed, step, run.ranks.rank, number)
     with run.autocast():
         output = training.forward(**batch.inputs)
         with run.full_precision():

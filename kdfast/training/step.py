@@ -126,9 +126,14 @@ class StepReport:
     loss_scale: float | None = None
 
 
-def seed_generators(*key: int) -> None:
-    """Seed torch's generators from `key`, so that a step replays whatever ran before it."""
-    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+def seed_generators(device: torch.device, *key: int) -> None:
+    """Seed torch's generators of the host and of `device` from `key`, so that a step replays
+    whatever ran before it. torch.manual_seed would draw the same, but it goes through all devices.
+    """
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index].manual_seed(seed)
 
 
 class Callback:

@@ -87,9 +87,15 @@ def test_a_card_that_holds_few_windows_gets_one_at_a_time():
     assert micro_batches.find_budget(peak, lambda: 10_000, 384) == 384
 
 
-def test_the_matmul_rate_is_of_this_machine():
+def test_the_matmul_rate_is_of_this_machine_and_of_numbers_that_differ(monkeypatch):
     rate = flops.matmul_rate(CPU, torch.float32)
     assert 1e8 < rate < 1e14
+    given = []
+    product = torch.matmul
+    monkeypatch.setattr(torch, "matmul", lambda *pair: given.extend(pair) or product(*pair))
+    flops.matmul_rate(CPU, torch.float16)
+    assert all(len(each.unique()) > 1000 for each in given)
+    assert given and not torch.equal(*given[:2])
 
 
 def test_rounded_weights_count_the_same():

@@ -9,8 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdfast.common.errors import UserError
 from kdfast.fused_kd_loss import fused_kd_loss
+from kdfast.models.window_loader import StreamedLoader
 from kdfast.training.optimizer import ScaledAdamW, learning_rate
-from kdfast.training.step import StepSums
+from kdfast.training.step import StepSums, seed_generators
 from tests.steppers import gradient
 
 SPLITS = {
@@ -80,6 +81,73 @@ def test_a_step_replays_whatever_ran_before(setup):
     again, _ = gradient(run, batches, step=3)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def test_generators_are_seeded_as_torch_seeds_them_on_the_given_device_alone(monkeypatch):
+    cards = tuple(torch.Generator() for _ in range(3))
+    monkeypatch.setattr(torch.cuda, "default_generators", cards)
+    others = [card.initial_seed() for card in cards]
+    seed_generators(torch.device("cuda", 1), 42, 3, 0, 1)
+    seed = int(np.random.SeedSequence((42, 3, 0, 1)).generate_state(1, np.uint64)[0] >> 1)
+    drawn = torch.rand(9)
+    torch.manual_seed(seed)
+    assert torch.equal(drawn, torch.rand(9))
+    assert [card.initial_seed() for card in cards] == [others[0], seed, others[2]]
+
+
+@pytest.fixture
+def streamed(setup):
+    """A training whose loader gathers a step ahead, and what it was told to expect, and when."""
+    run = setup(max_tokens_per_micro_batch=300)
+    run.training.loader = loader = StreamedLoader(run.training.loader, run.training.run.device)
+    run.expected, run.loss, expect = [], run.training.objective.loss, loader.expect
+
+    def noted(cuts):
+        run.expected.append(("cut", [len(cut) for cut in cuts]))
+        expect(cuts)
+
+    def loss(output, batch):
+        run.expected.append(("loss", len(output)))
+        return run.loss(output, batch)
+
+    loader.expect = noted
+    run.training.objective = replace(run.training.objective, loss=loss)
+    return run
+
+
+def test_the_next_step_is_cut_once_this_one_is_on_its_way(streamed):
+    run = streamed
+    indices = np.arange(12)
+    sizes = [len(cut) for cut in run.training.cuts.cut(indices)]
+    losses = [("loss", size) for size in sizes]
+    run.step(0, indices)
+    assert len(sizes) > 2
+    assert run.expected == [("cut", sizes), *losses, ("cut", sizes)]  # the first was not foretold
+    ready = [future for _, future in run.training.loader._expected]
+    run.step(1, indices)
+    assert run.expected[len(losses) + 2 :] == [*losses, ("cut", sizes)]
+    assert all(future.done() and not future.cancelled() for future in ready)
+
+
+def test_the_next_step_is_cut_by_what_fits(streamed):
+    run = streamed
+    refuse_above(run, 150, torch.OutOfMemoryError("CUDA out of memory."))
+    run.step(0, np.arange(12))
+    cuts = run.training.cuts.cut(np.arange(12))
+    assert [what for what, _ in run.expected].count("cut") == 3  # the first, the smaller, the next
+    assert run.expected[-1] == ("cut", [len(cut) for cut in cuts])
+
+
+def test_a_step_that_is_dropped_makes_nothing_ready(streamed, monkeypatch):
+    run = streamed
+    monkeypatch.setattr(
+        StepSums,
+        "must_drop",
+        lambda sums, done, of: setattr(sums, "dropped", done == 2) or done == 2,
+    )
+    assert run.step(0, np.arange(12)) is None
+    assert [what for what, _ in run.expected] == ["cut", "loss", "loss"]
+    assert run.training.loader._expected == []
 
 
 def test_micro_batches_of_a_step_draw_different_dropout(setup):
