@@ -95,7 +95,8 @@ def cached_pass(
     """
     source = Source(weights=name, tokenizer="", windows="", precision=precision)
     own, device = SpanModel(copy.deepcopy(model)), next(model.parameters()).device
-    return fill_cache(folder, TeacherPass(source, own, windows, device, forward_tokens(device)))
+    max_tokens = forward_tokens(own, windows, device, AUTOCAST[precision])
+    return fill_cache(folder, TeacherPass(source, own, windows, device, max_tokens))
 
 
 def kl(one: np.ndarray, other: np.ndarray) -> float:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kdfast.common.errors import UserError
-from kdfast.common.precision import device_of
+from kdfast.common.device import device_of
 
 THREADS = 2
 

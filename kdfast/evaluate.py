@@ -14,10 +14,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from kdfast.common.device import pick_device
 from kdfast.common.errors import UserError
 from kdfast.common.files import make_writable, write_json
 from kdfast.common.machine import describe_machine
-from kdfast.common.precision import pick_device
 from kdfast.common.ranks import Ranks
 from kdfast.common.run import Run
 from kdfast.data.read import read_examples

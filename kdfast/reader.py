@@ -13,19 +13,20 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from kdfast.common.device import device_of
 from kdfast.common.errors import UserError
-from kdfast.common.precision import AUTOCAST, device_of, resolve
 from kdfast.config import WindowSettings
 from kdfast.data.batches import cut_by_tokens
 from kdfast.data.examples import Example
-from kdfast.data.pairs import Pair, pair_of, pairs_of
+from kdfast.data.pairs import Pair, chunks_of, pair_of, pairs_of
 from kdfast.data.prepare import windows_of
 from kdfast.data.windows import Windows
 from kdfast.evaluation.pipeline_answers import Answers, pipeline_answers
 from kdfast.evaluation.reader_settings import ReaderSettings
 from kdfast.models.checks import check_type
+from kdfast.models.dtype import asked_precision, change_type
 from kdfast.models.hub import local_folder
-from kdfast.models.inference import forward_tokens, forward_windows
+from kdfast.models.inference import Room, forward_tokens, forward_windows
 from kdfast.models.load import Loaded, load_reader, longest_input
 from kdfast.models.span_model import SpanModel
 from kdfast.models.window_loader import flat_positions
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 
 # Characters of questions and contexts that are in work at once: their windows bound the memory.
 CHUNK_CHARACTERS = 1 << 21
-OF_DTYPE = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}
 
 
 class Reader:
@@ -50,10 +50,14 @@ class Reader:
         tokenizer: A folder, a hub id, or a fast tokenizer; None takes the model's.
         device: A torch device or its name; a number is that GPU where there is one, and -1 the
             CPU; None takes the GPU where there is one, else the CPU.
-        mixed_precision: "no", "fp16" or "bf16". "no" gives the scores of transformers 4, the
-            others are faster on a GPU.
-        arguments: dtype, or torch_dtype: transformers' name for mixed_precision, torch.float16
-            being "fp16". Others are those of a call, and hold for all calls that do not give them.
+        dtype: Type of the matrix products: torch.float32, torch.float16 or torch.bfloat16, or its
+            name; "auto" is the type that the model is saved in. fp32 gives the scores of
+            transformers 4. Half precision is faster on a GPU: the weights of the linear layers are
+            then kept in it, while norms, sums and logits stay fp32. None: fp32, or, of a model of
+            transformers, the type that it has.
+        mixed_precision: The trainer's name for it: "no" is fp32, "fp16" float16, "bf16" bfloat16.
+        arguments: Those of a call, which hold for all calls that do not give them; also
+            torch_dtype, the name of dtype before transformers 4.56.
 
     Raises:
         UserError: For a model that does not load or has no question-answering head, and for an
@@ -66,12 +70,12 @@ class Reader:
         tokenizer: str | Path | PreTrainedTokenizerFast | None = None,
         *,
         device: str | int | torch.device | None = None,
-        mixed_precision: str = "no",
+        dtype: str | torch.dtype | None = None,
+        mixed_precision: str | None = None,
         **arguments: Any,
     ):
-        for name in ("dtype", "torch_dtype"):
-            dtype = str(arguments.pop(name, None)).removeprefix("torch.")
-            mixed_precision = OF_DTYPE.get(dtype, mixed_precision)
+        older = arguments.pop("torch_dtype", None)
+        precision = asked_precision(older if dtype is None else dtype, mixed_precision)
         revision = arguments.pop("revision", None)
         if revision not in (None, "main"):
             raise UserError(
@@ -84,12 +88,10 @@ class Reader:
         self.tokenizer = loaded.tokenizer
         self.notes = loaded.notes
         self._longest = longest_input(loaded, self.name)
-        if mixed_precision not in AUTOCAST:
-            known = ", ".join(AUTOCAST)
-            raise UserError(f"mixed_precision is {mixed_precision!r}: give one of {known}.")
-        types = [loaded.model.reader.config.model_type]
-        self._precision = AUTOCAST[resolve(mixed_precision, self.device, types)]
+        folder = self.name if isinstance(model, (str, Path)) else None
+        self._dtype = change_type(loaded, folder, precision, self.device)
         self.model = loaded.model.to(self.device).eval()
+        self._rooms: dict[int, Room] = {}  # by the longest window that is asked for
         self._warned_of_cuts = False
 
     def __call__(
@@ -189,7 +191,7 @@ class Reader:
         special = Template.learn(self.tokenizer).size
         if settings.doc_stride is not None and settings.doc_stride >= size - special:
             raise _too_much_shared(settings.doc_stride, size - special, size, "")
-        chunks = _chunks(pairs, read_ahead)
+        chunks = chunks_of(pairs, CHUNK_CHARACTERS, read_ahead)
         return (
             result
             for chunk in chunks
@@ -208,13 +210,15 @@ class Reader:
         number = {context: n for n, context in enumerate(dict.fromkeys(contexts))}
         windows = self._windows(chunk, settings, size, note)
         logits = np.empty((len(windows.input_ids), 2), dtype=np.float32)
-        batches = cut_by_tokens(
-            np.arange(len(windows)), windows.lengths, forward_tokens(self.device)
-        )
+        if size not in self._rooms:
+            most = forward_tokens(self.model, windows, self.device, self._dtype)
+            self._rooms[size] = Room(most)
+        room = self._rooms[size]
+        batches = cut_by_tokens(np.arange(len(windows)), windows.lengths, room.tokens)
         most = settings.batch_size or len(windows)
         batches = [b[n : n + most] for b in batches for n in range(0, len(b), most)]
         for indices, rows in forward_windows(
-            self.model, windows, batches, self.device, self._precision
+            self.model, windows, batches, self.device, self._dtype, room
         ):
             logits[flat_positions(windows, indices)] = rows
             if progress is not None:
@@ -285,17 +289,3 @@ def _load(model: Any, tokenizer: Any) -> tuple[Loaded, str]:
     if tokenizer is None:
         raise UserError("tokenizer is missing: a model that is loaded already comes without one.")
     return Loaded(SpanModel(model), tokenizer, []), name
-
-
-def _chunks(pairs: Iterable[Pair], most: int | None) -> Iterator[list[Pair]]:
-    """Consecutive pairs of about CHUNK_CHARACTERS together, at least one and at most `most`."""
-    chunk: list[Pair] = []
-    size = 0
-    for pair in pairs:
-        chunk.append(pair)
-        size += len(pair[0]) + len(pair[1])
-        if size >= CHUNK_CHARACTERS or len(chunk) == most:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk

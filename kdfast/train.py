@@ -19,8 +19,9 @@ import torch
 
 from kdfast import recipes
 from kdfast.card import CardConfig, publish
+from kdfast.common.device import as_current, pick_device
 from kdfast.common.machine import code_key, describe_machine
-from kdfast.common.precision import enable_determinism, pick_device, resolve
+from kdfast.common.precision import enable_determinism, resolve
 from kdfast.common.ranks import Ranks
 from kdfast.common.run import Run
 from kdfast.common.signals import Stopped, StopSignals
@@ -144,7 +145,7 @@ def train_stage(config: TrainConfig, ranks: Ranks, stop: StopSignals) -> dict[st
         config = resume.restarted(config, run.output, ranks)
         open_output(config)
     check_shared(run.output, ranks, "--output_dir")
-    with sole_run(run.output, ranks):
+    with as_current(run.device), sole_run(run.output, ranks):
         resumed = resume.Resumed.find(config, run.output, ranks)
         if resumed:
             resumed.check(settings)

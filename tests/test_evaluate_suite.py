@@ -234,7 +234,7 @@ def test_two_ranks_print_and_write_once(world):
 
     def rank(number):
         scoring.forward_windows = counted
-        scoring.forward_tokens = lambda device: 400
+        scoring.forward_tokens = lambda *given: 400
         sys.stdout = sys.stderr = said[number].open("w")
         status = evaluate.main([*flags, "--output_dir", str(world.path / "ranks")])
         sys.stdout.close()

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForQuestionAnswering
 
 from kdfast.common.errors import UserError
 from kdfast.demo import TEACHER
@@ -144,10 +145,78 @@ def test_a_model_folder_without_a_tokenizer(tmp_path, make):
     assert Reader(tmp_path, READER, device="cpu")(**ASKED) == make()(**ASKED)
 
 
-def test_types_of_numbers_that_transformers_calls_dtype():
-    half = made(dtype=torch.bfloat16)
-    assert half(**ASKED) == made(mixed_precision="bf16")(**ASKED) != made()(**ASKED)
-    assert made(torch_dtype="auto")(**ASKED) == made(dtype=torch.float32)(**ASKED)
+def types_of(ask):
+    """Of the span head's weights, those of a linear layer, and the embeddings."""
+    reader = ask.model.reader
+    layer = reader.base_model.encoder.layer[0].intermediate.dense
+    embeddings = reader.get_input_embeddings()
+    return tuple(each.weight.dtype for each in (reader.qa_outputs, layer, embeddings))
+
+
+FP32 = (torch.float32,) * 3
+FP16 = (torch.float32, torch.float16, torch.float32)
+
+
+def test_types_of_numbers_that_transformers_calls_dtype(tmp_path):
+    whole, half = made(), made(dtype=torch.bfloat16)
+    assert half(**ASKED) == made(mixed_precision="bf16")(**ASKED) != whole(**ASKED)
+    assert types_of(half) == (torch.float32, torch.bfloat16, torch.float32)
+    assert types_of(whole) == FP32 == types_of(made(dtype=torch.float32))
+    assert types_of(made(dtype="float16")) == FP16 == types_of(made(torch_dtype="torch.float16"))
+    assert half(**ASKED)["score"] == pytest.approx(whole(**ASKED)["score"], rel=0.1)
+    # READER is saved in fp16, as its config.json says; without that, its weights do.
+    assert types_of(made(dtype="auto")) == FP16
+    for path in READER.iterdir():
+        tmp_path.joinpath(path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("dtype") == "float16"
+    tmp_path.joinpath("config.json").write_text(json.dumps(config))
+    assert types_of(Reader(tmp_path, device="cpu", dtype="auto")) == FP16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"dtype": "float8"}, "dtype is 'float8': give one of float32, float16, bfloat16 or auto"),
+        ({"dtype": torch.float64}, "dtype is torch.float64: give one of"),
+        ({"torch_dtype": 16}, "dtype is 16: give one of"),
+        (
+            {"dtype": "float16", "mixed_precision": "no"},
+            "dtype is float16 and mixed_precision is no: give one of the two",
+        ),
+        ({"mixed_precision": "float16"}, "give one of no, fp16, bf16"),
+    ],
+)
+def test_types_of_numbers_that_there_are_not(arguments, sentence):
+    with pytest.raises(UserError, match=sentence):
+        made(**arguments)
+
+
+def test_a_type_that_does_not_compute_in_half_precision(tmp_path):
+    folder = readers.save(tmp_path, "deberta")
+    for dtype in (torch.float16, "bfloat16"):
+        with pytest.raises(
+            UserError, match=r"precision ..16: deberta .*: leave it out or use no\."
+        ):
+            Reader(folder, device="cpu", dtype=dtype)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float16"}))
+    ask = Reader(folder, device="cpu", dtype="auto")
+    assert "is saved in float16, and computes in float32: deberta does not" in ask.notes[-1]
+    assert ask("Who?", "Anna is there.") == Reader(folder, device="cpu")("Who?", "Anna is there.")
+
+
+def test_a_model_of_transformers_keeps_its_type_unless_another_is_asked_for():
+    def half():
+        return AutoModelForQuestionAnswering.from_pretrained(READER, dtype=torch.float16)
+
+    for given in ({}, {"dtype": "auto"}):
+        ask = Reader(half(), READER, device="cpu", **given)
+        assert types_of(ask) == (torch.float16,) * 3
+        assert ask(**ASKED)["answer"] == made()(**ASKED)["answer"]
+    assert Reader(half(), READER, device="cpu", dtype="float32")(**ASKED) == made()(**ASKED)
+    cast = Reader(half(), READER, device="cpu", dtype=torch.float16)
+    assert types_of(cast) == FP16 and cast(**ASKED) == made(dtype=torch.float16)(**ASKED)
 
 
 def test_gpu_0_is_the_cpu_where_there_is_none(monkeypatch):

@@ -1,11 +1,11 @@
 """Which floating-point type the matrix products of a run use."""
 
-import operator
 import os
 from collections.abc import Callable, Sequence
 
 import torch
 
+from kdfast.common.device import as_current
 from kdfast.common.errors import UserError
 
 AUTOCAST = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -16,31 +16,6 @@ PREFERRED = ("fp16", "bf16", "no")
 # masks the scores, which are in half precision, with the least number of the queries' type.
 _MASK = "transformers masks its attention with a number that overflows there"
 CANNOT = {("deberta", "fp16"): _MASK, ("deberta", "bf16"): _MASK}
-
-
-def pick_device(number: int = 0) -> torch.device:
-    """GPU `number` of those that CUDA_VISIBLE_DEVICES leaves, or the CPU where there is none."""
-    return torch.device("cuda", number) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def device_of(device: str | int | torch.device | None) -> torch.device:
-    """The device of that name; a number is that GPU, or the CPU where it is below 0 or there is
-    no GPU; None is `pick_device`'s. Raises UserError for one that cannot be used."""
-    if device is None:
-        return pick_device()
-    if not isinstance(device, (str, torch.device)):
-        try:
-            number = operator.index(device)
-        except TypeError:
-            raise UserError(f"device is {device!r}: give a number or a device.") from None
-        device = pick_device(number) if number >= 0 else "cpu"
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"device {str(device)!r} cannot be used ({reason}): name another."
-        ) from None
 
 
 def works_in(model_type: str, precision: str) -> bool:
@@ -62,6 +37,7 @@ def resolve(
     device: torch.device,
     model_types: Sequence[str],
     log: Callable[[str], object] = lambda sentence: None,
+    name: str = "--mixed_precision",
 ) -> str:
     """The precision in which models compute together.
 
@@ -71,6 +47,7 @@ def resolve(
         device: Where they compute.
         model_types: Theirs, as config.json names them.
         log: Called with a sentence where the default on a GPU is not fp16.
+        name: Of what is set, for messages.
 
     Returns:
         "no", "fp16" or "bf16".
@@ -85,11 +62,11 @@ def resolve(
     best = next(each for each in PREFERRED if can[each] is None)
     if mixed_precision is None and device.type == "cuda":
         if best != "fp16":
-            log(f"--mixed_precision is {best}, not fp16: {can['fp16']}.")
+            log(f"{name} is {best}, not fp16: {can['fp16']}.")
         return best
     chosen = mixed_precision or "no"
     if reason := can[chosen]:
-        raise UserError(f"--mixed_precision {chosen}: {reason}: leave it out or use {best}.")
+        raise UserError(f"{name} {chosen}: {reason}: leave it out or use {best}.")
     return chosen
 
 
@@ -97,7 +74,7 @@ def _has_bf16(device: torch.device) -> bool:
     """Whether the device computes in bf16 itself: on an older card torch would emulate it."""
     if device.type == "cpu":
         return True
-    with torch.cuda.device(device):  # torch asks the current one
+    with as_current(device):
         return torch.cuda.is_bf16_supported(including_emulation=False)
 
 

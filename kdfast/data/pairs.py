@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from kdfast.common.errors import UserError
 
@@ -112,3 +112,17 @@ def _of_texts(question: object, context: object) -> list[Pair]:
         (check_text(f"question[{n}]", q), check_text(f"context[{n}]", c))
         for n, (q, c) in enumerate(zip(question, contexts, strict=True))
     ]
+
+
+def chunks_of(pairs: Iterable[Pair], characters: int, most: int | None) -> Iterator[list[Pair]]:
+    """Consecutive pairs of about so many characters together, at least one and at most `most`."""
+    chunk: list[Pair] = []
+    size = 0
+    for pair in pairs:
+        chunk.append(pair)
+        size += len(pair[0]) + len(pair[1])
+        if size >= characters or len(chunk) == most:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk

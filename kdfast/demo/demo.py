@@ -4,7 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kdfast.common.precision import pick_device, resolve
+from kdfast.common.device import pick_device
+from kdfast.common.precision import resolve
 from kdfast.common.ranks import Ranks
 from kdfast.common.run import Run
 from kdfast.config import TrainConfig

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from kdfast.common.files import read_json_object
 from kdfast.common.precision import resolve
@@ -22,10 +21,9 @@ from kdfast.evaluation import metrics, scoring
 from kdfast.evaluation.suites import EvaluationSet
 from kdfast.models.checks import check_windows
 from kdfast.models.hub import local_folder
-from kdfast.models.inference import forward_tokens
+from kdfast.models.inference import Room, forward_tokens, forward_windows
 from kdfast.models.load import Loaded, check_fits, load_reader, longest_input
 from kdfast.models.save import RUN_FILE
-from kdfast.models.window_loader import HostLoader
 from kdfast.teachers import cache
 from kdfast.tokenizers.template import Template
 
@@ -196,22 +194,16 @@ class EvaluatedModel:
         go through the model together, as far as a pass has room. Tokenizing and decoding are not
         in it.
         """
-        self.model.eval()
-        loader = HostLoader(windows, None)
+        run = self.run
         bounds = np.searchsorted(windows.question, np.arange(len(windows.question_ids) + 1))
         chosen = np.linspace(0, len(bounds) - 2, WARM_UP + PASSES).astype(np.int64)
-        room = forward_tokens(self.run.device)
+        room = Room(forward_tokens(self.model, windows, run.device, run.dtype))
         taken = []
         for question in chosen:
             indices = np.arange(bounds[question], bounds[question + 1])
             started = time.perf_counter()
-            for cut in cut_by_tokens(indices, windows.lengths[indices], room):
-                inputs = {
-                    name: None if tensor is None else tensor.to(self.run.device)
-                    for name, tensor in loader.micro_batch(cut).inputs.items()
-                }
-                with torch.inference_mode(), self.run.autocast():
-                    self.model(**inputs).cpu()
+            cuts = cut_by_tokens(indices, windows.lengths[indices], room.tokens)
+            list(forward_windows(self.model, windows, cuts, run.device, run.dtype, room))
             taken.append(1000 * (time.perf_counter() - started))
         low, high = np.percentile(taken[WARM_UP:], [50, 80])
         return {"median_ms": float(low), "p80_ms": float(high), "passes": PASSES}

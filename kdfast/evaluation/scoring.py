@@ -78,7 +78,8 @@ class Validation:
         # In the last row, the ranks that were cut short.
         logits = np.zeros((len(windows.input_ids) + 1, 2), dtype=np.float32)
         everything = np.arange(len(windows))
-        batches = cut_by_tokens(everything, windows.lengths, forward_tokens(run.device))
+        max_tokens = forward_tokens(model, windows, run.device, run.dtype)
+        batches = cut_by_tokens(everything, windows.lengths, max_tokens)
         batches = batches[ranks.rank :: ranks.count]
         started = time.perf_counter()
         passes = forward_windows(model, windows, batches, run.device, run.dtype)

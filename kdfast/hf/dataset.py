@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from transformers import default_data_collator
 
+from kdfast.common.device import pick_device
 from kdfast.common.errors import UserError
-from kdfast.common.precision import pick_device
 from kdfast.common.run import Run
 from kdfast.config import TrainConfig
 from kdfast.config_checks import check_teachers

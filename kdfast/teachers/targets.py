@@ -11,7 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from kdfast.common.errors import UserError
-from kdfast.common.precision import resolve
+from kdfast.common.precision import AUTOCAST, resolve
 from kdfast.common.progress import passing_bar
 from kdfast.common.run import Run
 from kdfast.config import TrainConfig
@@ -120,7 +120,8 @@ def own_logits(config: TrainConfig, one: Teacher, run: Run) -> np.ndarray:
     check_fits(loaded, one.max_seq_length, one.name)
     for note in loaded.notes:
         ranks.log(note)
-    model, max_tokens = loaded.model.to(device), forward_tokens(device)
+    model = loaded.model.to(device)
+    max_tokens = forward_tokens(model, one.windows, device, AUTOCAST[one.source.precision])
     teacher = TeacherPass(one.source, model, one.windows, device, max_tokens)
     with passing_bar("teacher", "window", len(one.windows), ranks.is_first) as bar:
         return fill_cache(config.data.cache_path, teacher, bar.update, ranks)

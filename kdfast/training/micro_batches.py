@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from kdfast.common.device import is_out_of_memory
 from kdfast.common.errors import UserError
 from kdfast.common.run import Run
 from kdfast.config import SpeedSettings
@@ -123,13 +124,6 @@ class MicroBatches:
         return replace(self.policy, max_tokens=max(map(self.padded_tokens, batches)) // 2)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or the host under a limit, refused memory."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        "DefaultCPUAllocator" in str(error)
-    )
-
-
 def nominal_policy(work: Work, device_type: str, max_tokens: int) -> MicroBatchPolicy:
     """The policy for `work` from fixed speeds, not measured ones, so that every start cuts alike.
 
@@ -163,7 +157,9 @@ def find_budget(peak_bytes: Callable[[int], int], free_bytes: Callable[[], int],
     few, more = 1, 4
     try:
         low, high = peak_bytes(few), peak_bytes(more)
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         return width
     per_window = max(1.0, (high - low) / (more - few))
     constant = max(0.0, low - few * per_window)

@@ -1,0 +1,61 @@
+"""The device that a program computes on: which, made the current one, out of memory."""
+
+import operator
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from kdfast.common.errors import UserError
+
+# What torch says where memory is refused by a library that has no error type of its own for it.
+REFUSALS = (
+    "DefaultCPUAllocator",
+    "std::bad_alloc",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "could not create a memory object",  # oneDNN
+)
+# oneDNN's for room that it works in. (A "primitive descriptor" is another matter: no such kernel.)
+ONEDNN_REFUSAL = "could not create a primitive"
+
+
+def pick_device(number: int = 0) -> torch.device:
+    """GPU `number` of those that CUDA_VISIBLE_DEVICES leaves, or the CPU where there is none."""
+    return torch.device("cuda", number) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def device_of(device: str | int | torch.device | None) -> torch.device:
+    """The device of that name; a number is that GPU, or the CPU where it is below 0 or there is
+    no GPU; None is `pick_device`'s. Raises UserError for one that cannot be used."""
+    if device is None:
+        return pick_device()
+    if not isinstance(device, (str, torch.device)):
+        try:
+            number = operator.index(device)
+        except TypeError:
+            raise UserError(f"device is {device!r}: give a number or a device.") from None
+        device = pick_device(number) if number >= 0 else "cpu"
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"device {str(device)!r} cannot be used ({reason}): name another."
+        ) from None
+
+
+def as_current(device: torch.device) -> AbstractContextManager[object]:
+    """The device is the current one inside: events, streams and caches of torch.cuda are of that.
+
+    Not around a `yield`: it would hold for the caller too.
+    """
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the host under a limit, refused memory."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error)
+    return text == ONEDNN_REFUSAL or any(each in text for each in REFUSALS)

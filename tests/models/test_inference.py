@@ -1,0 +1,171 @@
+"""Forward passes without gradients: how many tokens, and what happens where memory runs out."""
+
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from kdfast.common.errors import UserError
+from kdfast.common.precision import AUTOCAST, works_in
+from kdfast.config import WindowSettings
+from kdfast.data.batches import cut_by_tokens
+from kdfast.data.prepare import prepare_windows
+from kdfast.models import inference
+from kdfast.models.checks import SUPPORTED
+from kdfast.models.inference import Room, forward_windows
+from kdfast.models.span_model import SpanModel
+from tests import corpora, readers
+
+CPU = torch.device("cpu")
+REFUSED = torch.OutOfMemoryError("CUDA out of memory.")
+
+
+@pytest.fixture(scope="module")
+def reading(tmp_path_factory):
+    """A model and windows for it, of some 10 to 60 tokens."""
+    home = tmp_path_factory.mktemp("reading")
+    reader, tokenizer = readers.make("bert")
+    source = corpora.write(home / "data.json", 12)
+    settings = WindowSettings(60, 16, 24)
+    windows = prepare_windows(source, tokenizer, settings, split="validation", cache_dir=home)
+    assert len(windows) > 30 and windows.lengths.min() < 40
+    return SpanModel(reader), windows
+
+
+class Narrow:
+    """A model that refuses memory for more than `tokens` padded tokens, and counts its passes."""
+
+    def __init__(self, model, tokens, error=REFUSED):
+        self.model, self.tokens, self.error = model, tokens, error
+        self.seen = []
+
+    def eval(self):
+        self.model.eval()
+
+    def __call__(self, input_ids, **inputs):
+        self.seen.append(tuple(input_ids.shape))
+        if input_ids.numel() > self.tokens:
+            raise type(self.error)(*self.error.args)
+        return self.model(input_ids, **inputs)
+
+
+def logits_of(model, windows, batches, room=None):
+    found = list(forward_windows(model, windows, batches, CPU, None, room))
+    assert [each.tolist() for each, _ in found] == [each.tolist() for each in batches]
+    return np.concatenate([rows for _, rows in found])
+
+
+def test_what_does_not_fit_is_halved_and_stays_so(reading):
+    model, windows = reading
+    batches = cut_by_tokens(np.arange(len(windows)), windows.lengths, 900)
+    narrow, room = Narrow(model, 300), Room()
+    whole, found = logits_of(model, windows, batches), logits_of(narrow, windows, batches, room)
+    np.testing.assert_allclose(found, whole, rtol=1e-4, atol=1e-5)
+    refused = [n * width for n, width in narrow.seen if n * width > 300]
+    assert len(refused) == 2 and 150 <= room.tokens <= 300  # 900, 450, 225
+    again = Narrow(model, 300)
+    assert np.array_equal(found, logits_of(again, windows, batches, room))
+    assert all(n * width <= room.tokens for n, width in again.seen)
+
+
+def test_a_batch_in_any_order_keeps_it(reading):
+    model, windows = reading
+    batches = [np.random.default_rng(0).permutation(len(windows))]
+    found = logits_of(Narrow(model, 200), windows, batches)
+    np.testing.assert_allclose(found, logits_of(model, windows, batches), rtol=1e-4, atol=1e-5)
+
+
+def test_one_window_that_does_not_fit_is_a_users_sentence(reading):
+    model, windows = reading
+    batches = [np.arange(5)]
+    room = int(windows.lengths[:5].max()) - 1
+    with pytest.raises(UserError, match=r"not enough memory on cpu for a single window of \d+ tok"):
+        logits_of(Narrow(model, room), windows, batches)
+
+
+def test_no_other_error_is_taken_for_it(reading):
+    model, windows = reading
+    error = RuntimeError("could not create a primitive descriptor for the matmul primitive")
+    with pytest.raises(RuntimeError, match="primitive descriptor"):
+        logits_of(Narrow(model, 10, error), windows, [np.arange(9)])
+
+
+def test_a_pass_that_failed_holds_no_tensor(reading):
+    model, windows = reading
+    held = []
+
+    class Greedy(Narrow):
+        def __call__(self, input_ids, **inputs):
+            assert not any(each() is not None for each in held)
+            activation = torch.zeros(input_ids.shape)
+            held.append(weakref.ref(activation))
+            return super().__call__(input_ids, **inputs)
+
+    logits_of(Greedy(model, 200), windows, [np.arange(30)])
+    assert len(held) > 3
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that tensors made inside held at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self.known = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for each in tree_leaves(made):
+            if not isinstance(each, torch.Tensor):
+                continue
+            storage = each.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self.known:
+                self.known.add(key)
+                self.now += size
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self.forget, key, size)
+        return made
+
+    def forget(self, key, size):
+        self.known.discard(key)
+        self.now -= size
+
+
+@pytest.mark.parametrize("kind", ["no", "fp16"])
+@pytest.mark.parametrize("model_type", SUPPORTED)
+def test_the_bytes_of_a_token_bound_what_a_pass_holds(model_type, kind):
+    if not works_in(model_type, kind):
+        pytest.skip(f"{model_type} does not compute in {kind}")
+    sizes = {"hidden_size": 96, "num_attention_heads": 4, "intermediate_size": 384}
+    reader, _ = readers.make(model_type, layers=3, **sizes)
+    model, dtype = SpanModel(reader), AUTOCAST[kind]
+    if dtype is not None:
+        model.cast_linear_layers(dtype)
+    for lengths in ([256] * 2 + [250], [64] * 6):
+        ids, mask = readers.ids_of(reader, lengths)
+        with (
+            torch.inference_mode(),
+            torch.autocast("cpu", dtype=dtype, enabled=dtype is not None),
+            Peak() as peak,
+        ):
+            model(ids, mask)
+        share = peak.most / (ids.numel() * inference.bytes_per_token(model, ids.shape[1], dtype))
+        assert 0.2 < share <= 1
+
+
+def test_the_start_is_made_of_model_and_free_memory(monkeypatch, reading):
+    model, windows = reading
+    assert inference.forward_tokens(model, windows, CPU, None) == 1536
+    gpu, free = torch.device("cuda", 1), {torch.device("cuda", 1): 10**7}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device], 0))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.device("cpu"))
+    each = inference.bytes_per_token(model, 60, None)
+    assert inference.forward_tokens(model, windows, gpu, None) == 8 * 10**6 // each
+    free[gpu] = 1
+    assert inference.forward_tokens(model, windows, gpu, None) == windows.lengths.max()
+    free[gpu] = 10**15
+    assert inference.forward_tokens(model, windows, gpu, None) == inference.GPU_TOKENS_AT_MOST
