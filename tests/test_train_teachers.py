@@ -94,8 +94,7 @@ def test_a_teacher_of_another_tokenizer(world, capsys, student, other, positions
         windows,
         world.train_file,
         tokenizer,
-        max_seq_length=length,
-        doc_stride=LENGTHS["doc_stride"],
+        WindowSettings(length, doc_stride=LENGTHS["doc_stride"]),
         cache_dir=world.path / "cache",
     )
     assert raw_header["windows"] == read.windows.key

@@ -1,7 +1,6 @@
 """Progress bars: on a terminal or in a notebook, none elsewhere."""
 
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 from typing import TypeVar
 
 from tqdm.auto import tqdm
@@ -33,7 +32,13 @@ def training_bar(done: int, total: int, is_first: bool) -> tqdm:
     )
 
 
-def reading_bar(what: str) -> Callable[[Iterable[Item]], Iterable[Item]]:
-    """The `progress` of prepare_windows. Any rank may be the one that prepares."""
-    desc = f"features of {what}"
-    return partial(tqdm, desc=desc, unit="question", leave=False, dynamic_ncols=True, disable=None)
+def reading_bar(what: str, items: Iterable[Item], is_first: bool) -> Iterable[Item]:
+    """A bar of the questions that are read while features are prepared, as `passing_bar`."""
+    return tqdm(
+        items,
+        desc=f"features of {what}",
+        unit="question",
+        leave=False,
+        dynamic_ncols=True,
+        disable=None if is_first else True,
+    )

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
-import json
 import shutil
-import tempfile
-from collections.abc import Callable, Generator, Iterable
-from contextlib import ExitStack, closing
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -19,7 +16,6 @@ from kdfast.common.files import fault_in, sync, write_json, write_sums
 from kdfast.config import WindowSettings
 from kdfast.data.cache import (
     ARRAYS,
-    FORMAT,
     HEADER,
     ArrayFile,
     Kinds,
@@ -27,22 +23,45 @@ from kdfast.data.cache import (
     damaged,
     narrowest,
 )
+from kdfast.data.chunks import ChunkFolder, Shard
 from kdfast.data.examples import Example
-from kdfast.data.read import fingerprint, iter_examples
+from kdfast.data.features import Features, header_of
 from kdfast.data.windowing import WindowBuilder
-from kdfast.data.windows import Windows, check_settings, open_windows
-from kdfast.tokenizers.template import Template, tokenizer_key
+from kdfast.data.windows import Parts, Windows, check_settings, open_windows
+from kdfast.tokenizers.template import Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-CONTENT = 4  # part of Windows.key: raise it when other windows are made of the same source
+    from kdfast.common.ranks import Ranks
+
 # Up to this size together, the files of a cache are read once and compared with their sums when it
 # is opened: some seconds. Larger ones are taken as they are.
 VERIFIED_BYTES = 4 * 2**30
-# Arrays of Windows by name, each of them in parts.
-Parts = Generator[dict[str, np.ndarray], None, None]
 USUAL = WindowSettings()
+
+
+class Made(Protocol):
+    """What a cache of windows is made of.
+
+    Attributes:
+        key: names the content.
+        kinds: the arrays, and their types.
+    """
+
+    key: str
+
+    @property
+    def kinds(self) -> dict[str, Kinds]: ...
+
+    def share(self, folder: Path, ranks: Ranks) -> None:
+        """Called by all of several ranks, with the folder that the cache will have."""
+
+    def arrays(self, folder: Path, partial: Path) -> Parts:
+        """Called by one process. partial: the folder that is being written."""
+
+    def header(self) -> dict[str, Any]:
+        """Called when all arrays are written."""
 
 
 def prepare_windows(
@@ -52,7 +71,7 @@ def prepare_windows(
     *,
     cache_dir: Path | str,
     split: str | None = None,
-    progress: Callable[[Iterable[Example]], Iterable[Example]] = iter,
+    ranks: Ranks | None = None,
 ) -> Windows:
     """The windows of all questions of a source, from the cache if they are there.
 
@@ -61,7 +80,9 @@ def prepare_windows(
 
     The cache is a folder of cache_dir/features, named by a sha256 over the content of the source,
     the tokenizer and the settings; a hit maps files and parses nothing. It is written under another
-    name, made durable and then renamed, by one process at a time: others that want it wait.
+    name, made durable and then renamed, by one process at a time: others that want it wait. Several
+    ranks each tokenise a share, and one of them joins the shares (chunks.py); so does a process
+    alone that finds shares there. The files are the same, however many made them.
 
     Args:
         source: a file or a dataset, see `iter_examples`.
@@ -69,64 +90,78 @@ def prepare_windows(
         settings: how the windows are cut.
         cache_dir: made where it is not there.
         split: of a dataset whose name gives none.
-        progress: what shows how many questions have been read, such as tqdm. Only called where
-            there is no cache yet.
+        ranks: all of them must call this.
 
     Raises:
         UserError: for a bad source, tokenizer or setting, for a damaged cache, and for a folder
             that cannot be written or is full.
     """
-    template = Template.learn(tokenizer)
-    check_settings(settings, template)
-    content = [CONTENT, fingerprint(source, split=split), tokenizer_key(tokenizer), vars(settings)]
-    key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    builder = WindowBuilder(tokenizer, template, settings)
-
-    def arrays(folder: Path) -> Parts:
-        with tempfile.TemporaryFile(dir=folder) as builder.spool:
-            examples = iter_examples(source, split=split, tally=builder.tally)
-            yield from builder.arrays(progress(examples))
-
-    return cached_windows(cache_dir, key, arrays, lambda: _header(key, builder))
+    return cached_windows(cache_dir, Features.of(source, tokenizer, settings, split), ranks)
 
 
-def cached_windows(
-    cache_dir: Path | str,
-    key: str,
-    arrays: Callable[[Path], Parts],
-    header: Callable[[], dict[str, Any]],
-    more: dict[str, Kinds] | None = None,
-) -> Windows:
-    """The windows of this key in the cache, written first where they are not there.
+def prepare_shard(
+    cache_dir: Path | str, features: Features, shard: Shard, ranks: Ranks
+) -> Windows | None:
+    """Makes a share of the chunks of features, and the cache if no other share is missing.
+
+    Returns the windows, or None where a share is missing. Raises UserError as `prepare_windows`.
+    """
+    folder = cache_folder(cache_dir, features.key)
+    chunks = ChunkFolder.of(folder)
+    if ranks.any(not folder.is_dir()):
+        with _writing(cache_dir):
+            features.encode(chunks, shard, ranks)
+        ranks.barrier()
+        # Another one that had all shares may have joined and deleted them meanwhile.
+        if ranks.any(chunks.missing() != [] and not folder.is_dir()):
+            return None
+    return cached_windows(cache_dir, features, ranks)
+
+
+def cached_windows(cache_dir: Path | str, made: Made, ranks: Ranks | None = None) -> Windows:
+    """The windows of a cache, written first where they are not there.
 
     Args:
         cache_dir: made where it is not there.
-        key: names the content.
-        arrays: called with the folder that is being written.
-        header: called when all arrays are written.
-        more: arrays besides those of Windows, and their types.
+        made: what the cache is made of.
+        ranks: all of them must call this.
 
     Raises:
         UserError: for a damaged cache, and for a folder that cannot be written or is full.
     """
-    folder = cache_folder(cache_dir, key)
-    kinds = {**ARRAYS, **(more or {})}
-    if folder.is_dir():
-        if fault := fault_in(folder, _files(kinds), VERIFIED_BYTES):
-            raise damaged(folder, fault)
-        return open_windows(folder, key)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+    folder = cache_folder(cache_dir, made.key)
+    several = ranks if ranks is not None and ranks.count > 1 else None
+    is_writer = several is None or several.is_first
+    with _writing(cache_dir), ExitStack() as stack:
+        is_needed = is_writer and not folder.is_dir()
+        if is_needed:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(folder.with_name(f"{folder.name}.lock").open("w"))
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not folder.is_dir():  # unless another process has written it by now
-                _write(folder, kinds, arrays, header)
+            is_needed = not folder.is_dir()  # unless another process has written it by now
+        is_made = is_needed if several is None else several.any(is_needed)
+        if several is not None and is_made:
+            made.share(folder, several)
+            several.barrier()
+        if is_needed:
+            _write(folder, made)
+        if several is not None:
+            several.barrier()
+    if not is_made and (fault := fault_in(folder, _files(made.kinds), VERIFIED_BYTES)):
+        raise damaged(folder, fault)
+    return open_windows(folder, made.key)
+
+
+@contextmanager
+def _writing(cache_dir: Path | str) -> Iterator[None]:
+    """Inside, an OSError is a UserError that says that features cannot be written."""
+    try:
+        yield
     except OSError as error:
         raise UserError(
             f"--cache_dir {cache_dir}: features cannot be written there "
             f"({error.strerror or error}): make room or give another folder"
         ) from None
-    return open_windows(folder, key)
 
 
 def windows_of(
@@ -161,31 +196,14 @@ def windows_of(
     for name, kinds in ARRAYS.items():
         whole = np.concatenate(parts.pop(name) or [np.empty(0, dtype=np.int64)])
         joined[name] = whole.astype(narrowest(whole, kinds))
-    return Windows(joined, _header("", builder))
-
-
-def _header(key: str, builder: WindowBuilder) -> dict[str, Any]:
-    return {
-        "key": key,
-        "format": FORMAT,
-        "settings": vars(builder.settings),
-        "pad_token_id": builder.template.pad_token_id,
-        "uses_token_types": builder.template.uses_token_types,
-        "counts": builder.tally.counts,
-        "first": builder.tally.first,
-    }
+    return Windows(joined, header_of("", builder))
 
 
 def _files(arrays: Iterable[str]) -> tuple[str, ...]:
     return (HEADER, *(f"{name}.npy" for name in arrays))
 
 
-def _write(
-    folder: Path,
-    kinds: dict[str, Kinds],
-    arrays: Callable[[Path], Parts],
-    header: Callable[[], dict[str, Any]],
-) -> None:
+def _write(folder: Path, made: Made) -> None:
     """Writes all files next to `folder`, then renames; the caller holds the key's lock."""
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
@@ -194,18 +212,19 @@ def _write(
         with ExitStack() as stack:
             files = {
                 name: stack.enter_context(closing(ArrayFile(partial / f"{name}.npy", each)))
-                for name, each in kinds.items()
+                for name, each in made.kinds.items()
             }
-            for part in stack.enter_context(closing(arrays(partial))):
+            for part in stack.enter_context(closing(made.arrays(folder, partial))):
                 for name, array in part.items():
                     files[name].append(array)
             for file in files.values():
                 file.finish()
-        write_json(partial / HEADER, header())
-        write_sums(partial, _files(kinds))
+        write_json(partial / HEADER, made.header())
+        write_sums(partial, _files(made.kinds))
         sync(partial)
         partial.rename(folder)
         sync(folder.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    shutil.rmtree(ChunkFolder.of(folder).path, ignore_errors=True)

@@ -54,6 +54,14 @@ class Tally:
         if len(names) < 3:
             names.append(name)
 
+    def merge(self, later: Tally) -> None:
+        """Adds what another one counted, of questions that come after those of this one."""
+        for what, count in later.counts.items():
+            self.counts[what] = self.counts.get(what, 0) + count
+        for what, names in later.first.items():
+            known = self.first.setdefault(what, [])
+            known += names[: 3 - len(known)]
+
     def read(self) -> int:
         """The questions of the source, those that cannot be used included."""
         return self.counts.get("read", self.counts.get("questions", 0))

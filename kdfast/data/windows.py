@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -15,6 +15,9 @@ from kdfast.data.cache import ARRAYS, HEADER, PickledByPath, damaged, open_array
 from kdfast.data.tally import Tally
 from kdfast.data.validate import fault_of, fault_of_header
 from kdfast.tokenizers.template import Template
+
+# Arrays of Windows by name, each of them in parts.
+Parts = Generator[dict[str, np.ndarray], None, None]
 
 
 def check_settings(settings: WindowSettings, template: Template) -> None:

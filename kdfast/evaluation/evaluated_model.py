@@ -9,7 +9,6 @@ import numpy as np
 
 from kdfast.common.files import read_json_object
 from kdfast.common.precision import resolve
-from kdfast.common.progress import reading_bar
 from kdfast.common.run import Run
 from kdfast.common.settings import LARGEST
 from kdfast.config import WindowSettings
@@ -166,7 +165,7 @@ class EvaluatedModel:
             self.windows,
             split="validation",
             cache_dir=cache_dir,
-            progress=reading_bar(source),
+            ranks=self.run.ranks,
         )
         check_windows(self.model.reader, windows, self.windows.max_seq_length, cache_dir)
         return windows

@@ -163,7 +163,7 @@ def make_once(
                     (finished / PROGRESS_FILE).unlink(missing_ok=True)
                 ranks.barrier()
     except OSError as error:
-        raise _disk_error(partial, error) from error
+        raise disk_error(partial, error) from error
     cached = open_cache(cache_dir, source, tokens, verify=False)
     assert cached is not None
     return cached
@@ -208,7 +208,8 @@ def header_of(source: Identity, tokens: int) -> dict[str, Any]:
     return {"format": FORMAT, "tokens": tokens, "dtype": "float16", **asdict(source)}
 
 
-def _disk_error(partial: Path, error: OSError) -> UserError:
+def disk_error(partial: Path, error: OSError) -> UserError:
+    """The sentence for a folder that cannot be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(
             f"The disk is full while the teacher's logits are written to {partial}: free some "

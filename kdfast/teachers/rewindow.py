@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from kdfast.common.progress import reading_bar
+from kdfast.common.ranks import Ranks
 from kdfast.config import WindowSettings
-from kdfast.data.cache import UNLABELLED, Kinds, cache_folder, damaged, open_array
-from kdfast.data.prepare import Parts, cached_windows, prepare_windows
+from kdfast.data.cache import ARRAYS, UNLABELLED, Kinds, cache_folder, damaged, open_array
+from kdfast.data.prepare import cached_windows, prepare_windows
 from kdfast.data.validate import rises
-from kdfast.data.windows import Windows
+from kdfast.data.windows import Parts, Windows
 from kdfast.teachers.char_spans import spans_of
 from kdfast.tokenizers.encode import ragged, starts_of
 from kdfast.tokenizers.template import Template, tokenizer_key
@@ -49,10 +49,10 @@ def rewindow(
     student: Windows,
     source: str,
     tokenizer: Any,
+    settings: WindowSettings,
     *,
-    max_seq_length: int,
-    doc_stride: int,
     cache_dir: Path | str,
+    ranks: Ranks | None = None,
 ) -> Rewindowed:
     """Read the student's windows again in another tokenizer; from the cache if they are there.
 
@@ -64,40 +64,28 @@ def rewindow(
         student: Windows that were prepared from `source`, as training data.
         source: The file, folder or hub's data set.
         tokenizer: The teacher's.
-        max_seq_length: The most tokens that the teacher reads at once.
-        doc_stride: Windows on one window of the student begin at most so many tokens, or half of
-            their context, apart.
+        settings: max_seq_length, the most tokens that the teacher reads at once, and doc_stride:
+            windows on one window of the student begin at most so many tokens, or half of their
+            context, apart.
         cache_dir: Its folder `features` holds the result, under a key of the student's windows,
             the tokenizer and the settings.
+        ranks: All of them must call this.
 
     Raises:
         UserError: As prepare_windows.
     """
-    template = Template.learn(tokenizer)
-    settings = {"max_seq_length": max_seq_length, "doc_stride": doc_stride}
-    parts = [FORMAT, "pieces", student.key, tokenizer_key(tokenizer), settings]
+    length, stride = settings.max_seq_length, settings.doc_stride
+    used = {"max_seq_length": length, "doc_stride": stride}
+    parts = [FORMAT, "pieces", student.key, tokenizer_key(tokenizer), used]
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-    made = Rewindower(student, template, max_seq_length, doc_stride)
 
-    def arrays(folder: Path) -> Parts:
-        progress = reading_bar(source)
-        whole = prepare_windows(
-            source, tokenizer, WHOLE, cache_dir=cache_dir, split="train", progress=progress
+    def whole(ranks: Ranks | None = None) -> Windows:
+        return prepare_windows(
+            source, tokenizer, WHOLE, cache_dir=cache_dir, split="train", ranks=ranks
         )
-        yield from made.arrays(whole)
 
-    def header() -> dict[str, Any]:
-        return {
-            "key": key,
-            "format": FORMAT,
-            "settings": settings,
-            "pad_token_id": template.pad_token_id,
-            "uses_token_types": template.uses_token_types,
-            "counts": made.counts,
-            "first": {},
-        }
-
-    windows = cached_windows(cache_dir, key, arrays, header, more=FIRST)
+    made = Rewindower(student, Template.learn(tokenizer), length, stride)
+    windows = cached_windows(cache_dir, _Cache(key, made, used, whole), ranks)
     folder = cache_folder(cache_dir, key)
     first = open_array(folder, "first_piece", FIRST["first_piece"])
     if len(first) != len(student) + 1 or not rises(first, len(windows)):
@@ -106,10 +94,39 @@ def rewindow(
 
 
 @dataclass
+class _Cache:
+    """What the cache of the teacher's windows is made of; `whole` gives those of whole contexts."""
+
+    key: str
+    made: Rewindower
+    settings: dict[str, int]
+    whole: Callable[..., Windows]
+    kinds: ClassVar[dict[str, Kinds]] = {**ARRAYS, **FIRST}
+
+    def share(self, folder: Path, ranks: Ranks) -> None:
+        self.whole(ranks)  # nearly all of the work
+
+    def arrays(self, folder: Path, partial: Path) -> Parts:
+        yield from self.made.arrays(self.whole())
+
+    def header(self) -> dict[str, Any]:
+        return {
+            "key": self.key,
+            "format": FORMAT,
+            "settings": self.settings,
+            "pad_token_id": self.made.template.pad_token_id,
+            "uses_token_types": self.made.template.uses_token_types,
+            "counts": self.made.counts,
+            "first": {},
+        }
+
+
+@dataclass
 class Rewindower:
     """Makes the teacher's windows, block by block, out of its windows of whole contexts.
 
-    Fields as the arguments of `rewindow`; counts: how many questions, windows and tokens there are.
+    max_seq_length, doc_stride: the settings of `rewindow`. counts: how many questions, windows and
+    tokens there are.
     """
 
     student: Windows

@@ -5,7 +5,9 @@ targets. One with another tokenizer reads them rewindowed, and its distributions
 student's tokens. Rank 0 prints what the user should know.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -23,7 +25,7 @@ from kdfast.teachers import cache
 from kdfast.teachers.alignment import Aligner, softened
 from kdfast.teachers.mixture import Probabilities
 from kdfast.teachers.rewindow import rewindow
-from kdfast.teachers.teacher_pass import TeacherPass, fill_cache
+from kdfast.teachers.teacher_pass import TeacherPass, fill_cache, join_shards
 from kdfast.tokenizers.load import load_tokenizer
 from kdfast.tokenizers.template import Template, same_tokens, tokenizer_key
 
@@ -84,9 +86,9 @@ def find_teacher(
         windows,
         config.data.train_file,
         tokenizer,
-        max_seq_length=length,
-        doc_stride=config.windows.doc_stride,
+        replace(config.windows, max_seq_length=length),
         cache_dir=config.data.cache_path,
+        ranks=ranks,
     )
     ranks.log(
         f"{name} has another tokenizer than the student: it reads the student's {len(windows)} "
@@ -111,17 +113,27 @@ def refuse_mse(config: TrainConfig, name: str) -> None:
 
 def own_logits(config: TrainConfig, one: Teacher, run: Run) -> np.ndarray:
     """A teacher's raw logits over its windows, from its cache or by a pass: fp16 (tokens, 2)."""
-    tokens, ranks, device = len(one.windows.input_ids), run.ranks, run.device
+    tokens, ranks = len(one.windows.input_ids), run.ranks
     logits = cache.open_shared(config.data.cache_path, one.source, tokens, ranks)
     if logits is not None:
         ranks.log(f"Teacher logits: cache {one.source.key} in {config.data.cache_path}.")
         return logits
+    if (joined := join_shards(config.data.cache_path, one.source, one.windows, ranks)) is not None:
+        ranks.log(f"Teacher logits: parts joined, cache {one.source.key}.")
+        return joined
+    with loaded_pass(one, run) as (teacher, progress):
+        return fill_cache(config.data.cache_path, teacher, progress, ranks)
+
+
+@contextmanager
+def loaded_pass(one: Teacher, run: Run) -> Iterator[tuple[TeacherPass, Callable[[int], object]]]:
+    """A teacher's pass, with the model on its device, and its `progress`, a bar."""
     loaded = load_reader(one.name, "--teacher")
     check_fits(loaded, one.max_seq_length, one.name)
     for note in loaded.notes:
-        ranks.log(note)
+        run.ranks.log(note)
+    device, precision = run.device, AUTOCAST[one.source.precision]
     model = loaded.model.to(device)
-    max_tokens = forward_tokens(model, one.windows, device, AUTOCAST[one.source.precision])
-    teacher = TeacherPass(one.source, model, one.windows, device, max_tokens)
-    with passing_bar("teacher", "window", len(one.windows), ranks.is_first) as bar:
-        return fill_cache(config.data.cache_path, teacher, bar.update, ranks)
+    max_tokens = forward_tokens(model, one.windows, device, precision)
+    with passing_bar("teacher", "window", len(one.windows), run.ranks.is_first) as bar:
+        yield TeacherPass(one.source, model, one.windows, device, max_tokens), bar.update

@@ -4,10 +4,13 @@
 where it stopped, with as many ranks as there are then.
 """
 
+import fcntl
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,21 +20,24 @@ from kdfast.common.files import read_json_object
 from kdfast.common.precision import AUTOCAST
 from kdfast.common.ranks import Ranks
 from kdfast.data.batches import cut_by_tokens
+from kdfast.data.chunks import Shard
 from kdfast.data.windows import Windows
 from kdfast.models.inference import forward_windows
 from kdfast.models.span_model import SpanModel
-from kdfast.models.window_loader import flat_positions
 from kdfast.teachers.cache import (
     HEADER,
     PROGRESS_FILE,
     Source,
+    disk_error,
     header_of,
     make_once,
     map_logits,
     start_folder,
 )
+from kdfast.teachers.pass_shards import PassShards, Share
 
 SECONDS_BETWEEN_SAVES = 10.0
+CUT = ("max_tokens",)  # all that the cut into micro-batches depends on besides the windows
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,11 @@ class TeacherPass:
     windows: Windows
     device: torch.device
     max_tokens: int
+
+    @property
+    def cut(self) -> dict[str, Any]:
+        """How the windows are cut into micro-batches, as the header has it."""
+        return {name: getattr(self, name) for name in CUT}
 
 
 def fill_cache(
@@ -70,36 +81,121 @@ def fill_cache(
         UserError: A logit is not finite in fp16, or the disk is full. What was on the disk before
             stays for the next start.
     """
-    ranks = ranks or Ranks()
+    ranks, windows = ranks or Ranks(), teacher.windows
+    shards = PassShards.of(cache_dir, teacher.source)
 
     def start(partial: Path) -> None:
-        _start(partial, teacher)
+        _start(partial, teacher.source, windows, shards, teacher.cut)
 
     def fill(partial: Path) -> None:
-        _fill(partial, teacher, progress, ranks)
+        share = Share.whole(_cuts(windows, read_json_object(partial / HEADER)), windows)
+        _fill(partial, teacher, share, progress, ranks)
 
-    tokens = len(teacher.windows.input_ids)
-    return make_once(cache_dir, teacher.source, tokens, start, fill, ranks)
+    logits = make_once(cache_dir, teacher.source, len(windows.input_ids), start, fill, ranks)
+    if ranks.is_first:
+        shards.remove()
+    return logits
 
 
-def _start(partial: Path, teacher: TeacherPass) -> None:
-    """Create the folder of a pass, or take over one that a killed pass left."""
-    source, windows, max_tokens = teacher.source, teacher.windows, teacher.max_tokens
+def fill_shard(
+    cache_dir: Path,
+    teacher: TeacherPass,
+    shard: Shard,
+    progress: Callable[[int], object] = lambda windows_done: None,
+    ranks: Ranks | None = None,
+) -> None:
+    """As `fill_cache`, but only a share of the pass, or the rest of it: join_shards has the others.
+
+    Raises UserError also where the pass was begun with another number of shares.
+    """
+    ranks, windows, source = ranks or Ranks(), teacher.windows, teacher.source
+    shards = PassShards.of(cache_dir, source)
+    folder = shards.folder(shard.number)
+    try:
+        with ExitStack() as stack:
+            if ranks.is_first:
+                shards.begin(len(windows.input_ids), shard, teacher.cut)
+            ranks.barrier()
+            share = shards.share(shard.number, _cuts(windows, shards.header), windows)
+            if not share.batches:
+                return
+            if ranks.is_first:
+                # The same task may have been started twice.
+                lock = stack.enter_context(folder.with_suffix(".lock").open("w"))
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not shards.has_begun(shard.number, share):
+                    cut = {name: shards.header[name] for name in CUT}
+                    start_folder(folder, source, share.tokens, len(share.batches), **cut)
+            ranks.barrier()
+            _fill(folder, teacher, share, progress, ranks)
+            ranks.barrier()
+    except OSError as error:
+        raise disk_error(folder, error) from error
+
+
+def missing_shards(cache_dir: Path, source: Source, windows: Windows) -> list[str] | None:
+    """The shares of a pass that are not done, as --shard names them; None where none has begun."""
+    shards = PassShards.of(cache_dir, source)
+    if not (header := shards.header):
+        return None
+    missing = shards.missing(_cuts(windows, header))
+    return [f"{number}/{header['shards']}" for number in missing]
+
+
+def join_shards(
+    cache_dir: Path, source: Source, windows: Windows, ranks: Ranks | None = None
+) -> np.ndarray | None:
+    """The cache of a pass whose shares are all done, as fill_cache makes it; None if they are not.
+
+    Raises UserError as fill_cache.
+    """
+    ranks, shards = ranks or Ranks(), PassShards.of(cache_dir, source)
+    if not ranks.any(ranks.is_first and missing_shards(cache_dir, source, windows) == []):
+        return None
+
+    def start(partial: Path) -> None:
+        _start(partial, source, windows, shards, {})
+
     tokens = len(windows.input_ids)
-    header = read_json_object(partial / HEADER)
-    if any(header.get(name) != value for name, value in header_of(source, tokens).items()):
-        micro_batches = len(_cuts(windows, max_tokens))
-        start_folder(partial, source, tokens, micro_batches, max_tokens=max_tokens)
+    logits = make_once(cache_dir, source, tokens, start, lambda partial: None, ranks)
+    if ranks.is_first:
+        shards.remove()
+    return logits
+
+
+def _start(
+    partial: Path, source: Source, windows: Windows, shards: PassShards, cut: dict[str, Any]
+) -> None:
+    """Create the folder of a pass, or take over one that a killed pass left, and what shares did.
+
+    cut: how the pass is cut, unless it has begun.
+    """
+    header, tokens, begun = (
+        read_json_object(partial / HEADER),
+        len(windows.input_ids),
+        shards.header,
+    )
+    needed = header_of(source, tokens)
+    if begun:
+        cut = {name: begun[name] for name in CUT}
+        needed |= cut
+    if any(header.get(name) != value for name, value in needed.items()):
+        start_folder(partial, source, tokens, len(_cuts(windows, cut)), **cut)
+    if begun:
+        shards.copy(partial, _cuts(windows, cut), windows)
 
 
 def _fill(
-    partial: Path, teacher: TeacherPass, progress: Callable[[int], object], ranks: Ranks
+    folder: Path,
+    teacher: TeacherPass,
+    share: Share,
+    progress: Callable[[int], object],
+    ranks: Ranks,
 ) -> None:
-    """This rank's part of a pass, into `partial`."""
-    windows = teacher.windows
-    batches = _cuts(windows, read_json_object(partial / HEADER)["max_tokens"])
-    logits = map_logits(partial, len(windows.input_ids), "r+")
-    done = np.memmap(partial / PROGRESS_FILE, dtype=np.uint8, mode="r+", shape=(len(batches),))
+    """This rank's part of a share of the pass, into `folder`."""
+    windows, batches = teacher.windows, share.batches
+    logits = map_logits(folder, share.tokens, "r+")
+    done = np.memmap(folder / PROGRESS_FILE, dtype=np.uint8, mode="r+", shape=(len(batches),))
     progress(sum(len(batches[number]) for number in np.flatnonzero(done)))
     mine = np.flatnonzero(done == 0)[ranks.rank :: ranks.count]
     ranks.barrier()  # until all have read what is left
@@ -113,7 +209,7 @@ def _fill(
         with np.errstate(over="ignore"):
             half = rows.astype(np.float16)
         _check_finite(half, windows, indices)
-        logits[flat_positions(windows, indices)] = half
+        logits[share.positions(windows, indices)] = half
         unsaved.append(number)
         progress(len(indices) * ranks.count)
         if time.monotonic() - saved_at > SECONDS_BETWEEN_SAVES:
@@ -122,8 +218,9 @@ def _fill(
     _save_progress(logits, done, unsaved)
 
 
-def _cuts(windows: Windows, max_tokens: int) -> list[np.ndarray]:
-    return cut_by_tokens(np.arange(len(windows.lengths)), windows.lengths, max_tokens)
+def _cuts(windows: Windows, header: dict[str, Any]) -> list[np.ndarray]:
+    """The micro-batches of the pass with this header, or of a new one with this `cut`."""
+    return cut_by_tokens(np.arange(len(windows.lengths)), windows.lengths, header["max_tokens"])
 
 
 def _check_finite(half: np.ndarray, windows: Windows, indices: np.ndarray) -> None:

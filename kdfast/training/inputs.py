@@ -10,7 +10,6 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from kdfast.common.errors import UserError
-from kdfast.common.progress import reading_bar
 from kdfast.common.ranks import Ranks
 from kdfast.common.run import Run
 from kdfast.config import TrainConfig
@@ -88,7 +87,7 @@ def prepare(
         config.windows,
         split=split,
         cache_dir=config.data.cache_path,
-        progress=reading_bar(source),
+        ranks=ranks,
     )
     for note in windows.notes(training=split == "train"):
         ranks.log(note)

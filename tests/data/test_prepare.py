@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kdfast.common.errors import UserError
-from kdfast.data import prepare, windowing
+from kdfast.data import features, prepare, windowing
 from kdfast.data.cache import FORMAT, HEADER, cache_folder
 from kdfast.data.examples import Answer, Example
 from kdfast.data.prepare import prepare_windows, windows_of
@@ -47,7 +47,7 @@ def test_a_hit_maps_and_parses_nothing(tmp_path, source, monkeypatch):
     def never(*args, **options):
         raise AssertionError("parsed")
 
-    monkeypatch.setattr(prepare, "iter_examples", never)
+    monkeypatch.setattr(features, "iter_examples", never)
     monkeypatch.setattr(windowing.WindowBuilder, "arrays", never)
     copy = tmp_path / "copy.json"  # the name does not matter, the content does
     shutil.copy(source, copy)

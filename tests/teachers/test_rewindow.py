@@ -6,6 +6,7 @@ import pytest
 
 from kdfast.common.errors import UserError
 from kdfast.common.files import SUMS_FILE, write_sums
+from kdfast.config import WindowSettings
 from kdfast.data.cache import cache_folder
 from kdfast.data.prepare import prepare_windows, windows_of
 from kdfast.data.read import read_examples
@@ -28,8 +29,10 @@ def made(tmp_path):
         student = prepare_windows(
             source, student, replace(SMALL, **changes), cache_dir=tmp_path / "cache"
         )
-        settings = {"max_seq_length": length, "doc_stride": stride, "cache_dir": tmp_path / "cache"}
-        return student, rewindow.rewindow(student, source, teacher, **settings)
+        settings = WindowSettings(length, doc_stride=stride)
+        return student, rewindow.rewindow(
+            student, source, teacher, settings, cache_dir=tmp_path / "cache"
+        )
 
     return make
 

@@ -81,8 +81,7 @@ def aligner(
             windows,
             source,
             teacher,
-            max_seq_length=teacher_length,
-            doc_stride=teacher_stride or doc_stride,
+            WindowSettings(teacher_length, doc_stride=teacher_stride or doc_stride),
             cache_dir=folder,
         )
     return Aligner(windows, read, Template.learn(student), Template.learn(teacher))

@@ -1,0 +1,170 @@
+"""`python -m kdfast.prepare`: features and teacher logits, for kdfast.train to find in its cache.
+
+Several processes can share the work as parts of an array job, see docs/clusters.md; the caches have
+the same bytes as those of one process.
+"""
+
+import sys
+
+from kdfast.command_line import parse_prepare
+from kdfast.common import program
+
+if __name__ == "__main__":  # flags come first: what is imported below takes seconds
+    sys.exit(program.run(parse_prepare, "kdfast.prepare:start"))
+
+import re
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerFast
+
+from kdfast.command_line import PrepareConfig
+from kdfast.common.errors import UserError
+from kdfast.common.precision import pick_device
+from kdfast.common.ranks import Ranks
+from kdfast.common.run import Run
+from kdfast.common.settings import check_values
+from kdfast.config import TrainConfig
+from kdfast.data.cache import cache_folder
+from kdfast.data.chunks import ChunkFolder, Shard
+from kdfast.data.features import Features
+from kdfast.data.prepare import prepare_shard
+from kdfast.data.windows import Windows
+from kdfast.models.hub import local_folder
+from kdfast.teachers import cache, targets
+from kdfast.teachers.teacher_pass import fill_shard, join_shards, missing_shards
+from kdfast.tokenizers.load import load_tokenizer
+from kdfast.training import inputs
+from kdfast.training.run_folder import check_shared
+
+
+class Preparation(NamedTuple):
+    """What a process prepares. shard: None for all of it, as far as it is not there."""
+
+    config: TrainConfig
+    run: Run
+    tokenizer: PreTrainedTokenizerFast
+    shard: Shard | None
+    joins: bool
+
+
+def start(settings: PrepareConfig) -> None:
+    """The work of the program."""
+    for group in settings:
+        check_values(group)
+    config, own = settings.for_training(), settings.own
+    if not config.model.student and not config.model.teacher:
+        raise UserError("--student is missing: name the model whose tokenizer makes the features.")
+    if not config.data.train_file and (own.teacher or not config.data.validation_file):
+        raise UserError("--train_file is missing: name what is to be prepared.")
+    if own.shard and own.join:
+        raise UserError("--shard and --join exclude each other: give one of them.")
+    shard = parse_shard(own.shard) if own.shard else None
+    with Ranks.join() as ranks:
+        ranks.assert_same_on_all_ranks({"settings": settings})
+        check_shared(config.data.cache_path, ranks, "--cache_dir")
+        role = "--student" if config.model.student else "--teacher"
+        name = config.model.student_source
+        tokenizer = load_tokenizer(local_folder(name, role), role)
+        run = Run(pick_device(ranks.local_rank), ranks=ranks)
+        prepare(Preparation(config, run, tokenizer, shard, own.join))
+
+
+def prepare(wanted: Preparation) -> None:
+    """Features, and the teachers' passes where there are teachers."""
+    config, run = wanted.config, wanted.run
+    windows = None
+    if config.data.train_file:
+        windows = prepare_features(wanted, config.data.train_file, "train")
+    if config.data.validation_file:
+        prepare_features(wanted, config.data.validation_file, "validation")
+    for name in config.model.teacher:
+        assert windows is not None
+        one = targets.find_teacher(config, name, windows, wanted.tokenizer, run)
+        prepare_pass(wanted, one)
+
+
+def prepare_features(wanted: Preparation, source: str, split: str) -> Windows | None:
+    """The features of a source; None where this was a part of them, and others are missing.
+
+    Raises UserError where they are needed, and parts of them are missing.
+    """
+    config, ranks, shard = wanted.config, wanted.run.ranks, wanted.shard
+    cache_dir = config.data.cache_path
+    features = Features.of(source, wanted.tokenizer, config.windows, split)
+    folder = cache_folder(cache_dir, features.key)
+    if wanted.joins or (shard and config.model.teacher):
+        missing = ChunkFolder.of(folder).missing_shards()
+        if not folder.is_dir() and missing != []:
+            raise UserError(
+                f"Of the features of {source} {_parts(missing)} with these settings: make them "
+                "with --shard and without --teacher."
+            )
+        shard = None
+    windows: Windows | None
+    if shard:
+        windows = prepare_shard(cache_dir, features, shard, ranks)
+        ranks.log(f"Features of {source}: part {shard} is there.")
+        for note in windows.notes(training=split == "train") if windows else ():
+            ranks.log(note)
+    else:
+        windows = inputs.prepare(config, wanted.tokenizer, source, split, ranks)
+    if windows is not None:
+        ranks.log(f"Features of {source}: all are in {folder}.")
+    return windows
+
+
+def prepare_pass(wanted: Preparation, teacher: targets.Teacher) -> None:
+    """A teacher's pass, or a part of it.
+
+    Raises UserError where parts are to be joined, and some are missing.
+    """
+    ranks, shard, source = wanted.run.ranks, wanted.shard, teacher.source
+    windows, cache_dir = teacher.windows, wanted.config.data.cache_path
+    tokens = len(windows.input_ids)
+    if cache.open_shared(cache_dir, source, tokens, ranks) is None:
+        if shard:
+            with targets.loaded_pass(teacher, wanted.run) as (loaded, progress):
+                fill_shard(cache_dir, loaded, shard, progress, ranks)
+            ranks.log(f"Logits of {teacher.name}: part {shard} is there.")
+            if join_shards(cache_dir, source, windows, ranks) is None:
+                return
+        elif wanted.joins:
+            if join_shards(cache_dir, source, windows, ranks) is None:
+                missing = missing_shards(cache_dir, source, windows)
+                raise UserError(
+                    f"Of the pass of {teacher.name} {_parts(missing)} with these settings and "
+                    f"--mixed_precision {source.precision}: make them with --shard, or give the "
+                    "settings that they were made with."
+                )
+        else:
+            targets.own_logits(wanted.config, teacher, wanted.run)
+    folder = cache_dir / "teacher" / source.key
+    ranks.log(f"Logits of {teacher.name}: all are in {folder}.")
+
+
+def parse_shard(text: str) -> Shard:
+    """The share that --shard i/n names. Raises UserError for anything else."""
+    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+    if not found:
+        raise UserError(f"--shard is {text!r}: give a part and how many there are, such as 0/8.")
+    number, count = int(found[1]), int(found[2])
+    if number >= count:
+        raise UserError(
+            f"--shard is {text}: parts count from 0, so give 0/{max(count, 1)} to "
+            f"{max(count, 1) - 1}/{max(count, 1)}."
+        )
+    return Shard(number, count)
+
+
+def _parts(missing: list[str] | None) -> str:
+    """The parts that are missing, in a message. None: all."""
+    if missing is None:
+        return "no part is there"
+    return f"{'part' if len(missing) == 1 else 'parts'} {', '.join(missing)} " + (
+        "is missing" if len(missing) == 1 else "are missing"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The program, called from Python; see `program.run` for the exit status it returns."""
+    return program.run(parse_prepare, "kdfast.prepare:start", argv)

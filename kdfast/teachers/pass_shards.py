@@ -1,0 +1,161 @@
+"""Shares of a teacher's pass that processes make at different times, each in a folder of its own.
+
+All shares have the micro-batches of one pass over all windows, so that the cache that they are
+joined to has the bits of that pass. A share is done by tasks that know of no others: no file is
+written by two of them.
+"""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdfast.common.errors import UserError
+from kdfast.common.files import read_json_object, sync, write_json
+from kdfast.data.chunks import Shard
+from kdfast.data.windows import Windows
+from kdfast.teachers.cache import HEADER, PROGRESS_FILE, Source, header_of, map_logits
+from kdfast.tokenizers.encode import ragged, starts_of
+
+
+@dataclass(frozen=True)
+class Share:
+    """A part of the micro-batches of a pass, and where its logits stand in its own file.
+
+    batches: window numbers. starts: int64 (W,), where the tokens of each of its windows begin.
+    """
+
+    batches: list[np.ndarray]
+    starts: np.ndarray
+    tokens: int
+
+    @classmethod
+    def of(cls, batches: list[np.ndarray], windows: Windows) -> Share:
+        indices = np.concatenate([np.empty(0, dtype=np.int64), *batches])
+        ends = starts_of(windows.lengths[indices])
+        starts = np.full(len(windows), -1)
+        starts[indices] = ends[:-1]
+        return cls(batches, starts, int(ends[-1]))
+
+    @classmethod
+    def whole(cls, batches: list[np.ndarray], windows: Windows) -> Share:
+        """All of a pass, in the order of the windows."""
+        return cls(batches, windows.window_start[:-1], len(windows.input_ids))
+
+    def positions(self, windows: Windows, indices: np.ndarray) -> np.ndarray:
+        """int64: the places of all tokens of these windows, window after window."""
+        return ragged(self.starts[indices], windows.lengths[indices])
+
+
+@dataclass(frozen=True)
+class PassShards:
+    """The folders of the shares of one pass, below `path`.
+
+    header.json says whose pass it is, how it is cut, and into how many shares. Share i is in the
+    folder i, which has the files of a pass.
+    """
+
+    path: Path
+    source: Source
+
+    @classmethod
+    def of(cls, cache_dir: Path, source: Source) -> PassShards:
+        return cls(cache_dir / "teacher" / f"{source.key}.shards", source)
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """The header; empty where no share has begun."""
+        return read_json_object(self.path / HEADER)
+
+    def begin(self, tokens: int, shard: Shard, cut: dict[str, Any]) -> dict[str, Any]:
+        """The header: that of the share which came first. Raises UserError for another count.
+
+        cut: how the pass is cut, where this share is the first.
+        """
+        if not self.header:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            made = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex}")
+            made.mkdir()
+            write_json(
+                made / HEADER, {**header_of(self.source, tokens), **cut, "shards": shard.count}
+            )
+            try:
+                made.rename(self.path)  # fails where another one was first: it is not empty
+                sync(self.path.parent)
+            except OSError:
+                shutil.rmtree(made)
+                if not self.header:
+                    raise
+        header = self.header
+        if header["shards"] != shard.count:
+            raise UserError(
+                f"--shard {shard.number}/{shard.count}: this pass was begun in {header['shards']} "
+                f"parts: go on with those, or delete {self.path} to begin again."
+            )
+        return header
+
+    def share(self, number: int, batches: list[np.ndarray], windows: Windows) -> Share:
+        """Share `number` of a pass of these micro-batches."""
+        return Share.of(batches[number :: self.header["shards"]], windows)
+
+    def remove(self) -> None:
+        """Delete all shares."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def folder(self, number: int) -> Path:
+        return self.path / str(number)
+
+    def has_begun(self, number: int, share: Share) -> bool:
+        """Whether the share's folder is one that it can go on with."""
+        header, wanted = read_json_object(self.folder(number) / HEADER), self.header
+        wanted |= {"tokens": share.tokens}
+        del wanted["shards"]
+        return header == wanted
+
+    def missing(self, batches: list[np.ndarray]) -> list[int]:
+        """The shares that are not done."""
+        count = self.header["shards"]
+        return [each for each in range(count) if not self._is_done(each, batches[each::count])]
+
+    def _is_done(self, number: int, batches: list[np.ndarray]) -> bool:
+        return not batches or self._done(number) == b"\1" * len(batches)
+
+    def _done(self, number: int) -> bytes:
+        try:
+            return (self.folder(number) / PROGRESS_FILE).read_bytes()
+        except OSError:
+            return b""
+
+    def copy(self, partial: Path, batches: list[np.ndarray], windows: Windows) -> None:
+        """Take what the shares have done over into the folder of the whole pass."""
+        logits = map_logits(partial, len(windows.input_ids), "r+")
+        done = np.memmap(partial / PROGRESS_FILE, np.uint8, "r+", shape=(len(batches),))
+        whole, copied = Share.whole(batches, windows), []
+        for number, own, indices, rows in self._finished(batches, windows):
+            if not done[number]:
+                logits[whole.positions(windows, indices)] = rows[own]
+                copied.append(number)
+        logits.flush()
+        done[copied] = 1
+        done.flush()
+
+    def _finished(
+        self, batches: list[np.ndarray], windows: Windows
+    ) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
+        """Of each micro-batch that is done: number, places in the logits, windows, the logits."""
+        count = self.header["shards"]
+        for shard in range(count):
+            share, done = self.share(shard, batches, windows), self._done(shard)
+            if len(done) != len(share.batches) or not any(done):
+                continue
+            rows = map_logits(self.folder(shard), share.tokens, "r")
+            for place, indices in enumerate(share.batches):
+                if done[place]:
+                    number = shard + place * count
+                    yield number, share.positions(windows, indices), indices, rows
