@@ -144,15 +144,13 @@ def prepare_pass(wanted: Preparation, teacher: targets.Teacher) -> None:
 
 def parse_shard(text: str) -> Shard:
     """The share that --shard i/n names. Raises UserError for anything else."""
-    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
     if not found:
         raise UserError(f"--shard is {text!r}: give a part and how many there are, such as 0/8.")
     number, count = int(found[1]), int(found[2])
     if number >= count:
-        raise UserError(
-            f"--shard is {text}: parts count from 0, so give 0/{max(count, 1)} to "
-            f"{max(count, 1) - 1}/{max(count, 1)}."
-        )
+        last = f" to {count - 1}/{count}" if count > 1 else ""
+        raise UserError(f"--shard is {text}: parts count from 0: give 0/{max(count, 1)}{last}.")
     return Shard(number, count)
 
 

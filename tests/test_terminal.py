@@ -108,10 +108,10 @@ def test_predict_shows_its_bar_on_a_terminal_alone(tmp_path):
 
 # Modules whose import has just ended when the interrupt comes, from the first to the last.
 MOMENTS = {
-    "torch.torch_version": ["train", "evaluate", "predict", "card", "doctor"],
+    "torch.torch_version": ["train", "prepare", "evaluate", "predict", "card", "doctor"],
     "torch.nn.functional": ["train", "doctor"],
     "transformers.utils.hub": ["train", "evaluate", "predict", "card"],
-    "kdfast.models.load": ["train", "evaluate", "predict"],
+    "kdfast.models.load": ["train", "prepare", "evaluate", "predict"],
 }
 
 
@@ -122,6 +122,7 @@ MOMENTS = {
 def test_an_interrupt_during_imports_shows_no_traceback(moment, name, tmp_path):
     flags = {
         "train": ["--train_file", "x", "--output_dir", str(tmp_path / "o"), "--student", "x/y"],
+        "prepare": ["--train_file", "x", "--student", "x/y"],
         "evaluate": ["--model", "x/y", "--data", "x"],
         "predict": ["--model", "x/y", "--question", "q", "--context", "c"],
         "card": ["--model_dir", "x"],

@@ -7,20 +7,23 @@ from dataclasses import fields
 
 import pytest
 
-from kdfast import card, doctor, evaluate, predict, train
+from kdfast import card, doctor, evaluate, predict, prepare, train
 from kdfast.card import CardConfig
+from kdfast.command_line import PrepareSettings
 from kdfast.common.flag_hints import USUAL
-from kdfast.config import GROUPS, SETTINGS
+from kdfast.config import GROUPS, SETTINGS, DataSettings, WindowSettings
 from kdfast.evaluation.settings import EvaluateConfig
 from kdfast.predict import PredictConfig
 
+PREPARE = (PrepareSettings, DataSettings, WindowSettings)
 PROGRAMS = [
     (train.main, list(SETTINGS)),
+    (prepare.main, [each.name for group in PREPARE for each in fields(group)]),
     (evaluate.main, [each.name for each in fields(EvaluateConfig)]),
     (predict.main, [each.name for each in fields(PredictConfig)]),
     (card.main, [each.name for each in fields(CardConfig)]),
 ]
-NAMES = ("train", "evaluate", "predict", "card", "doctor")
+NAMES = ("train", "prepare", "evaluate", "predict", "card", "doctor")
 
 
 def help_of(main, capsys):

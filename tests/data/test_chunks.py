@@ -100,8 +100,8 @@ def test_any_number_of_ranks_makes_the_same_files(tmp_path, source, count):
 
 
 def test_so_on_real_data(tmp_path, monkeypatch):
-    monkeypatch.setattr(windowing, "_BATCH_QUESTIONS", 200)
-    source = str(shared("squad2_train.json"))
+    monkeypatch.setattr(windowing, "_BATCH_QUESTIONS", 50)
+    source = str(shared("squad2_dev.json"))
     files = alone(tmp_path, source, replace(SMALL, max_seq_length=384, doc_stride=128))
     assert len(files) == 21
     for count in (2, 3):
