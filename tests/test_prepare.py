@@ -78,8 +78,9 @@ def test_more_parts_than_micro_batches(parts, world, whole):
 
 def test_ranks_share_a_part(parts, world, whole):
     def rank(number, **changes):
-        sys.stdout = sys.stderr = (parts.path / f"said{number}").open("w")
-        return prepare.main(parts.flags("parts", **changes))
+        with (parts.path / f"said{number}").open("w") as sys.stdout:
+            sys.stderr = sys.stdout
+            return prepare.main(parts.flags("parts", **changes))
 
     for changes in ({}, {"teacher": world.teacher}):
         for part in ("0/2", "1/2"):

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import uuid
 import zipfile
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from kdfast.common.errors import UserError
-from kdfast.common.files import read_json_object, sync, write_json
+from kdfast.common.files import read_json_object, sync
 from kdfast.data.cache import ARRAYS, narrowest
 from kdfast.data.tally import COUNTED, Tally
 
@@ -115,12 +116,8 @@ class ChunkFolder:
             name: values.astype(narrowest(values, ARRAYS[name]))
             for name, values in chunk.arrays.items()
         }
-        with tempfile.NamedTemporaryFile(dir=self.path, delete=False) as file:
+        with self._written(self.file(number)) as file:
             np.savez(file, facts=np.frombuffer(json.dumps(facts).encode(), np.uint8), **arrays)  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(file.name, self.file(number))
-        sync(self.path)
 
     def load(self, number: int) -> Chunk:
         """Reads a chunk. Raises UserError for one that is damaged."""
@@ -138,7 +135,19 @@ class ChunkFolder:
     def finish(self, count: int, tally: Tally, shards: int) -> None:
         """Says how many chunks there are, and what was counted while the source was read."""
         facts = {"chunks": count, "counts": tally.counts, "ids": tally.first}
-        write_json(self.path / SOURCE_FILE, facts | {"shards": shards})
+        with self._written(self.path / SOURCE_FILE) as file:
+            file.write(json.dumps(facts | {"shards": shards}).encode())
+
+    @contextmanager
+    def _written(self, path: Path) -> Iterator[BinaryIO]:
+        """A file of a name of its own, as others may write the same one; renamed at the end."""
+        aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        with aside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        sync(self.path)
 
     def joined(self, tally: Tally) -> Generator[dict[str, np.ndarray], None, None]:
         """Yields the arrays of Windows, in parts, of chunks that are all there.

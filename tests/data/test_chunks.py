@@ -14,6 +14,7 @@ from kdfast.data.cache import HEADER, cache_folder
 from kdfast.data.chunks import ChunkFolder, Shard
 from kdfast.data.features import Features
 from kdfast.data.prepare import prepare_shard, prepare_windows
+from kdfast.data.tally import Tally
 from tests import forks
 from tests.corpora import shared
 from tests.data.made_up import SMALL, random_examples
@@ -255,6 +256,18 @@ def test_a_damaged_chunk_is_named(tmp_path, shards, monkeypatch, damage):
     with pytest.raises(UserError, match=why) as caught:
         shards("1/2")
     assert damage == "other cut" or str(path) in str(caught.value)
+
+
+def test_shares_may_end_at_the_same_time(tmp_path):
+    chunks = ChunkFolder(tmp_path)
+
+    def rank(number):
+        for _ in range(50):
+            chunks.finish(7, Tally({"read": 9}), 4)
+
+    assert forks.run(4, rank) == [None] * 4
+    assert chunks.missing() == list(range(7))
+    assert [path.name for path in tmp_path.iterdir()] == ["source.json"]
 
 
 def test_a_share_of_a_share_is_a_share():
