@@ -18,8 +18,8 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerFast
 
 from kdfast.command_line import PrepareConfig
+from kdfast.common.device import pick_device
 from kdfast.common.errors import UserError
-from kdfast.common.precision import pick_device
 from kdfast.common.ranks import Ranks
 from kdfast.common.run import Run
 from kdfast.common.settings import check_values
