@@ -6,6 +6,7 @@ are RoBERTas of true size with random weights.
 """
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -41,6 +42,7 @@ QUESTIONS, CHUNKS = 470, 4  # about 500 windows; a turn goes over one chunk
 CARD_CHUNKS = 3  # of all windows
 # Of a chunk: each padded batch takes as long as any other.
 HAYSTACK_WINDOWS = {"cpu": 40, "cuda": 160}
+GATES = {"cpu": 1e-4, "cuda": 1e-3}
 LOGIT_SPREAD = 3.0  # standard deviation of the logits of a window
 
 
@@ -86,17 +88,27 @@ def padded_pass(model: nn.Module, windows: Windows, indices: np.ndarray) -> list
     return found
 
 
-def cached_pass(
-    model: nn.Module, windows: Windows, precision: str, folder: Path, name: str
-) -> np.ndarray:
-    """kdfast's own pass into a cache of its own: fp16 (tokens, 2). The one place that calls it.
-
-    On a copy, as a pass in half precision rounds the weights in place.
+class Passes:
+    """Passes of one teacher, each on a copy that is made before it begins: one in half precision
+    rounds the weights in place. model: on the CPU. folder: of the caches.
     """
-    source = Source(weights=name, tokenizer="", windows="", precision=precision)
-    own, device = SpanModel(copy.deepcopy(model)), next(model.parameters()).device
-    max_tokens = forward_tokens(own, windows, device, AUTOCAST[precision])
-    return fill_cache(folder, TeacherPass(source, own, windows, device, max_tokens))
+
+    def __init__(self, model: nn.Module, device: torch.device, folder: Path):
+        self.model, self.device, self.folder = model, device, folder
+
+    def padded(self, windows: Windows, indices: np.ndarray) -> Callable[[], list[np.ndarray]]:
+        return partial(padded_pass, self._copy(), windows, indices)
+
+    def cached(self, windows: Windows, precision: str, name: str) -> Callable[[], np.ndarray]:
+        """kdfast's own into a cache of its own: fp16 (tokens, 2). The one place that calls it."""
+        source = Source(weights=name, tokenizer="", windows="", precision=precision)
+        own = SpanModel(self._copy())
+        room = forward_tokens(own, windows, self.device, AUTOCAST[precision])
+        teacher = TeacherPass(source, own, windows, self.device, room)
+        return partial(fill_cache, self.folder, teacher)
+
+    def _copy(self) -> nn.Module:
+        return copy.deepcopy(self.model).to(self.device)
 
 
 def kl(one: np.ndarray, other: np.ndarray) -> float:
@@ -112,55 +124,54 @@ def by_window(windows: Windows, flat: np.ndarray) -> list[np.ndarray]:
     return np.split(flat, windows.window_start[1:-1])
 
 
-def gate(model: nn.Module, windows: Windows, folder: Path) -> None:
+def gate(passes: Passes, windows: Windows) -> None:
     """Cached fp32 logits are those of the padded batches, to half precision's rounding."""
-    cached = by_window(windows, cached_pass(model, windows, "no", folder, "gate"))
-    padded = padded_pass(model, windows, np.arange(len(windows)))
+    cached = by_window(windows, passes.cached(windows, "no", "gate")())
+    padded = passes.padded(windows, np.arange(len(windows)))()
     for one, other in zip(cached, padded, strict=True):
-        limit = np.abs(other) * 2.0**-11 + 1e-4
+        limit = np.abs(other) * 2.0**-11 + GATES[passes.device.type]
         assert (np.abs(one - other) <= limit).all()
 
 
 @pytest.fixture
-def small(device):
-    """A small teacher and made-up windows."""
+def small(device, tmp_path):
+    """Passes of a small teacher, and made-up windows."""
     windows = made_up_corpus(20).windows()
-    model = bert_reader(2, 64, 4, 2000).eval().to(device)
+    model = bert_reader(2, 64, 4, 2000).eval()
     spread_logits(model, windows)
-    return model, windows
+    return Passes(model, device, tmp_path), windows
 
 
-def test_gate(small, tmp_path):
-    gate(*small, tmp_path)
+def test_gate(small):
+    gate(*small)
 
 
-def test_the_gate_can_fail(small, tmp_path):
-    model, windows = small
-    cached_pass(model, windows, "no", tmp_path, "gate")
+def test_the_gate_can_fail(small):
+    passes, windows = small
+    passes.cached(windows, "no", "gate")()
     with torch.no_grad():
-        model.qa_outputs.weight *= 1.01
+        passes.model.qa_outputs.weight *= 1.01
     with pytest.raises(AssertionError):
-        gate(model, windows, tmp_path)
+        gate(passes, windows)
 
 
-def run_chunk(model: nn.Module, windows: Windows, folder: Path, number: int) -> list[dict]:
+def run_chunk(passes: Passes, windows: Windows, number: int) -> list[dict]:
     """The three passes over a chunk in turns; a row for each."""
-    device, every = next(model.parameters()).device, np.arange(len(windows))
+    device, every = passes.device, np.arange(len(windows))
     fewer = HAYSTACK_WINDOWS[device.type]
     some = every[:: max(1, len(every) // fewer)][:fewer]
-    passes = {"Haystack, fp32": (torch.float32, some, lambda: padded_pass(model, windows, some))}
+    kinds = {"Haystack, fp32": (torch.float32, some, partial(passes.padded, windows, some))}
     for name, precision in PRECISIONS[device.type].items():
-        kind = AUTOCAST[precision] or torch.float32
-        own = partial(cached_pass, model, windows, precision, folder, f"{name} {number}")
-        passes[f"kdfast, {name}"] = kind, every, own
+        own = partial(passes.cached, windows, precision, f"{name} {number}")
+        kinds[f"kdfast, {name}"] = AUTOCAST[precision] or torch.float32, every, own
     rows = []
-    for name, (kind, taken, run) in passes.items():
-        rate = matmul_rate(device, kind)
+    for name, (kind, taken, make) in kinds.items():
+        rate, run = matmul_rate(device, kind), make()
         started = wall(device)
         _, peak = peak_on_card(device, run)
         seconds = wall(device) - started
         lengths = windows.lengths[taken]
-        done = forward_operations(model.config, lengths)
+        done = forward_operations(passes.model.config, lengths)
         rows.append(
             {
                 "pass": name,
@@ -171,14 +182,15 @@ def run_chunk(model: nn.Module, windows: Windows, folder: Path, number: int) -> 
                 **({} if peak is None else {"peak_memory": peak}),
             }
         )
+        del run
         free_memory(device)
     return rows
 
 
-def agreement(model: nn.Module, windows: Windows, folder: Path, number: int) -> list[dict]:
+def agreement(passes: Passes, windows: Windows, number: int) -> list[dict]:
     """For each window, how the cache in bf16 stands to the one in fp32."""
     exact, rounded = (
-        by_window(windows, cached_pass(model, windows, precision, folder, f"{name} {number}"))
+        by_window(windows, passes.cached(windows, precision, f"{name} {number}")())
         for name, precision in PRECISIONS["cpu"].items()
     )
     return [
@@ -219,18 +231,18 @@ def text(report: dict) -> list[str]:
     return lines
 
 
-def card_rows(models: dict, windows: list[Windows], device, folder: Path) -> list[dict]:
-    """A row for each teacher and pass, once the gate has been passed. windows: of each chunk."""
+def card_rows(models: dict, chunks: list[Windows], device, folder: Path) -> list[dict]:
+    """A row for each teacher and pass. chunks: the gate takes the first one, the clock the rest."""
     rows = []
     for name, shape in models.items():
-        own = folder / name
+        model, own = roberta_reader(shape).eval(), folder / name
         own.mkdir()
-        model = roberta_reader(shape).eval().to(device)
-        spread_logits(model, windows[0])
-        gate(model, windows[0], own)
+        spread_logits(model, chunks[0])
+        passes = Passes(model, device, own)
+        gate(passes, chunks[0])
         turns = []
-        for number, chunk in enumerate(windows):
-            turns += run_chunk(model, chunk, own, number)
+        for number, chunk in enumerate(chunks[1:]):
+            turns += run_chunk(passes, chunk, number)
         rows += [{"model": name, "pass": kind, **each} for kind, each in summary(turns).items()]
     return rows
 
@@ -242,8 +254,9 @@ def test_teacher_pass(two_threads, tmp_path, capsys, device, quick):
         questions, plan = (
             (made_up_corpus(40), card_table.QUICK) if quick else (corpus(), card_table.Plan())
         )
-        chunks = [questions.windows(slice(i, None, CARD_CHUNKS)) for i in range(CARD_CHUNKS)]
-        rows = card_rows(plan.models, list(map(for_roberta, chunks)), device, tmp_path)
+        shares = [slice(0, None, 20), *(slice(i, None, CARD_CHUNKS) for i in range(CARD_CHUNKS))]
+        chunks = [for_roberta(questions.windows(share)) for share in shares]
+        rows = card_rows(plan.models, chunks, device, tmp_path)
         lines = gpu.teacher_pass(rows)
         if not quick:
             parts = {"windows": questions.source, "teacher_pass": rows}
@@ -259,15 +272,15 @@ def test_teacher_pass(two_threads, tmp_path, capsys, device, quick):
 def cpu_report(folder: Path) -> dict:
     """What is measured on a CPU, once the gate has been passed."""
     questions = corpus()
-    model = teacher()
+    passes = Passes(teacher(), torch.device("cpu"), folder)
     step = max(1, len(questions.examples) // QUESTIONS)
     chunks = [questions.windows(slice(i * step, None, CHUNKS * step)) for i in range(CHUNKS)]
-    spread_logits(model, chunks[0])
-    gate(model, questions.windows(slice(0, None, 40 * step)), folder)
+    spread_logits(passes.model, chunks[0])
+    gate(passes, questions.windows(slice(0, None, 40 * step)))
     rows, compared = [], []
     for number, windows in enumerate(chunks):
-        rows += run_chunk(model, windows, folder, number)
-        compared += agreement(model, windows, folder, number)
+        rows += run_chunk(passes, windows, number)
+        compared += agreement(passes, windows, number)
     divergences = [each["kl"] for each in compared]
     return {
         "windows": f"{len(compared)} of {questions.source}",

@@ -36,7 +36,6 @@ def pytest_configure(config):
         device_of(config.getoption("--device"))
     except UserError as error:
         raise pytest.UsageError(f"--{error}") from None
-    config.addinivalue_line("markers", "timed: runs with --benchmark only")
 
 
 def pytest_collect_file(file_path: Path, parent):
