@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdfast.common.errors import UserError
 from kdfast.common.device import device_of
+from kdfast.common.errors import UserError
 
 THREADS = 2
 

@@ -12,8 +12,10 @@ import json
 import re
 import shlex
 import shutil
+import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import torch
@@ -31,6 +33,22 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 CLAIM = re.compile(r"^ *print\(.*\)  # (.*)$", re.MULTILINE)
 ANSWER = ("text", "answer_start")
 HUB_MODELS = {"deepset/roberta-large-squad2": 4, "roberta-base": 2}  # name -> layers
+# The head of a script of an array job: its name, and the number of its last task.
+SLURM = re.compile(r"#!/bin/sh\n# (\S+)\n#SBATCH .*--array=0-(\d+).*\n")
+# What the examples use of Ray and Spark: each task runs where it is asked for.
+RAY = SimpleNamespace(
+    remote=lambda **resources: lambda task: SimpleNamespace(remote=task),
+    get=lambda results: results,
+)
+SPARK = SimpleNamespace(
+    SparkContext=SimpleNamespace(
+        getOrCreate=lambda: SimpleNamespace(
+            parallelize=lambda items, slices: SimpleNamespace(
+                foreach=lambda task: [task(item) for item in items]
+            )
+        )
+    )
+)
 # Setting up an environment: nothing of kdfast runs there.
 SET_UP = ("python -m venv ", "pip install ")
 # What a command runs with here that it does not say, so that it ends soon.
@@ -40,6 +58,7 @@ PLACEHOLDERS = {
     "--student": "roberta-base",
     "--train_file": "dev-v2.0.json",
     "--output_dir": "other",
+    "--cache_dir": "cache",
 }
 
 
@@ -63,17 +82,28 @@ class Place:
             (home / "refs" / "main").write_text("0" * 40)
             readers.save(home / "snapshots" / ("0" * 40), "roberta", layers=layers)
         self.names = names()
+        self.scripts: dict[str, tuple[int, str]] = {}
+        for name, stand_in in {"ray": RAY, "pyspark": SPARK}.items():
+            monkeypatch.setitem(sys.modules, name, stand_in)
 
     def run(self, language: str, code: str) -> None:
         """Runs one block. Raises AssertionError where it does not do what it says."""
         if language == "python":
             self.python(code)
+        elif language == "sh" and (script := SLURM.match(code)):
+            self.scripts[script[1]] = (int(script[2]), code)
         elif language == "sh":
             for line in code.replace("\\\n", " ").splitlines():
                 for command in line.split(" && "):
                     self.command(command.strip())
         else:
             raise AssertionError(f"nobody knows how to run a block of {language!r}")
+
+    def sbatch(self, name: str) -> None:
+        """Runs the script of an array job that an earlier block shows, for one task after another."""
+        last, code = self.scripts[name]
+        for task in range(last + 1):
+            self.run("sh", SLURM.sub("", code).replace("$SLURM_ARRAY_TASK_ID", str(task)))
 
     def python(self, code: str) -> str:
         """What the code prints. It shares its names with the blocks before it."""
@@ -88,6 +118,9 @@ class Place:
     def command(self, command: str) -> None:
         words = shlex.split(command, comments=True)
         if not words or command.startswith((*SET_UP, ". ")):
+            return
+        if words[0] == "sbatch":
+            self.sbatch(words[-1])
             return
         if words[0] == "make":
             self.make(words[1])

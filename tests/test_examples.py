@@ -2,6 +2,8 @@
 
 import importlib
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from kdfast import fused_kd_loss, train
 from kdfast.cards.render import TEMPLATES
 from kdfast.demo import TEACHER
 from tests import examples
+from tests.data.test_chunks import files_of
 
 pytestmark = pytest.mark.program
 
@@ -20,7 +23,7 @@ PROGRAMS = [
     if "\ndef main(" in path.read_text()
 ]
 # Of programs that are not ours, and parts of a flag's name.
-OTHER_FLAGS = {"nproc_per_node", "max_restarts", "nnodes", "long", "check"}
+OTHER_FLAGS = {"nproc_per_node", "max_restarts", "nnodes", "array", "dependency", "long", "check"}
 OTHER_FLAGS |= {"benchmark", "device", "quick"}  # of pytest in benchmarks/
 
 
@@ -63,6 +66,24 @@ def test_what_is_said_to_be_equal_to_the_loss(place):
         distillation_loss_weight=place.names["w"],
     )
     torch.testing.assert_close(fused, place.names["loss"])
+
+
+def test_many_machines_make_what_one_makes(place):
+    """Ways of docs/clusters.md: what is left of each is the cache of one process."""
+    flags = (
+        "--student roberta-base --train_file dev-v2.0.json --teacher deepset/roberta-large-squad2"
+    )
+    place.command(f"python -m kdfast.prepare {flags} --cache_dir one")
+    (page,) = [path for path in DOCUMENTS if path.name == "clusters.md"]
+    ran = 0
+    for _, language, code in examples.blocks(page):
+        if code.startswith("#!") or "sbatch" in code or "import ray" in code or "Spark" in code:
+            place.run(language, code)
+            if not code.startswith("#!"):
+                assert files_of(Path("cache")) == files_of(Path("one"))
+                shutil.rmtree("cache")
+                ran += 1
+    assert ran == 3
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
