@@ -11,13 +11,16 @@ from tests import corpora, forks, readers
 
 
 class World:
-    """Folders and files below `path`, and run(**flags), which calls the program."""
+    """Folders and files below `path`, and run(**flags), which calls the program.
 
-    def __init__(self, path: Path):
+    name, config: of teacher and student; see `readers.make`.
+    """
+
+    def __init__(self, path: Path, name: str = "bert", **config):
         self.path = path
         self.output = path / "out"
-        self.teacher = readers.save(path / "teacher", layers=4, seed=1)
-        self.student = readers.save(path / "student", seed=2)
+        self.teacher = readers.save(path / "teacher", name, layers=4, seed=1, **config)
+        self.student = readers.save(path / "student", name, seed=2, **config)
         self.train_file = corpora.write(path / "train.json", 20)
         self.validation_file = corpora.write(path / "dev.json", 5)
 

@@ -161,7 +161,7 @@ def test_memory_is_counted_and_runs_out():
 
 def test_memory_runs_out_where_it_was_told_to():
     with pretended() as device:
-        table = torch.ones(5, 2, device="cuda")
+        table = torch.ones(5, 8, device="cuda")
         ids = torch.zeros(3, 4, dtype=torch.int64, device="cuda")
         device.run_out_at(2)
         F.embedding(ids, table)
