@@ -1,9 +1,13 @@
 """The program with several ranks, as torchrun starts them."""
 
 import json
+import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -104,11 +108,60 @@ def test_a_teacher_that_fails_at_one_rank_ends_all(world, monkeypatch):
     assert sum("because rank" in text for text in said) == 1
 
 
-def test_torchrun_itself(world):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--master_port", str(forks.free_port()), "-m", "kdfast.train"]
-    done = subprocess.run(
-        [*command, *world.flags(max_steps=2)], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads((world.output / "run.json").read_text())["ranks"] == 2
+def torchrun(count, world, fault, *options, **flags):
+    """torchrun of tests.faulty_rank at `count` ranks, and the file with all that it prints."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count)]
+    if "--master_port" not in options:
+        options += "--master_port", str(forks.free_port())
+    command += [*options, "-m", "tests.faulty_rank", *map(str, fault), *world.flags(**flags)]
+    file = world.path / f"said{len(list(world.path.iterdir()))}"
+    with file.open("w") as said:
+        return subprocess.Popen(command, stdout=said, stderr=said), file
+
+
+def test_a_stopped_rank_under_torchrun_ends_the_others(world):
+    started, file = torchrun(4, world, ("SIGSTOP", 2, 2, 6))
+    sentence = "error: Rank (.) stops, because rank 2 hangs, or its machine is out of reach"
+    named = []
+    while started.poll() is None and len(named) < 3:
+        time.sleep(0.1)
+        named = re.findall(sentence, file.read_text())
+    assert sorted(named) == ["0", "1", "3"], file.read_text()
+    os.kill(int(re.search("pid (.*)", file.read_text())[1]), signal.SIGKILL)  # as torchrun would
+    assert started.wait(60) != 0
+
+
+def test_torchrun_restarts_ranks_that_end_with_the_same_bits(world):
+    flags = {"save_steps": 2, "max_steps": 5}
+    started, file = torchrun(2, world, ("SIGKILL", 1, 2, 600), "--max_restarts", "1", **flags)
+    assert started.wait(300) == 0, file.read_text()
+    record = json.loads((world.output / "run.json").read_text())
+    assert record["ranks"] == 2 and record["starts"] == [0, 2]
+    log = log_of(world.output)
+    weights = (world.output / "model.safetensors").read_bytes()
+    shutil.rmtree(world.output)
+    assert ranks_of(world, 2, **flags)[0] == [0, 0]
+    assert log_of(world.output) == log
+    assert (world.output / "model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
+def test_two_nodes(world, rendezvous):
+    """Two torchruns. With c10d, the one whose rank is killed makes both start their ranks again;
+    each counts restarts by itself, so that the other one has counted none."""
+    port, flags = forks.free_port(), {"save_steps": 2, "max_steps": 4}
+    options = ["--nnodes", "2"]
+    if rendezvous == "c10d":
+        options += ["--max_restarts", "1", "--rdzv_backend", "c10d", "--rdzv_id", "test"]
+        options += ["--rdzv_endpoint", f"localhost:{port}", "--local_addr", "localhost"]
+    nodes = []
+    for node in range(2):
+        own = ["--node_rank", str(node), "--master_addr", "127.0.0.1", "--master_port", str(port)]
+        fault = ("SIGKILL", 1, 2, 600) if rendezvous == "c10d" else ("SIGCONT", 1, 2, 600)
+        nodes.append(torchrun(1, world, fault, *options, *own, **flags))
+    for started, file in nodes:
+        assert started.wait(300) == 0, file.read_text()
+    record = json.loads((world.output / "run.json").read_text())
+    assert record["ranks"] == 2
+    assert record["starts"] == ([0, 2] if rendezvous == "c10d" else [0])

@@ -7,10 +7,13 @@ import json
 import os
 import re
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from kdfast.common import heartbeat
 
 SUMS_FILE = "SHA256SUMS"
 
@@ -110,6 +113,18 @@ def reserve(path: Path, size: int) -> None:
             file.write(block[: size - start])
         file.flush()
         os.fsync(file.fileno())
+
+
+def lock(file: IO[str]) -> None:
+    """Take the lock of an open file, once no other process has it."""
+    with heartbeat.waiting():
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:  # it may be of another run, which may take hours
+                heartbeat.still_waiting()
+                time.sleep(0.1)
 
 
 @contextmanager

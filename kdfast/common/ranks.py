@@ -8,7 +8,10 @@ communicates.
 import hashlib
 import os
 import sys
-from collections.abc import Iterable
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
 
@@ -17,12 +20,15 @@ import torch.distributed as dist
 from torch import nn
 from tqdm.auto import tqdm
 
+from kdfast.common import heartbeat
 from kdfast.common.errors import UserError
 
-# Longer than any rank may wait for another: rank 0 may be waiting for the cache of another run.
-PATIENCE = timedelta(hours=4)
+# Of a collective. How long a rank may wait for another is heartbeat's to say.
+NEVER = timedelta(days=20)
+TOGETHER = timedelta(minutes=10)  # in which all ranks of a start must have come
 BUCKET_BYTES = 32 * 2**20
-FAILURE = "kdfast/failure"
+
+_joined = 0  # how often this process has joined ranks
 
 
 class Ranks:
@@ -32,41 +38,102 @@ class Ranks:
     another rank's end becomes one sentence that says so.
     """
 
+    store: dist.PrefixStore  # of this start, as is the watch: where there are several ranks
+    watch: heartbeat.Watch
+
     def __init__(self, rank: int = 0, count: int = 1, local_rank: int = 0):
         self.rank = rank
         self.count = count
         self.local_rank = local_rank
-        self.device = torch.device("cpu")  # of what is communicated
+        # How often torchrun has restarted the ranks after one failed.
+        self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
     @classmethod
     def join(cls) -> "Ranks":
-        """This process among those that torchrun started, or alone: NCCL on GPUs, else gloo."""
+        """This process among those that torchrun started, or alone.
+
+        On GPUs NCCL sums the gradients. All else is exchanged over gloo, in host memory.
+        """
         count = int(os.environ.get("WORLD_SIZE", "1"))
         if count == 1:
             return cls()
         ranks = cls(int(os.environ["RANK"]), count, int(os.environ["LOCAL_RANK"]))
-        backend = "gloo"
+        backend, device = "gloo", None
         if torch.cuda.is_available():
             if ranks.local_rank >= torch.cuda.device_count():
                 raise UserError(
                     f"torchrun started rank {ranks.rank} for GPU {ranks.local_rank} of a node that "
                     f"has {torch.cuda.device_count()}: lower --nproc_per_node."
                 )
-            backend = "nccl"
-            ranks.device = torch.device("cuda", ranks.local_rank)
-            torch.cuda.set_device(ranks.device)
-        dist.init_process_group(backend, timeout=PATIENCE)
+            backend, device = "cpu:gloo,cuda:nccl", torch.device("cuda", ranks.local_rank)
+            torch.cuda.set_device(device)
+        ranks._meet()
+        with heartbeat.waiting():
+            dist.init_process_group(
+                backend,
+                store=ranks.store,
+                rank=ranks.rank,
+                world_size=count,
+                timeout=NEVER,
+                device_id=device,
+            )
         return ranks
+
+    def _meet(self) -> None:
+        """Find the others of this start, and a store without what earlier starts left in it.
+
+        torchrun keeps one store for all starts, so that a rank would read the addresses of dead
+        ones. Its count of restarts does not tell starts apart: each node has its own. So rank 0
+        numbers them, and tells every rank that greets it; who greeted and died gives no answer.
+        """
+        global _joined
+        _joined += 1
+        try:
+            root, *_ = next(dist.rendezvous("env://", timeout=TOGETHER))
+            if self.is_first:
+                start = root.add("kdfast/starts", 1)
+                self.restarts = max(self.restarts, start - _joined)
+            else:
+                token = uuid.uuid4().hex
+                root.set(f"kdfast/hello/{self.rank}", token)
+                start = int(root.get(f"kdfast/welcome/{token}"))
+            self.store = dist.PrefixStore(f"kdfast/{start}", root)
+            self.watch = heartbeat.Watch(self.store, self.rank, self.count)
+            if self.is_first:
+                self._welcome(root, start)
+            else:
+                self.store.set(f"here/{self.rank}", "")
+        except dist.DistError as error:
+            raise UserError(
+                f"Rank {self.rank} of {self.count} cannot find rank 0 by the store at "
+                f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} "
+                f"({str(error).splitlines()[0]}): see whether all ranks were started, and what "
+                "keeps them apart."
+            ) from error
+
+    def _welcome(self, root: dist.Store, start: int) -> None:
+        """Tell every other rank the number of this start."""
+        missing, end = set(range(1, self.count)), time.monotonic() + TOGETHER.total_seconds()
+        while missing:
+            for rank in sorted(missing):
+                if self.store.check([f"here/{rank}"]):
+                    missing.remove(rank)
+                elif root.check([f"kdfast/hello/{rank}"]):
+                    token = root.get(f"kdfast/hello/{rank}").decode()
+                    root.set(f"kdfast/welcome/{token}", str(start))
+            if time.monotonic() > end:
+                error = UserError(
+                    f"Rank {min(missing)} of {self.count} has not come within "
+                    f"{TOGETHER.total_seconds() / 60:.0f} minutes: see its node's output."
+                )
+                self.store.set(heartbeat.FAILURE, f"0 rank 0 failed: {error}")
+                raise error
+            time.sleep(0.01)
 
     @property
     def is_first(self) -> bool:
         """Whether this one prints and writes."""
         return self.rank == 0
-
-    @property
-    def restarts(self) -> int:
-        """How often torchrun has restarted the ranks after one failed."""
-        return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
     def log(self, text: str) -> None:
         """Print a line, once for all ranks."""
@@ -81,19 +148,19 @@ class Ranks:
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
-        if self.count > 1:
-            dist.barrier()
+        self.sum_array(torch.zeros(1))  # dist.barrier would take NCCL, where there is one
 
     def share(self, text: str, source: int = 0) -> str:
         """The text that rank `source` gives, at every rank."""
         if self.count == 1:
             return text
-        data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
-        size = torch.tensor(len(data), device=self.device)
-        dist.broadcast(size, source)
-        if self.rank != source:
-            data = torch.empty(int(size), dtype=torch.uint8).to(self.device)
-        dist.broadcast(data, source)
+        data = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        size = torch.tensor(len(data))
+        with heartbeat.waiting():
+            dist.broadcast(size, source)
+            if self.rank != source:
+                data = torch.empty(int(size), dtype=torch.uint8)
+            dist.broadcast(data, source)
         return bytes(data.tolist()).decode()
 
     def gather(self, text: str) -> list[str]:
@@ -109,9 +176,10 @@ class Ranks:
         if self.count == 1:
             return
         digests = [hashlib.sha256(repr(value).encode()).digest() for value in facts.values()]
-        mine = torch.tensor([list(each) for each in digests], dtype=torch.uint8).to(self.device)
+        mine = torch.tensor([list(each) for each in digests], dtype=torch.uint8)
         everyone = [torch.empty_like(mine) for _ in range(self.count)]
-        dist.all_gather(everyone, mine)
+        with heartbeat.waiting():
+            dist.all_gather(everyone, mine)
         for rank, theirs in enumerate(everyone):
             for number, name in enumerate(facts):
                 if not torch.equal(theirs[number], everyone[0][number]):
@@ -124,9 +192,10 @@ class Ranks:
         """The sum of a host tensor over the ranks."""
         if self.count == 1:
             return tensor
-        total = tensor.to(self.device, copy=True)
-        dist.all_reduce(total)
-        return total.cpu()
+        total = tensor.clone()
+        with heartbeat.waiting():
+            dist.all_reduce(total)
+        return total
 
     def sum_gradients(
         self, parameters: Iterable[nn.Parameter], extras: torch.Tensor
@@ -139,6 +208,7 @@ class Ranks:
         if self.count == 1:
             return extras
         buckets = _buckets(list(parameters))
+        heartbeat.begin_to_wait(_device_is_ready(buckets[0][0].device))
         running = []
         for number, bucket in enumerate(buckets):
             pieces = [
@@ -170,34 +240,32 @@ class Ranks:
     ) -> None:
         if self.count == 1:
             return
+        self.watch.stop()
         if error is None:
             dist.destroy_process_group()
             return
-        store = dist.distributed_c10d._get_default_store()
         if _is_of_group(error):
-            raise UserError(self._why_others_ended(store)) from error
+            stopped = UserError(self._why_others_ended())
+            stopped.is_repeated = bool(self.watch.verdict)  # which it has printed
+            raise stopped from error
         if isinstance(error, Exception):
             # Who fails first speaks for all that fail alike.
+            mine = f"{self.rank} rank {self.rank} failed: {error}"
             try:
-                known = store.compare_set(FAILURE, "", f"{self.rank} {error}").decode()
+                known = self.store.compare_set(heartbeat.FAILURE, "", mine).decode()
             except dist.DistNetworkError:  # the store went with its process
                 return
-            rank, why = known.split(" ", 1)
             if isinstance(error, UserError):
-                error.is_repeated = why == str(error) and rank != str(self.rank)
+                error.is_repeated = known != mine and known.endswith(f" failed: {error}")
 
-    def _why_others_ended(self, store: dist.Store) -> str:
-        try:
-            known = store.check([FAILURE]) and store.get(FAILURE).decode()
-        except RuntimeError:  # the store went with its process
-            known = ""
-        if known:
-            rank, why = known.split(" ", 1)
-            return f"Rank {self.rank} stops, because rank {rank} failed: {why}"
+    def _why_others_ended(self) -> str:
+        for key in (heartbeat.HUNG, heartbeat.FAILURE):
+            with suppress(RuntimeError):  # the store went with its process
+                if self.store.check([key]):
+                    return heartbeat.why_stopped(self.rank, self.store.get(key).decode())
         return (
             f"Rank {self.rank} stops, because another rank died without a word: torchrun's report "
-            "names it; a run of training that has a checkpoint goes on from it with "
-            "--resume_from_checkpoint last."
+            f"names it; {heartbeat.GO_ON}."
         )
 
 
@@ -213,6 +281,15 @@ def _buckets(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
         buckets[-1].append(each)
         room -= size
     return buckets
+
+
+def _device_is_ready(device: torch.device) -> Callable[[], bool]:
+    """Says whether `device` has done what it has been given so far."""
+    if device.type == "cpu":
+        return lambda: True
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event.query
 
 
 def _is_of_group(error: BaseException) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from kdfast.common import heartbeat
 from kdfast.common.progress import reading_bar
 from kdfast.config import WindowSettings
 from kdfast.data.cache import ARRAYS, FORMAT, Kinds
@@ -81,6 +82,7 @@ class Features:
             for number, chunk in self.builder.chunks(
                 self._examples(tally), lambda n: mine.has(n) and not chunks.file(n).is_file()
             ):
+                heartbeat.report(f"chunk {number} of the features")
                 if chunk is not None:
                     chunks.save(number, chunk)
                 count = number + 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -11,8 +10,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from kdfast.common import heartbeat
 from kdfast.common.errors import UserError
 from kdfast.common.files import fault_in, sync, write_json, write_sums
+from kdfast.common.files import lock as take_lock
 from kdfast.config import WindowSettings
 from kdfast.data.cache import (
     ARRAYS,
@@ -137,7 +138,7 @@ def cached_windows(cache_dir: Path | str, made: Made, ranks: Ranks | None = None
         if is_needed:
             folder.parent.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context(folder.with_name(f"{folder.name}.lock").open("w"))
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            take_lock(lock)
             is_needed = not folder.is_dir()  # unless another process has written it by now
         is_made = is_needed if several is None else several.any(is_needed)
         if several is not None and is_made:
@@ -214,11 +215,14 @@ def _write(folder: Path, made: Made) -> None:
                 name: stack.enter_context(closing(ArrayFile(partial / f"{name}.npy", each)))
                 for name, each in made.kinds.items()
             }
-            for part in stack.enter_context(closing(made.arrays(folder, partial))):
+            parts = stack.enter_context(closing(made.arrays(folder, partial)))
+            for number, part in enumerate(parts):
+                heartbeat.report(f"part {number} of the features")
                 for name, array in part.items():
                     files[name].append(array)
             for file in files.values():
                 file.finish()
+        heartbeat.report("the sums of the features", heartbeat.LONG)
         write_json(partial / HEADER, made.header())
         write_sums(partial, _files(made.kinds))
         sync(partial)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from kdfast.common import heartbeat
 from kdfast.common.errors import UserError
 from kdfast.common.progress import passing_bar
 from kdfast.common.run import Run
@@ -87,6 +88,7 @@ class Validation:
             for indices, rows in passes:
                 logits[flat_positions(windows, indices)] = rows
                 bar.update(len(indices))
+                heartbeat.report(f"window {indices[0]} of an evaluation")
                 if stop.is_asked:
                     logits[-1] = 1
                     break

@@ -6,6 +6,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from kdfast.common import heartbeat
 from kdfast.common.errors import UserError
 
 # The files of a model folder that are read; weights in safetensors only, never a pickle.
@@ -24,6 +25,7 @@ def local_folder(name: str, role: str) -> Path:
     For a hub model whose weights are a pickle alone, the files of its conversion, if the hub's bot
     has made one. Raises UserError, naming `role` (such as "--teacher"), where there is no model.
     """
+    heartbeat.report(f"loading {name}", heartbeat.LONG)
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():

@@ -5,7 +5,6 @@ all of it is on the disk, so that nobody opens half of one.
 """
 
 import errno
-import fcntl
 import hashlib
 import io
 import json
@@ -19,9 +18,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from kdfast.common import heartbeat
 from kdfast.common.errors import UserError
 from kdfast.common.files import (
     fault_in,
+    lock,
     read_json_object,
     reserve,
     sha256_of,
@@ -147,8 +148,7 @@ def make_once(
             if ranks.is_first:
                 partial.parent.mkdir(parents=True, exist_ok=True)
                 # Another run that makes the same cache is waited for, and its cache taken.
-                lock = stack.enter_context(partial.with_suffix(".lock").open("w"))
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                lock(stack.enter_context(partial.with_suffix(".lock").open("w")))
                 is_needed = open_cache(cache_dir, source, tokens) is None
                 if is_needed:
                     start(partial)
@@ -156,6 +156,7 @@ def make_once(
                 fill(partial)
                 ranks.barrier()
                 if ranks.is_first:
+                    heartbeat.report("the sums of the teacher's logits", heartbeat.LONG)
                     write_sums(partial, _files(partial))
                     finished = partial.with_suffix("")
                     os.replace(partial, finished)

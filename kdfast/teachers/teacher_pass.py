@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kdfast.common import heartbeat
 from kdfast.common.errors import UserError
 from kdfast.common.files import read_json_object
 from kdfast.common.precision import AUTOCAST
@@ -212,6 +213,7 @@ def _fill(
         logits[share.positions(windows, indices)] = half
         unsaved.append(number)
         progress(len(indices) * ranks.count)
+        heartbeat.report(f"micro-batch {number} of the teacher's pass")
         if time.monotonic() - saved_at > SECONDS_BETWEEN_SAVES:
             _save_progress(logits, done, unsaved)
             saved_at, unsaved = time.monotonic(), []

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from kdfast.common import heartbeat
 from kdfast.common.run import Run
 from kdfast.config import OptimizationSettings, TrainConfig
 from kdfast.data.batches import MicroBatchPolicy, TrainingOrder
@@ -107,7 +108,9 @@ class Training:
     def load(self, step: int, micro_batches: list[np.ndarray]) -> Iterator[MicroBatch]:
         """The micro-batches of a step; behind the last, while the device computes, the next step
         is cut and its micro-batches are made ready. A loop that breaks off needs none."""
-        yield from self.loader.micro_batches(micro_batches)
+        for number, batch in enumerate(self.loader.micro_batches(micro_batches), 1):
+            heartbeat.report(f"micro-batch {number} of step {step + 1}")
+            yield batch
         if step + 1 < self.total_steps:
             self.loader.expect(self.cuts.cut(self.order.step(step + 1)))
 
@@ -134,6 +137,7 @@ class Training:
         Returns None for a step that was dropped: nothing has changed.
         """
         ranks = self.run.ranks
+        heartbeat.report(f"the end of step {self.progress.steps + 1}")
         self.cuts.take_smallest([numbers[_room(rank)] for rank in range(ranks.count)])
         self.run.stop.agreed = numbers["stops"] > 0
         if numbers["drops"] > 0:
