@@ -91,6 +91,11 @@ auto with_rows(void (*body)(const kd::Rows&, Rest...)) {
 void raise_cuda(const char* fault) {
   if (fault != nullptr) throw std::runtime_error(std::string("CUDA: ") + fault);
 }
+
+kd::Rows divided_by(kd::Rows rows, double divisor) {
+  rows.divisor = divisor;
+  return rows;
+}
 #endif
 
 // The sum of row_loss over `divisor`, added up in row order: 0 / 0 of no rows is NaN, as in torch.
@@ -102,7 +107,8 @@ void reduce(const void* row_loss, int64_t batch, double divisor, int64_t total) 
 }
 
 // device: that of CUDA and its stream's address, or -1 for the CPU, which threads and isa are for.
-// total: where the CPU writes the sum of row_loss over divisor, and row_loss nowhere; or 0.
+// total: where the CPU writes the sum of row_loss over divisor, and row_loss nowhere; or 0. CUDA
+// divides each row_loss and adds up nothing.
 void forward(const kd::Rows& rows, int64_t row_loss, int64_t row_stats, int threads, int isa,
              int device, [[maybe_unused]] int64_t stream, double divisor, int64_t total) {
   py::gil_scoped_release release;
@@ -116,12 +122,13 @@ void forward(const kd::Rows& rows, int64_t row_loss, int64_t row_stats, int thre
     return;
   }
 #ifdef KDFAST_CUDA
-  raise_cuda(kd::forward_cuda(rows, out, device, reinterpret_cast<void*>(stream)));
+  const kd::Rows divided = divided_by(rows, divisor);
+  raise_cuda(kd::forward_cuda(divided, out, device, reinterpret_cast<void*>(stream)));
 #endif
 }
 
 // grad_end: the end head's gradient, or 0 where `grad` is one (B, L, 2).
-// divisor: what one grad_row_loss for all rows of the CPU is divided by, or 1.
+// divisor: what one grad_row_loss for all rows is divided by, or 1. The CPU reads it, CUDA cannot.
 void backward(const kd::Rows& rows, int64_t row_stats, int64_t grad_row_loss,
               const py::tuple& grad_row_loss_strides, int64_t grad, int64_t grad_end, int threads,
               int isa, int device, [[maybe_unused]] int64_t stream, double divisor) {
@@ -133,10 +140,10 @@ void backward(const kd::Rows& rows, int64_t row_stats, int64_t grad_row_loss,
   args.grad_row_loss_stride_h = number(grad_row_loss_strides, 1);
   float single;
   double twice;
-  if (divisor != 1 && rows.student.type == kd::Type::f64) {
+  if (device < 0 && divisor != 1 && rows.student.type == kd::Type::f64) {
     twice = *reinterpret_cast<const double*>(grad_row_loss) / divisor;
     args.grad_row_loss = &twice;
-  } else if (divisor != 1) {
+  } else if (device < 0 && divisor != 1) {
     single = static_cast<float>(*reinterpret_cast<const float*>(grad_row_loss) / divisor);
     args.grad_row_loss = &single;
   }
@@ -150,7 +157,8 @@ void backward(const kd::Rows& rows, int64_t row_stats, int64_t grad_row_loss,
   py::gil_scoped_release release;
   if (device < 0) return kd::backward_cpu(rows, args, threads, static_cast<kd::Isa>(isa));
 #ifdef KDFAST_CUDA
-  raise_cuda(kd::backward_cuda(rows, args, device, reinterpret_cast<void*>(stream)));
+  const kd::Rows divided = divided_by(rows, divisor);
+  raise_cuda(kd::backward_cuda(divided, args, device, reinterpret_cast<void*>(stream)));
 #endif
 }
 

@@ -38,24 +38,26 @@ struct Scales {
   A by_T;         // log2(e)/T, logit to exponent at the temperature
   A plain;        // log2(e), logit to exponent of the hard term
   A soft_scale;   // soft part of a unit of the row's soft sum
-  A soft_weight;  // w
+  A soft_weight;  // w, this and what follows over the divisor
   A hard_weight;  // 1 - w
   A soft_slope;   // w times the slope of the soft part in a logit, before q - p or (s - c)/n
   A hard_slope;   // (1 - w)/2
 };
 
 // soft_scale: 1 or 1/2 of the convention for kl_div, 1/2 for mse, whose T^2 and 1/T^2 cancel.
+// divisor: of row_loss and so of the slopes, not of a row's parts.
 template <class A>
-KD_FN Scales<A> scales_of(double temperature, double weight, double soft_scale, int kind) {
+KD_FN Scales<A> scales_of(double temperature, double weight, double soft_scale, int kind,
+                          double divisor = 1) {
   Scales<A> scales;
   scales.by_T = A(kLog2E / temperature);
   scales.plain = A(kLog2E);
   scales.soft_scale =
       A(kind == kKlDiv ? soft_scale * temperature * temperature * kLn2 : soft_scale);
-  scales.soft_weight = A(weight);
-  scales.hard_weight = A(1.0 - weight);
-  scales.soft_slope = A(weight * soft_scale * (kind == kKlDiv ? temperature : 2.0));
-  scales.hard_slope = A((1.0 - weight) / 2);
+  scales.soft_weight = A(weight / divisor);
+  scales.hard_weight = A((1.0 - weight) / divisor);
+  scales.soft_slope = A(weight * soft_scale * (kind == kKlDiv ? temperature : 2.0) / divisor);
+  scales.hard_slope = A((1.0 - weight) / 2 / divisor);
   return scales;
 }
 

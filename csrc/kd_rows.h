@@ -32,6 +32,7 @@ struct Rows {
   double weight;      // distillation_loss_weight
   double soft_scale;  // 1 or 1/2: the convention's factor of the soft part
   int kind;           // Kind of kd_row_math.h
+  double divisor;     // of row_loss and of the gradient; CUDA alone reads it
 };
 
 // forward: row_loss (batch, 2) and row_stats (batch, 2, kStats), both A, contiguous.

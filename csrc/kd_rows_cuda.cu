@@ -118,7 +118,7 @@ template <class A>
 Call<A> call_of(const Rows& rows, int student_bytes, int teacher_bytes) {
   return {rows, form_of(rows.student.head, rows.student.stride_l, student_bytes),
           form_of(rows.teacher.head, rows.teacher.stride_l, teacher_bytes),
-          scales_of<A>(rows.temperature, rows.weight, rows.soft_scale, rows.kind)};
+          scales_of<A>(rows.temperature, rows.weight, rows.soft_scale, rows.kind, rows.divisor)};
 }
 
 // Chunks that a window can have: one more where its rows may begin between two boundaries.

@@ -55,6 +55,9 @@ def fused_kd_loss(
         which are usable. All may be compiled by torch.compile and run under autocast; only
         "reference" can be differentiated twice and runs inside torch.func transforms.
 
+    On a GPU it is two launches, the rows and their sum, and one in backward; `kd_loss_rows` is one
+    and one.
+
     Returns fp32, or fp64 for an fp64 student; the student's gradient has the student's dtype. A
     term of weight 0 is left out even where it is infinite. Other non-finite logits that take part
     give a non-finite loss, never an error.

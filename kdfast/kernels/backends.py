@@ -72,6 +72,12 @@ class Backend(Protocol):
         """
 
 
+def sum_of_divided(row_loss: Tensor, divisor: int) -> Tensor:
+    """The sum of row losses that a kernel has divided; of no rows 0 / 0 is NaN, as in torch."""
+    total = row_loss.sum()
+    return total if divisor else total / divisor
+
+
 MODULES = {"native": "kdfast.kernels.native", "triton": "kdfast.kernels.triton_launch"}
 NAMES = ("reference", *MODULES)
 

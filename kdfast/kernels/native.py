@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from kdfast.kernels.backends import RowSettings, RowTensors
+from kdfast.kernels.backends import RowSettings, RowTensors, sum_of_divided
 
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 STATS = 8  # numbers of row_stats for each row
@@ -83,7 +83,8 @@ def forward(
     rows = (student.shape[0], 2)
     dtype = torch.float64 if student.dtype is torch.float64 else torch.float32
     row_stats = student.new_empty((*rows, STATS), dtype=dtype)
-    # The CPU's rows are added up where they are computed; on a GPU another launch does it.
+    # The CPU's rows are added up where they are computed; on a GPU, where they are divided already,
+    # another launch does it.
     is_sum_here = divisor is not None and student.is_cpu
     loss = student.new_empty(() if is_sum_here else rows, dtype=dtype)
     _module().forward(
@@ -92,10 +93,12 @@ def forward(
         0 if is_sum_here else loss.data_ptr(),
         row_stats.data_ptr(),
         *_place(student, threads, isa),
-        divisor if is_sum_here else 1,
+        1 if divisor is None else divisor,
         loss.data_ptr() if is_sum_here else 0,
     )
-    return loss if divisor is None or is_sum_here else loss.sum() / divisor, row_stats
+    if divisor is not None and not is_sum_here:
+        loss = sum_of_divided(loss, divisor)
+    return loss, row_stats
 
 
 def backward(
@@ -114,11 +117,6 @@ def backward(
     loss. row_stats: as forward gave it.
     """
     student, student_end, *_ = tensors
-    strides = grad_row_loss.stride()
-    if divisor is not None:
-        strides = (0, 0)
-        if not student.is_cpu:
-            grad_row_loss, divisor = grad_row_loss / divisor, None
     # empty_like is the fastest way to an empty tensor.
     grad = torch.empty_like(student, memory_format=torch.contiguous_format)
     grad_end = None if student_end is None else torch.empty_like(grad)
@@ -127,7 +125,7 @@ def backward(
         *settings,
         row_stats.data_ptr(),
         grad_row_loss.data_ptr(),
-        strides,
+        grad_row_loss.stride() if divisor is None else (0, 0),
         grad.data_ptr(),
         0 if grad_end is None else grad_end.data_ptr(),
         *_place(student, threads, isa),

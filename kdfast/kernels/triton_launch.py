@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.kernels.backends import RowSettings, RowTensors
+from kdfast.kernels.backends import RowSettings, RowTensors, sum_of_divided
 from kdfast.kernels.triton_layout import DENSE, NONE, STRIDED, Layout, Operand
 
 OLDEST = (3, 1)
@@ -85,7 +85,7 @@ class Launch:
 def forward(
     tensors: RowTensors, settings: RowSettings, divisor: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """row_loss (B, 2) or the loss, and row_stats (B, 2, 8), in one launch. See `Backend`.
+    """row_loss (B, 2) in one launch or the loss in two, and row_stats (B, 2, 8). See `Backend`.
 
     row_stats: m_s, z_sT, z_s, m_t, z_tT, soft part, hard part, n of each row: maxima m and sums z
     of exp((logit - m)/T), without T in z_s, over the n positions that take part.
@@ -95,8 +95,8 @@ def forward(
     rows = (student.shape[0], 2)
     row_loss = torch.empty(rows, dtype=acc, device=student.device)
     row_stats = torch.empty((*rows, 8), dtype=acc, device=student.device)
-    forward_launch(tensors, row_loss, row_stats, settings).run()
-    return row_loss if divisor is None else row_loss.sum() / divisor, row_stats
+    forward_launch(tensors, row_loss, row_stats, settings, divisor or 1).run()
+    return row_loss if divisor is None else sum_of_divided(row_loss, divisor), row_stats
 
 
 def backward(
@@ -112,18 +112,22 @@ def backward(
     rounding to the student's type.
     """
     if divisor is not None:
-        grad_row_loss = (grad_row_loss / divisor).expand(row_stats.shape[:2])
+        grad_row_loss = grad_row_loss.expand(row_stats.shape[:2])
     student, student_end, *_ = tensors
     grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
     grads = grad, None if student_end is None else torch.empty_like(grad)
-    backward_launch(grad_row_loss, tensors, row_stats, grads, settings).run()
+    backward_launch(grad_row_loss, tensors, row_stats, grads, settings, divisor or 1).run()
     return grads
 
 
 def forward_launch(
-    tensors: RowTensors, row_loss: Tensor, row_stats: Tensor, settings: RowSettings
+    tensors: RowTensors,
+    row_loss: Tensor,
+    row_stats: Tensor,
+    settings: RowSettings,
+    divisor: int = 1,
 ) -> Launch:
-    """What `forward` runs."""
+    """What `forward` runs. divisor: of row_loss, by way of the weights of its parts."""
     student, student_end, teacher, teacher_end, start, end, mask = tensors
     temperature, weight, kind, soft_scale = settings
     s = Operand.of(student, student_end)
@@ -138,7 +142,7 @@ def forward_launch(
             *(*s.arguments, *c.arguments, *_mask_and_targets(s, start, end, mask)),
             *(row_loss, row_stats, student.shape[1]),
         ),
-        (1.0 / temperature, factor, weight, 1.0 - weight),
+        (1.0 / temperature, factor, weight / divisor, (1.0 - weight) / divisor),
         ACC=row_loss.dtype,
         KIND=kind,
         STUDENT=layout.each[0],
@@ -156,8 +160,9 @@ def backward_launch(
     row_stats: Tensor,
     grads: tuple[Tensor, Tensor | None],
     settings: RowSettings,
+    divisor: int = 1,
 ) -> Launch:
-    """What `backward` runs."""
+    """What `backward` runs. divisor: of the gradient, by way of the slopes of its terms."""
     student, student_end, teacher, teacher_end, start, end, mask = tensors
     temperature, weight, kind, soft_scale = settings
     s, g = Operand.of(student, student_end), Operand.of(*grads)
@@ -174,7 +179,7 @@ def backward_launch(
             *_mask_and_targets(s, start, end, mask),
             *(grad_row_loss, *grad_row_loss.stride(), row_stats, student.shape[1]),
         ),
-        (1.0 / temperature, slope, (1.0 - weight) / 2),
+        (1.0 / temperature, slope / divisor, (1.0 - weight) / 2 / divisor),
         ACC=row_stats.dtype,
         KIND=kind,
         STUDENT=layout.each[0],

@@ -45,6 +45,7 @@ class Rows(ctypes.Structure):
         ("weight", ctypes.c_double),
         ("soft_scale", ctypes.c_double),
         ("kind", ctypes.c_int),
+        ("divisor", ctypes.c_double),
     ]
 
 
@@ -211,7 +212,9 @@ def sum_type(student: Tensor | tuple[Tensor, Tensor]) -> torch.dtype:
     return torch.float64 if heads(student)[0].dtype == torch.float64 else torch.float32
 
 
-def rows_of(student, teacher, targets, mask, *, temperature, weight, kind, soft_scale) -> Rows:
+def rows_of(
+    student, teacher, targets, mask, *, temperature, weight, kind, soft_scale, divisor=1
+) -> Rows:
     rows = Rows(batch=heads(student)[0].shape[0], length=heads(student)[0].shape[1])
     rows.student = _logits(student)
     rows.teacher = Logits() if teacher is None else _logits(teacher)
@@ -221,7 +224,7 @@ def rows_of(student, teacher, targets, mask, *, temperature, weight, kind, soft_
     rows.target_stride = Two(*(target.stride(0) for target in targets))
     rows.target_bytes = (ctypes.c_int * 2)(*(target.element_size() for target in targets))
     rows.temperature, rows.weight, rows.soft_scale = temperature, weight, soft_scale
-    rows.kind = kind
+    rows.kind, rows.divisor = kind, divisor
     return rows
 
 

@@ -56,6 +56,7 @@ int run(kd::Type student, kd::Type teacher, int64_t length, int form, bool shift
     rows.target[h] = targets.data, rows.target_stride[h] = 1, rows.target_bytes[h] = 8;
   }
   rows.temperature = 2, rows.weight = 0.5, rows.soft_scale = 1, rows.kind = kd::kKlDiv;
+  rows.divisor = batch;
 
   const Buffer loss(batch * 2 * sum_bytes), stats(batch * 2 * kd::kStats * sum_bytes);
   check(kd::forward_cuda(rows, {loss.data, stats.data}, 0, nullptr));

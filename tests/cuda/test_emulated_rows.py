@@ -72,6 +72,7 @@ class Case:
         kind="kl-haystack",
         temperature=1.7,
         weight=0.6,
+        divisor=1,
         forms=("interleaved", "interleaved"),
     ):
         self.student = lay_out(student, forms[0])
@@ -84,6 +85,7 @@ class Case:
             "weight": weight,
             "kind": number,
             "soft_scale": soft_scale,
+            "divisor": divisor,
         }
         torch.manual_seed(5)
         self.grad_row_loss = torch.randn(len(student), 2, dtype=emulator.sum_type(self.student))
@@ -112,6 +114,7 @@ class Case:
             convention=self.convention,
             mask=self.mask,
         )
+        row_loss = row_loss / self.settings["divisor"]
         if row_loss.requires_grad:
             row_loss.backward(self.grad_row_loss.to(row_loss.dtype))
         gradient = torch.zeros_like(student) if student.grad is None else student.grad
@@ -126,7 +129,8 @@ class Case:
         term = t * max(t * (1 + math.log(length)), largest)
         if self.settings["kind"] == 1:
             term, slope = max(term, largest**2), slope * max(1.0, largest)
-        return term, term, slope
+        divisor = self.settings["divisor"]
+        return term / divisor, term, slope / divisor
 
 
 def check(rows, case, seeds=(0,)):
@@ -238,6 +242,15 @@ def test_strided_targets(rows):
 @pytest.mark.parametrize("kind", KINDS)
 def test_settings(rows, kind, temperature, weight):
     check(rows, random_case(50, kind=kind, temperature=temperature, weight=weight))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("types", [(FP16, FP16), (FP32, FP16), (FP64, FP64)])
+def test_the_kernels_divide_loss_and_gradient(rows, types, kind):
+    check(rows, random_case(50, types=types, kind=kind, divisor=7))
+    case = random_case(50, weight=0.0, divisor=7)
+    case.teacher = None
+    check(rows, case)
 
 
 def test_no_teacher(rows):

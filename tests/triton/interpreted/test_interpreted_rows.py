@@ -214,6 +214,32 @@ def test_awkward_windows(length, kind, convention, temperature, memory):
     check(memory, student, teacher, targets, mask, g, kind, convention, temperature, 0.6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind, convention", KINDS)
+def test_the_kernels_divide_loss_and_gradient(kind, convention, dtype, memory):
+    student, teacher, targets, mask = awkward_batch(37)
+    student, teacher = student[:5].to(dtype), teacher[:5].to(dtype)
+    targets, mask = tuple(target[:5] for target in targets), mask[:5]
+    settings, one = (kind, convention, 1.7, 0.6), torch.tensor(3.0, dtype=dtype)
+    memory.allow(student, teacher, targets, mask, one)
+    tensors = (student, None, teacher, None, *targets, mask)
+    numbers = settings_of(*settings)
+    loss, row_stats = triton_launch.forward(tensors, numbers, 7)
+    gradient, _ = triton_launch.backward(one, tensors, row_stats, numbers, 7)
+    each = one.expand(5, 2)
+    given = [
+        (s, t, targets, mask, g, *settings)
+        for s, t, g in (
+            (student.double(), teacher.double(), each.double() / 7),
+            (student, teacher, each / 7),
+        )
+    ]
+    (rows, parts, slope), plain = (by_reference(*arguments) for arguments in given)
+    exact = rows.sum()[None] / 7, parts, slope
+    plain = plain[0].sum()[None] / 7, *plain[1:]
+    compare((loss[None], row_stats[..., 5:7], gradient), exact, plain, each / 7)
+
+
 @pytest.mark.parametrize("form", [contiguous, pair])
 @pytest.mark.parametrize("kind, convention", KINDS)
 def test_long_rows(kind, convention, form, memory):
