@@ -11,13 +11,22 @@ from functools import cache
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
 from kdfast.common.precision import works_in
+from kdfast.common.run import Run
 from kdfast.models.checks import SUPPORTED
+from kdfast.models.packing import PACKS, PackedWindows
+from kdfast.models.span_model import SpanModel
 from tests import published, readers
+from tests.gpu.card import PretendedCard
+from tests.gpu.trials import Small
+from tests.pretended.device import pretended
+from tests.pretended.process import run_pretended
 from tests.programs import World, log_of
+from tests.steppers import Steps
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "models.md"
 
@@ -74,6 +83,47 @@ def _does(precision: str) -> Callable[[str], str]:
     return cell
 
 
+def _packs(model_type: str) -> str:
+    """Whether packed windows have the logits of padded ones, to 1e-10 in fp64."""
+    lengths = np.array([17, 40, 9])
+    packed = PackedWindows.of(lengths, torch.from_numpy(lengths), 40)
+    if model_type not in PACKS:
+        return "no"
+    for name in names_of(model_type):
+        reader, _ = readers.make(name)
+        model = SpanModel(reader).double()
+        ids, mask = readers.ids_of(reader, lengths.tolist())
+        with torch.no_grad():
+            padded = model(ids, mask)
+            model.enable_packing()
+            found = model(packed.pack(ids), packed=packed)
+        assert (found - padded)[mask].abs().max() < 1e-10, name
+    return "yes"
+
+
+def _host_reads(model_type: str) -> str:
+    """How often the host waits for the pretended device in a micro-batch: by difference."""
+    found = {run_pretended(_reads_in_a_micro_batch, name) for name in names_of(model_type)}
+    return " or ".join(map(str, sorted(found)))
+
+
+def _reads_in_a_micro_batch(name: str) -> int:
+    counts = []
+    with tempfile.TemporaryDirectory() as folder, pretended() as device:
+        card = PretendedCard(device)
+        small = Small(card, Path(folder), name)
+        everything = np.arange(len(small.windows))
+        for parts in (1, 4):
+            training = small.training(Run(card.device), gradient_accumulation_steps=parts)
+            step = Steps(training)
+            step(0, everything)
+            device.clear()
+            assert step(1, everything).micro_batches == parts
+            counts.append(sum(device.reads.values()))
+    assert counts[0] >= 1
+    return (counts[1] - counts[0]) // 3
+
+
 # Column -> what its cell says of a type.
 COLUMNS: dict[str, Callable[[str], str]] = {
     "configurations": lambda model_type: ", ".join(names_of(model_type)),
@@ -81,6 +131,8 @@ COLUMNS: dict[str, Callable[[str], str]] = {
     "teaches": _does("no"),
     "fp16": _does("fp16"),
     "bf16": _does("bf16"),
+    "packs": _packs,
+    "host reads": _host_reads,
 }
 
 
@@ -103,4 +155,6 @@ def write() -> None:
 
 
 if __name__ == "__main__":
-    write()
+    from tests import models_table  # by its name, which another process finds
+
+    models_table.write()

@@ -154,12 +154,16 @@ def find_budget(peak_bytes: Callable[[int], int], free_bytes: Callable[[], int],
     free_bytes(): what a step may take, asked after these, which have loaded their kernels. At least
     one window, at most GPU_TOKENS_AT_MOST.
     """
-    few, more = 1, 4
-    try:
-        low, high = peak_bytes(few), peak_bytes(more)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
+    # One window or two would not show: at the end of backward stands the gradient of a large
+    # vocabulary twice, and their activations take less.
+    for few, more in ((4, 16), (1, 4)):
+        try:
+            low, high = peak_bytes(few), peak_bytes(more)
+            break
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+    else:
         return width
     per_window = max(1.0, (high - low) / (more - few))
     constant = max(0.0, low - few * per_window)
@@ -205,7 +209,7 @@ def peak_bytes_of(
     """GPU memory that forward and backward of `count` windows take beyond what is held already.
 
     model: what trains; forward: it, or what torch.compile made of it. packs: the windows are
-    packed. Leaves no gradient. 0 on a CPU, which does not count memory.
+    packed. The parameters' gradients count. Leaves none. 0 on a CPU, which does not count memory.
     """
     on_gpu = run.device.type == "cuda"
     held = 0
@@ -220,9 +224,11 @@ def peak_bytes_of(
         packed["packed"] = PackedWindows.of(lengths, ids.sum(1), width)
         ids = ids.view(1, -1)
     try:
-        with run.autocast():
-            output = forward(ids, **packed)
-        output.float().square().mean().backward()
+        # In all micro-batches of a step but the first, gradients stand while activations are kept.
+        for _ in range(2 if on_gpu else 1):
+            with run.autocast():
+                output = forward(ids, **packed)
+            output.float().square().mean().backward()
     finally:  # where memory runs out, too
         model.zero_grad(set_to_none=True)
     if not on_gpu:
