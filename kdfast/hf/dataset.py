@@ -1,5 +1,6 @@
 """The windows of a run as rows and batches of the Hugging Face Trainer."""
 
+import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
@@ -95,7 +96,7 @@ def kd_dataset(config: TrainConfig) -> KDDataset:
     if not config.data.train_file:
         raise UserError("kd_dataset needs a train_file: name one.")
     check_teachers(config)
-    run = Run(pick_device())
+    run = Run(pick_device(int(os.environ.get("LOCAL_RANK", "0"))))  # as the Trainer chooses
     tokenizer = kd_tokenizer(config)
     windows = inputs.prepare(config, tokenizer, config.data.train_file, "train", run.ranks)
     targets = inputs.find_targets(config, windows, tokenizer, run)

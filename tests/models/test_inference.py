@@ -1,5 +1,7 @@
 """Forward passes without gradients: how many tokens, and what happens where memory runs out."""
 
+import subprocess
+import sys
 import weakref
 
 import numpy as np
@@ -23,16 +25,19 @@ CPU = torch.device("cpu")
 REFUSED = torch.OutOfMemoryError("CUDA out of memory.")
 
 
-@pytest.fixture(scope="module")
-def reading(tmp_path_factory):
+def read(home, articles, **sizes):
     """A model and windows for it, of some 10 to 60 tokens."""
-    home = tmp_path_factory.mktemp("reading")
-    reader, tokenizer = readers.make("bert")
-    source = corpora.write(home / "data.json", 12)
+    reader, tokenizer = readers.make("bert", **sizes)
+    source = corpora.write(home / "data.json", articles)
     settings = WindowSettings(60, 16, 24)
     windows = prepare_windows(source, tokenizer, settings, split="validation", cache_dir=home)
-    assert len(windows) > 30 and windows.lengths.min() < 40
+    assert len(windows) > 2 * articles and windows.lengths.min() < 40
     return SpanModel(reader), windows
+
+
+@pytest.fixture(scope="module")
+def reading(tmp_path_factory):
+    return read(tmp_path_factory.mktemp("reading"), 12)
 
 
 class Narrow:
@@ -169,3 +174,36 @@ def test_the_start_is_made_of_model_and_free_memory(monkeypatch, reading):
     assert inference.forward_tokens(model, windows, gpu, None) == windows.lengths.max()
     free[gpu] = 10**15
     assert inference.forward_tokens(model, windows, gpu, None) == inference.GPU_TOKENS_AT_MOST
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kdfast.models.inference import Room
+from tests.models.test_inference import logits_of, read
+
+torch.set_num_threads(1)
+model, windows = read(Path(sys.argv[1]), 120, hidden_size=64, intermediate_size=2048)
+everything = np.arange(len(windows))
+whole = logits_of(model, windows, np.array_split(everything, 50))
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + 40 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+room = Room()
+found = logits_of(model, windows, [everything], room)
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+np.testing.assert_allclose(found, whole, rtol=1e-3, atol=1e-4)
+print(room.tokens < len(windows) * 20)
+"""
+
+
+def test_a_real_limit_of_memory(tmp_path):
+    """All windows at once take some 300 MB, and 40 are left."""
+    ended = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
+    assert ended.stdout.split() == ["True"], ended.stderr[-2000:]
