@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from kdfast.common.device import device_of
+from kdfast.common.device import device_of, place
 from kdfast.common.errors import UserError
 from kdfast.config import WindowSettings
 from kdfast.data.batches import cut_by_tokens
@@ -90,7 +90,7 @@ class Reader:
         self._longest = longest_input(loaded, self.name)
         folder = self.name if isinstance(model, (str, Path)) else None
         self._dtype = change_type(loaded, folder, precision, self.device)
-        self.model = loaded.model.to(self.device).eval()
+        self.model = place(loaded.model, self.device).eval()
         self._rooms: dict[int, Room] = {}  # by the longest window that is asked for
         self._warned_of_cuts = False
 

@@ -2,11 +2,14 @@
 
 import operator
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import torch
+from torch import nn
 
 from kdfast.common.errors import UserError
 
+Model = TypeVar("Model", bound=nn.Module)
 # What torch says where memory is refused by a library that has no error type of its own for it.
 REFUSALS = (
     "DefaultCPUAllocator",
@@ -51,6 +54,20 @@ def as_current(device: torch.device) -> AbstractContextManager[object]:
     Not around a `yield`: it would hold for the caller too.
     """
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def place(model: Model, device: torch.device) -> Model:
+    """Move a model to the device. Raises UserError where memory does not suffice."""
+    try:
+        return model.to(device)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    size = sum(each.nbytes for each in model.parameters()) / 2**30
+    raise UserError(
+        f"There is not enough memory on {device} for a model of {size:.2f} GiB: end what else is "
+        "using it, or name a smaller model."
+    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

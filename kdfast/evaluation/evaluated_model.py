@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from kdfast.common.device import place
 from kdfast.common.files import read_json_object
 from kdfast.common.precision import resolve
 from kdfast.common.run import Run
@@ -120,7 +121,7 @@ class EvaluatedModel:
         self.windows = self._choose_windows(loaded, folder)
         check_fits(loaded, self.windows.max_seq_length, name)
         self.tokenizer = loaded.tokenizer
-        self.model = loaded.model.to(run.device)
+        self.model = place(loaded.model, run.device)
         self.weights = cache.weights_key(folder)
 
     def answer(

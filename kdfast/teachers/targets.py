@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from kdfast.common.device import place
 from kdfast.common.errors import UserError
 from kdfast.common.precision import AUTOCAST, resolve
 from kdfast.common.progress import passing_bar
@@ -133,7 +134,7 @@ def loaded_pass(one: Teacher, run: Run) -> Iterator[tuple[TeacherPass, Callable[
     for note in loaded.notes:
         run.ranks.log(note)
     device, precision = run.device, AUTOCAST[one.source.precision]
-    model = loaded.model.to(device)
+    model = place(loaded.model, device)
     max_tokens = forward_tokens(model, one.windows, device, precision)
     with passing_bar("teacher", "window", len(one.windows), run.ranks.is_first) as bar:
         yield TeacherPass(one.source, model, one.windows, device, max_tokens), bar.update

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from kdfast.common import heartbeat
+from kdfast.common.device import place
 from kdfast.common.run import Run
 from kdfast.config import OptimizationSettings, TrainConfig
 from kdfast.data.batches import MicroBatchPolicy, TrainingOrder
@@ -192,7 +193,7 @@ def assemble(
         and not compiles
         and wants_packing(speed.packing, student.reader.config.model_type, run.device)
     )
-    student.to(run.device)
+    place(student, run.device)
     if run.device.type == "cpu" and not compiles:  # it compiles its own dropout
         speed_up_dropout(student)
     if packs:

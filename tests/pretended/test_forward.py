@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import kdfast
+from kdfast import train
 from kdfast.common.errors import UserError
 from kdfast.common.precision import resolve
 from kdfast.common.run import Run
@@ -174,3 +175,30 @@ def test_the_start_of_a_pass_is_made_of_the_cards_free_memory(world):
             assert device.cards[1].peak <= free_bytes
     small, large = taken.values()
     assert 60 < small < 20_000 and large == inference.GPU_TOKENS_AT_MOST
+
+
+def test_a_model_that_a_card_cannot_hold_is_a_users_sentence():
+    with (
+        pretended(free_bytes=10**5),
+        pytest.raises(UserError, match=r"memory on cuda:1 for a model of 0\.\d\d GiB"),
+    ):
+        kdfast.Reader(TEACHER, device="cuda:1")
+
+
+def test_a_run_makes_its_own_gpu_the_current_one(world, tmp_path):
+    """Also where a caller has chosen another, which is the current one again afterwards."""
+    flags = {"train_file": world / "data.json", "output_dir": tmp_path / "out"}
+    flags |= {"teacher": world / "model", "student": world / "model", "cache_dir": tmp_path}
+    flags |= {"max_steps": 1, "train_batch_size": 4, "max_seq_length": 60}
+    flags |= {"max_query_length": 16, "doc_stride": 24}
+    current = []
+    with pretended() as device:
+        cached = torch.cuda.empty_cache
+        torch.cuda.empty_cache = lambda: (current.append(torch.cuda.current_device()), cached())
+        torch.cuda.set_device(1)
+        try:
+            status = train.main([f"--{name}={value}" for name, value in flags.items()])
+        finally:
+            torch.cuda.empty_cache = cached
+        assert status == 0 and torch.cuda.current_device() == 1
+        assert current and not any(current) and device.cards[1].peak == 0
