@@ -100,7 +100,7 @@ class Place:
             raise AssertionError(f"nobody knows how to run a block of {language!r}")
 
     def sbatch(self, name: str) -> None:
-        """Runs the script of an array job that an earlier block shows, for one task after another."""
+        """Runs the script of an array job that an earlier block shows, task after task."""
         last, code = self.scripts[name]
         for task in range(last + 1):
             self.run("sh", SLURM.sub("", code).replace("$SLURM_ARRAY_TASK_ID", str(task)))
