@@ -97,6 +97,7 @@ def test_any_number_of_ranks_makes_the_same_files(tmp_path, source, count):
     met = {what for what, many in header["counts"].items() if many > 3}
     assert met >= {"no_context", "absent", "same_id", "unlabelled", "truncated_questions"}
     assert header["counts"]["questions"] > 10 * 8
+    assert {len(header["first"][what]) for what in met & header["first"].keys()} == {3}
     assert of_ranks(count, tmp_path, source) == files
 
 
