@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from kdfast.common import heartbeat
 from kdfast.common.errors import UserError
 from kdfast.common.files import read_json_object, sync, write_json
 from kdfast.data.chunks import Shard
@@ -138,9 +139,11 @@ class PassShards:
         done = np.memmap(partial / PROGRESS_FILE, np.uint8, "r+", shape=(len(batches),))
         whole, copied = Share.whole(batches, windows), []
         for number, own, indices, rows in self._finished(batches, windows):
+            heartbeat.report(f"micro-batch {number}, which another process made")
             if not done[number]:
                 logits[whole.positions(windows, indices)] = rows[own]
                 copied.append(number)
+        heartbeat.report("the logits that other processes made", heartbeat.LONG)
         logits.flush()
         done[copied] = 1
         done.flush()

@@ -4,7 +4,6 @@
 where it stopped, with as many ranks as there are then.
 """
 
-import fcntl
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -17,7 +16,7 @@ import torch
 
 from kdfast.common import heartbeat
 from kdfast.common.errors import UserError
-from kdfast.common.files import read_json_object
+from kdfast.common.files import lock, read_json_object
 from kdfast.common.precision import AUTOCAST
 from kdfast.common.ranks import Ranks
 from kdfast.data.batches import cut_by_tokens
@@ -122,8 +121,7 @@ def fill_shard(
                 return
             if ranks.is_first:
                 # The same task may have been started twice.
-                lock = stack.enter_context(folder.with_suffix(".lock").open("w"))
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                lock(stack.enter_context(folder.with_suffix(".lock").open("w")))
                 if not shards.has_begun(shard.number, share):
                     cut = {name: shards.header[name] for name in CUT}
                     start_folder(folder, source, share.tokens, len(share.batches), **cut)
