@@ -28,6 +28,7 @@ from tests.programs import World, log_of
 from tests.steppers import Steps
 
 CPU = torch.device("cpu")
+LAUNCHES = Path(__file__).parents[1] / "pretended" / "launches.json"
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
@@ -138,6 +139,24 @@ def a_resumed_run_ends_with_the_same_bits(card: Card, path: Path, precision: str
     assert result() == whole
 
 
+def a_micro_batch_launches_what_was_recorded(card: Card, path: Path) -> None:
+    """Kernels of a micro-batch, by difference, against tests/pretended/launches.json.
+
+    A card runs more than one kernel for some operations, such as the backward of a layer norm.
+    """
+    small = Small(card, path, hidden_size=16, intermediate_size=32, layers=2)
+    counts = []
+    for parts in (1, 4):
+        training = small.training(Run(card.device, "fp16"), gradient_accumulation_steps=parts)
+        gradient(training)
+        with card.launches() as found:
+            gradient(training)
+        counts.append(sum(found.values()))
+    a_micro_batch = (counts[1] - counts[0]) / 3
+    recorded = json.loads(LAUNCHES.read_text())["roberta"]["auto"]
+    assert 0.5 * recorded < a_micro_batch <= 1.25 * recorded, found
+
+
 def memory_grows_in_a_line(card: Card, path: Path) -> None:
     """The line through 4 and 16 windows, which chooses the cut, meets 48 and a real step.
 
@@ -225,6 +244,7 @@ TRIALS: dict[str, Callable[[Card, Path], None]] = {
         f"resume {precision}": partial(a_resumed_run_ends_with_the_same_bits, precision=precision)
         for precision in ("no", "fp16")
     },
+    "launches": a_micro_batch_launches_what_was_recorded,
     "memory line": memory_grows_in_a_line,
     "memory step": memory_runs_out_in_a_step,
     "memory teacher": memory_runs_out_in_the_teachers_pass,
