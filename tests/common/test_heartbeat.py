@@ -80,7 +80,7 @@ def test_only_a_rank_that_waits_looks_and_each_wait_begins_at_nothing(observed):
     assert not observed.look(2 * LOOKS, rank1=(), rank2=())
     with heartbeat.waiting():
         assert not observed.look(LOOKS - 1, rank2=())
-    assert not observed.look(1)
+    assert not observed.look(1, rank2=())
     with heartbeat.waiting():
         assert not observed.look(LOOKS - 1, rank2=())
 
@@ -110,7 +110,7 @@ def test_the_lock_of_another_run_is_waited_for_as_long_as_it_takes(observed, tmp
         looks = []
 
         def look(seconds):
-            looks.append(observed.look(1, rank1=BOTH, rank2=BOTH))
+            looks.append(observed.look(1))  # the other ranks wait for this one
             if len(looks) > 2 * LOOKS:
                 held.close()
 
