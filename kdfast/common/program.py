@@ -50,6 +50,10 @@ def run(
     Returns the exit status: 0, what `work` returns, 2 for a user's mistake, which is printed as
     one sentence, or 128 + the number of the signal that ended it (SIGPIPE: the output was closed).
     """
+    if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+        # torch reads it at its first use of a GPU. Micro-batches differ in size, and segments that
+        # grow fit them all; blocks of fixed sizes would break the memory into pieces.
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     with _streams(stdout_is_result):
         try:
             settings = parse(list(sys.argv[1:] if argv is None else argv))

@@ -93,7 +93,7 @@ class SpanModel(nn.Module):
             # transformers passes a 4-D mask on as it is; a 2-D one makes it read the device.
             attention_mask = attention_mask[:, None, None, :]
             if attention_mask.is_cuda:
-                attention_mask = self._additive(attention_mask)
+                attention_mask = self.additive(attention_mask)
         elif not self.takes_4d_mask:
             attention_mask = mask_without_sdpa(self.reader, input_ids, attention_mask)
         kwargs: dict[str, Any] = {}
@@ -110,7 +110,7 @@ class SpanModel(nn.Module):
             **kwargs,
         )
 
-    def _additive(self, mask: torch.Tensor) -> torch.Tensor:
+    def additive(self, mask: torch.Tensor) -> torch.Tensor:
         """0 where a bool mask is True, else -inf, in the type that attention has.
 
         Attention on a GPU adds a mask, and would make it from the bools in every layer.

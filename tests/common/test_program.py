@@ -1,5 +1,6 @@
 """Flags, --help, and how every program starts and ends; the last are real processes."""
 
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 from kdfast import card, doctor, evaluate, predict, prepare, train
 from kdfast.card import CardConfig
 from kdfast.command_line import PrepareSettings
+from kdfast.common import program
 from kdfast.common.flag_hints import USUAL
 from kdfast.config import GROUPS, SETTINGS, DataSettings, WindowSettings
 from kdfast.evaluation.settings import EvaluateConfig
@@ -31,6 +33,22 @@ def help_of(main, capsys):
         main(["--help"])
     assert ended.value.code == 0
     return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_users_settings_of_gpu_memory_stay(monkeypatch, name):
+    for each in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(each, raising=False)
+    monkeypatch.setenv(name, "max_split_size_mb:64")
+    before = dict(os.environ)
+    assert program.run(lambda argv: None, lambda settings: 0, []) == 0
+    assert {key: os.environ.get(key) for key in before} == before
+    assert os.environ.get("PYTORCH_ALLOC_CONF") in (None, "max_split_size_mb:64")
+    monkeypatch.delenv(name)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")  # restored in the end
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    assert program.run(lambda argv: None, lambda settings: 0, []) == 0
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
 
 
 @pytest.mark.parametrize("main, names", PROGRAMS)

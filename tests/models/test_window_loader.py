@@ -1,3 +1,5 @@
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -39,33 +41,53 @@ CUTS = {
 }
 
 
-@pytest.mark.parametrize("packs", [False, True])
-@pytest.mark.parametrize("multiple", [1, 8])
 @pytest.mark.parametrize("cuts", CUTS)
 @pytest.mark.parametrize("kind", ["resident", "streamed"])
 @pytest.mark.parametrize("has_teacher", [True, False])
-def test_every_loader_gives_the_same_batches(data, kind, cuts, multiple, packs, has_teacher):
+def test_every_loader_gives_the_same_batches(data, kind, cuts, has_teacher):
     windows, logits = data
     logits = logits if has_teacher else None
-    layout = window_loader.Layout(multiple, packs)
-    host = window_loader.HostLoader(windows, logits, layout)
-    if kind == "resident":
-        other = window_loader.ResidentLoader(windows, logits, CPU, layout)
-    else:
-        other = window_loader.StreamedLoader(host, CPU)
-    wanted = list(map(host.micro_batch, CUTS[cuts]))
-    for _ in range(2):
-        for ours, theirs in zip(other.micro_batches(CUTS[cuts]), wanted, strict=True):
-            assert_equal(ours, theirs)
-    shapes = [batch.inputs["input_ids"].shape for batch in wanted]
-    lengths = [windows.lengths[cut] for cut in CUTS[cuts]]
-    assert [rows * width for rows, width in shapes] == list(map(layout.tokens, lengths))
-    assert all(width % multiple == 0 for _, width in shapes)
-    if packs:
-        assert all(rows == 1 for rows, _ in shapes)
-        return
-    padded = [(each < width).any() for each, (_, width) in zip(lengths, shapes, strict=True)]
-    assert [batch.mask is not None for batch in wanted] == padded
+    for multiple, packs in product((1, 8), (False, True)):
+        layout = window_loader.Layout(multiple, packs)
+        host = window_loader.HostLoader(windows, logits, layout)
+        if kind == "resident":
+            other = window_loader.ResidentLoader(windows, logits, CPU, layout)
+        else:
+            other = window_loader.StreamedLoader(host, CPU)
+        wanted = list(map(host.micro_batch, CUTS[cuts]))
+        for _ in range(2):
+            for ours, theirs in zip(other.micro_batches(CUTS[cuts]), wanted, strict=True):
+                assert_equal(ours, theirs)
+        shapes = [batch.inputs["input_ids"].shape for batch in wanted]
+        lengths = [windows.lengths[cut] for cut in CUTS[cuts]]
+        assert [rows * width for rows, width in shapes] == list(map(layout.tokens, lengths))
+        assert all(width % multiple == 0 for _, width in shapes)
+        if packs:
+            assert all(rows == 1 for rows, _ in shapes)
+            continue
+        padded = [(each < width).any() for each, (_, width) in zip(lengths, shapes, strict=True)]
+        assert [batch.mask is not None for batch in wanted] == padded
+
+
+@pytest.mark.parametrize(("reserved", "kind"), [(0, "ResidentLoader"), (100, "StreamedLoader")])
+def test_the_data_go_to_the_device_where_the_run_leaves_room(data, monkeypatch, reserved, kind):
+    windows, logits = data
+    needed = window_loader.ResidentLoader.bytes_needed(windows, logits)
+    free = int(needed / window_loader.RESIDENT_SHARE) + 50
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
+    monkeypatch.setattr(window_loader.ResidentLoader, "__init__", lambda *given: None)
+    cuda = torch.device("cuda", 0)
+    loader = window_loader.make_loader(windows, logits, cuda, window_loader.PADDED, reserved)
+    assert type(loader).__name__ == kind
+
+
+def test_every_tensor_of_a_packed_batch_is_sent(data):
+    host = window_loader.HostLoader(*data, window_loader.Layout(packs=True))
+    batch = host.micro_batch(np.array([3, 0, 7]))
+    sent = values_of(window_loader.map_tensors(batch, torch.clone))
+    for name, tensor in values_of(batch).items():
+        if isinstance(tensor, torch.Tensor):
+            assert sent[name] is not tensor and torch.equal(sent[name], tensor)
 
 
 def test_teacher_logits_stay_with_their_tokens(data):

@@ -6,7 +6,7 @@ from kdfast.common.run import Run
 from kdfast.config import SpeedSettings
 from kdfast.models import checks
 from kdfast.models.span_model import SpanModel
-from kdfast.training import flops, micro_batches
+from kdfast.training import assemble, flops, micro_batches
 from tests import readers
 
 CPU = torch.device("cpu")
@@ -76,6 +76,63 @@ def test_the_budget_leaves_room():
     assert max(taken) <= 16
     assert micro_batches.find_budget(peak, lambda: 1010, 384) == 384
     assert micro_batches.find_budget(peak, lambda: 10**9, 384) == most
+
+
+def test_free_memory_is_read_after_the_trials_have_loaded_their_kernels():
+    events = []
+
+    def peak(count):
+        events.append(count)
+        return 100 * count
+
+    def free():
+        events.append("free")
+        return 10_000
+
+    micro_batches.find_budget(peak, free, 384)
+    assert events == [4, 16, "free"]
+
+
+def test_what_a_run_is_still_to_take(setup):
+    run = setup()
+    bytes_of_weights = 4 * sum(each.numel() for each in run.model.parameters())
+    kernels = micro_batches.KERNEL_BYTES
+    assert micro_batches.bytes_to_come(run.optimizer) == 2 * bytes_of_weights + kernels
+    run.step(0, np.arange(3))  # the moments are there now
+    assert micro_batches.bytes_to_come(run.optimizer) == kernels
+
+
+def test_the_data_are_uploaded_before_memory_is_measured(setup, monkeypatch):
+    events = []
+
+    def watch(name):
+        function = getattr(assemble, name)
+
+        def watched(*given):
+            events.append(name)
+            return function(*given)
+
+        monkeypatch.setattr(assemble, name, watched)
+
+    watch("make_loader")
+    watch("choose_policy")
+    setup()
+    assert events == ["make_loader", "choose_policy"]
+
+
+@pytest.mark.parametrize("packs", [False, True])
+def test_the_probe_is_of_what_will_train(packs):
+    reader, _ = readers.make("roberta")
+    model = SpanModel(reader)
+    model.enable_packing()
+    shapes = []
+
+    def forward(ids, **packed):
+        shapes.append((ids.shape, packed.keys()))
+        return model(ids, **packed)
+
+    micro_batches.peak_bytes_of(model, forward, Run(), 2, 16, packs)
+    assert shapes == [((1, 32), {"packed"}) if packs else ((2, 16), set())]
 
 
 @pytest.mark.parametrize(("held", "windows"), [(1, 1), (3, 1), (4, 79), (15, 79), (16, 79)])
