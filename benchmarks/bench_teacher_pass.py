@@ -37,6 +37,7 @@ from .workload import (
 )
 
 PRECISIONS = {"cpu": {"fp32": "no", "bf16": "bf16"}, "cuda": {"fp32": "no", "fp16": "fp16"}}
+PACKED = {"cpu": [], "cuda": ["fp16"]}  # of these, what is measured packed, too
 LAYERS, WIDTH, HAYSTACK_BATCH = 12, 384, 8
 QUESTIONS, CHUNKS = 470, 4  # about 500 windows; a turn goes over one chunk
 CARD_CHUNKS = 3  # of all windows
@@ -99,12 +100,14 @@ class Passes:
     def padded(self, windows: Windows, indices: np.ndarray) -> Callable[[], list[np.ndarray]]:
         return partial(padded_pass, self._copy(), windows, indices)
 
-    def cached(self, windows: Windows, precision: str, name: str) -> Callable[[], np.ndarray]:
+    def cached(
+        self, windows: Windows, precision: str, name: str, packed: bool = False
+    ) -> Callable[[], np.ndarray]:
         """kdfast's own into a cache of its own: fp16 (tokens, 2). The one place that calls it."""
         source = Source(weights=name, tokenizer="", windows="", precision=precision)
         own = SpanModel(self._copy())
         room = forward_tokens(own, windows, self.device, AUTOCAST[precision])
-        teacher = TeacherPass(source, own, windows, self.device, room)
+        teacher = TeacherPass(source, own, windows, self.device, room, packed)
         return partial(fill_cache, self.folder, teacher)
 
     def _copy(self) -> nn.Module:
@@ -126,11 +129,12 @@ def by_window(windows: Windows, flat: np.ndarray) -> list[np.ndarray]:
 
 def gate(passes: Passes, windows: Windows) -> None:
     """Cached fp32 logits are those of the padded batches, to half precision's rounding."""
-    cached = by_window(windows, passes.cached(windows, "no", "gate")())
     padded = passes.padded(windows, np.arange(len(windows)))()
-    for one, other in zip(cached, padded, strict=True):
-        limit = np.abs(other) * 2.0**-11 + GATES[passes.device.type]
-        assert (np.abs(one - other) <= limit).all()
+    for name, packed in {"gate": False, "packed gate": True}.items():
+        cached = by_window(windows, passes.cached(windows, "no", name, packed)())
+        for one, other in zip(cached, padded, strict=True):
+            limit = np.abs(other) * 2.0**-11 + GATES[passes.device.type]
+            assert (np.abs(one - other) <= limit).all()
 
 
 @pytest.fixture
@@ -156,14 +160,18 @@ def test_the_gate_can_fail(small):
 
 
 def run_chunk(passes: Passes, windows: Windows, number: int) -> list[dict]:
-    """The three passes over a chunk in turns; a row for each."""
+    """The passes over a chunk in turns; a row for each."""
     device, every = passes.device, np.arange(len(windows))
     fewer = HAYSTACK_WINDOWS[device.type]
     some = every[:: max(1, len(every) // fewer)][:fewer]
     kinds = {"Haystack, fp32": (torch.float32, some, partial(passes.padded, windows, some))}
     for name, precision in PRECISIONS[device.type].items():
         own = partial(passes.cached, windows, precision, f"{name} {number}")
-        kinds[f"kdfast, {name}"] = AUTOCAST[precision] or torch.float32, every, own
+        kind = AUTOCAST[precision] or torch.float32
+        kinds[f"kdfast, {name}"] = kind, every, own
+        if name in PACKED[device.type]:
+            own = partial(passes.cached, windows, precision, f"{name}, packed {number}", True)
+            kinds[f"kdfast, {name}, packed"] = kind, every, own
     rows = []
     for name, (kind, taken, make) in kinds.items():
         rate, run = matmul_rate(device, kind), make()

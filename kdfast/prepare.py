@@ -123,7 +123,8 @@ def prepare_pass(wanted: Preparation, teacher: targets.Teacher) -> None:
     tokens = len(windows.input_ids)
     if cache.open_shared(cache_dir, source, tokens, ranks) is None:
         if shard:
-            with targets.loaded_pass(teacher, wanted.run) as (loaded, progress):
+            packing = wanted.config.speed.packing
+            with targets.loaded_pass(teacher, wanted.run, packing) as (loaded, progress):
                 fill_shard(cache_dir, loaded, shard, progress, ranks)
             ranks.log(f"Logits of {teacher.name}: part {shard} is there.")
             if join_shards(cache_dir, source, windows, ranks) is None:

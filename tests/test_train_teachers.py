@@ -279,6 +279,17 @@ def test_each_teacher_computes_in_what_is_asked_for_or_is_refused(world, capsys)
         assert "--mixed_precision bf16: deberta does not" in capsys.readouterr().err
 
 
+def test_a_teacher_packs_where_it_can(world, capsys):
+    deberta = readers.save(world.path / "deberta", "deberta")
+    for name, packs in ((world.teacher, True), (deberta, False)):
+        folders = {flag: world.path / f"{flag} {packs}" for flag in ("output_dir", "cache_dir")}
+        run(world, teacher=name, packing="on", **folders)
+        headers = [path.read_text() for path in folders["cache_dir"].glob("teacher/*/header.json")]
+        assert any(json.loads(text).get("packed", False) for text in headers) == packs
+        said = f"--packing on: {name}, of type deberta, cannot read packed windows"
+        assert (said in capsys.readouterr().out) == (not packs)
+
+
 def test_a_gpus_default_is_chosen_for_each_teacher_and_logged(world, monkeypatch, capsys):
     """Where precision is chosen, the CPU is taken for a GPU."""
 

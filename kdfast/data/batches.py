@@ -134,21 +134,39 @@ def cut_by_cost(
     return batches[::-1]
 
 
-def cut_by_tokens(windows: np.ndarray, lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
+def cut_by_tokens(
+    windows: np.ndarray, lengths: np.ndarray, max_tokens: int, packed: bool = False
+) -> list[np.ndarray]:
     """Micro-batches of windows of like length, longest first, filled up to max_tokens each.
 
     For a pass over a whole set, whose neighbours in the order of length hardly differ.
     windows: int array (n,); lengths: int array (n,), their tokens. A micro-batch costs its count
-    times its longest window. A window longer than max_tokens stands alone. Windows of equal length
-    keep their order, so the cuts depend on nothing else.
+    times its longest window, or, packed, the tokens of all. A window longer than max_tokens stands
+    alone. Windows of equal length keep their order, so the cuts depend on nothing else.
     """
     order = np.argsort(-lengths, kind="stable")
     descending = lengths[order]
+    if packed:
+        return cut_in_order(windows[order], descending, max_tokens)
     bounds = [0]
     while bounds[-1] < len(order):
         room = max(1, max_tokens // max(1, int(descending[bounds[-1]])))
         bounds.append(min(len(order), bounds[-1] + room))
     return [windows[order[start:end]] for start, end in pairwise(bounds)]
+
+
+def cut_in_order(windows: np.ndarray, lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
+    """Packed micro-batches of neighbours, filled up to max_tokens each.
+
+    A window longer than max_tokens stands alone.
+    """
+    ends = np.cumsum(lengths, dtype=np.int64)
+    most = min(max_tokens, int(lengths.sum()))  # a sum with more could be too large for int64
+    bounds = [0]
+    while (begin := bounds[-1]) < len(windows):
+        fitting = np.searchsorted(ends, ends[begin] - lengths[begin] + most, side="right")
+        bounds.append(max(begin + 1, int(fitting)))
+    return [windows[start:end] for start, end in pairwise(bounds)]
 
 
 def cut_evenly(windows: np.ndarray, lengths: np.ndarray, parts: int) -> list[np.ndarray]:

@@ -9,9 +9,10 @@ import torch
 
 from kdfast.common.device import as_current, is_out_of_memory
 from kdfast.common.errors import UserError
+from kdfast.data.batches import cut_in_order
 from kdfast.data.windows import Windows
 from kdfast.models.span_model import SpanModel
-from kdfast.models.window_loader import HostLoader, StreamedLoader, WindowLoader
+from kdfast.models.window_loader import HostLoader, Layout, StreamedLoader, WindowLoader
 
 # On a CPU, what stays in the caches.
 CPU_TOKENS = 1536
@@ -22,12 +23,19 @@ MEMORY_SHARE = 0.8
 
 @dataclass
 class Room:
-    """The padded tokens that a forward pass may have: fewer once memory has run out."""
+    """The tokens that a forward pass may have: fewer once memory has run out.
+
+    packs: the model, whose type must be one of `packing.PACKS`, gets windows one behind the other,
+    after `enable_packing`. Otherwise padding counts as tokens.
+    """
 
     tokens: int = sys.maxsize
+    packs: bool = False
 
     def cut(self, indices: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
         """Windows in their order, in parts that have room; lengths: theirs, int (n,)."""
+        if self.packs:
+            return cut_in_order(indices, lengths, self.tokens)
         most = max(1, self.tokens // max(1, int(lengths.max(initial=1))))
         return [indices[at : at + most] for at in range(0, len(indices), most)]
 
@@ -35,7 +43,7 @@ class Room:
 def forward_tokens(
     model: SpanModel, windows: Windows, device: torch.device, precision: torch.dtype | None
 ) -> int:
-    """Padded tokens of a micro-batch without gradients, which keeps no activations.
+    """Tokens, padding included, of a micro-batch without gradients, which keeps no activations.
 
     On a GPU as many as its free memory holds. model: on the device. precision: as forward_windows
     has it.
@@ -62,7 +70,7 @@ def bytes_per_token(model: SpanModel, width: int, precision: torch.dtype | None)
     half = whole if precision is None else precision.itemsize
     held = 4 * whole * config.hidden_size
     held += half * (5 * config.hidden_size + 3 * config.intermediate_size)
-    if config._attn_implementation != "sdpa":
+    if not model.takes_4d_mask:
         columns = width
         if getattr(config, "relative_attention", False):  # DeBERTa's scores by distance
             columns = 2 * max(width, getattr(config, "position_buckets", 0))
@@ -97,10 +105,11 @@ def forward_windows(
         UserError: Memory does not suffice for one window.
     """
     model.eval()
-    host = HostLoader(windows, None)
+    room = room or Room()
+    host = HostLoader(windows, None, Layout(model.width_multiple(), room.packs))
     # Each window is read once, so that to upload them all first would save nothing.
     loader = host if device.type == "cpu" else StreamedLoader(host, device)
-    passes = _Passes(model, loader, windows.lengths, device, precision, room or Room())
+    passes = _Passes(model, loader, windows.lengths, device, precision, room)
     waiting: tuple[np.ndarray, list[_Download]] | None = None
     for number, indices in enumerate(batches):
         downloads = passes.of_batch(indices, batches[number + 1 : number + 2])
@@ -165,7 +174,7 @@ class _Passes:
                 f"{lengths[0]} tokens: end what else is using it, or give shorter windows "
                 "(--max_seq_length, a Reader's max_seq_len) or a smaller model."
             )
-        self.room.tokens = len(part) * int(lengths.max()) // 2
+        self.room.tokens = Layout(packs=self.room.packs).tokens(lengths) // 2
         if self.device.type == "cuda":
             with as_current(self.device):
                 torch.cuda.empty_cache()  # what cuBLAS needs does not come from there

@@ -22,6 +22,7 @@ from kdfast.data.windows import Windows
 from kdfast.models.hub import local_folder
 from kdfast.models.inference import forward_tokens
 from kdfast.models.load import check_fits, load_config, load_reader, trained_length
+from kdfast.models.packing import PACKS, wants_packing
 from kdfast.teachers import cache
 from kdfast.teachers.alignment import Aligner, softened
 from kdfast.teachers.mixture import Probabilities
@@ -122,19 +123,32 @@ def own_logits(config: TrainConfig, one: Teacher, run: Run) -> np.ndarray:
     if (joined := join_shards(config.data.cache_path, one.source, one.windows, ranks)) is not None:
         ranks.log(f"Teacher logits: parts joined, cache {one.source.key}.")
         return joined
-    with loaded_pass(one, run) as (teacher, progress):
+    with loaded_pass(one, run, config.speed.packing) as (teacher, progress):
         return fill_cache(config.data.cache_path, teacher, progress, ranks)
 
 
 @contextmanager
-def loaded_pass(one: Teacher, run: Run) -> Iterator[tuple[TeacherPass, Callable[[int], object]]]:
-    """A teacher's pass, with the model on its device, and its `progress`, a bar."""
+def loaded_pass(
+    one: Teacher, run: Run, packing: str
+) -> Iterator[tuple[TeacherPass, Callable[[int], object]]]:
+    """A teacher's pass, with the model on its device, and its `progress`, a bar.
+
+    packing: the setting. `on` is `auto` for a teacher of a type that cannot pack.
+    """
     loaded = load_reader(one.name, "--teacher")
     check_fits(loaded, one.max_seq_length, one.name)
     for note in loaded.notes:
         run.ranks.log(note)
     device, precision = run.device, AUTOCAST[one.source.precision]
+    model_type = loaded.model.reader.config.model_type
+    if packing == "on" and model_type not in PACKS:
+        run.ranks.log(
+            f"--packing on: {one.name}, of type {model_type}, cannot read packed windows: it "
+            "reads padded ones."
+        )
+        packing = "auto"
+    packed = wants_packing(packing, model_type, device)
     model = place(loaded.model, device)
     max_tokens = forward_tokens(model, one.windows, device, precision)
     with passing_bar("teacher", "window", len(one.windows), run.ranks.is_first) as bar:
-        yield TeacherPass(one.source, model, one.windows, device, max_tokens), bar.update
+        yield TeacherPass(one.source, model, one.windows, device, max_tokens, packed), bar.update

@@ -22,7 +22,7 @@ from kdfast.common.ranks import Ranks
 from kdfast.data.batches import cut_by_tokens
 from kdfast.data.chunks import Shard
 from kdfast.data.windows import Windows
-from kdfast.models.inference import forward_windows
+from kdfast.models.inference import Room, forward_windows
 from kdfast.models.span_model import SpanModel
 from kdfast.teachers.cache import (
     HEADER,
@@ -37,14 +37,15 @@ from kdfast.teachers.cache import (
 from kdfast.teachers.pass_shards import PassShards, Share
 
 SECONDS_BETWEEN_SAVES = 10.0
-CUT = ("max_tokens",)  # all that the cut into micro-batches depends on besides the windows
+CUT = ("max_tokens", "packed")  # all that the cut into micro-batches depends on besides the windows
 
 
 @dataclass(frozen=True)
 class TeacherPass:
     """A pass of a teacher over all of its windows, longest first.
 
-    max_tokens: padded tokens in one forward pass.
+    max_tokens: tokens in one forward pass, with padding. packed: there is none, as windows stand
+    one behind the other; the model's type must be one of `packing.PACKS`.
     """
 
     source: Source
@@ -52,11 +53,12 @@ class TeacherPass:
     windows: Windows
     device: torch.device
     max_tokens: int
+    packed: bool = False
 
     @property
     def cut(self) -> dict[str, Any]:
         """How the windows are cut into micro-batches, as the header has it."""
-        return {name: getattr(self, name) for name in CUT}
+        return {name: value for name in CUT if (value := getattr(self, name))}
 
 
 def fill_cache(
@@ -69,7 +71,7 @@ def fill_cache(
 
     Args:
         cache_dir: One folder for all ranks.
-        teacher: The pass. One that goes on keeps the max_tokens that it began with.
+        teacher: The pass. One that goes on keeps the cut that it began with.
         progress: Called with the number of windows that all ranks, as far as this one can tell,
             have done since the last call.
         ranks: Who share the pass.
@@ -123,7 +125,7 @@ def fill_shard(
                 # The same task may have been started twice.
                 lock(stack.enter_context(folder.with_suffix(".lock").open("w")))
                 if not shards.has_begun(shard.number, share):
-                    cut = {name: shards.header[name] for name in CUT}
+                    cut = _cut_of(shards.header)
                     start_folder(folder, source, share.tokens, len(share.batches), **cut)
             ranks.barrier()
             _fill(folder, teacher, share, progress, ranks)
@@ -176,9 +178,9 @@ def _start(
     )
     needed = header_of(source, tokens)
     if begun:
-        cut = {name: begun[name] for name in CUT}
-        needed |= cut
-    if any(header.get(name) != value for name, value in needed.items()):
+        cut = _cut_of(begun)
+    is_other = begun and _cut_of(header) != cut
+    if is_other or any(header.get(name) != value for name, value in needed.items()):
         start_folder(partial, source, tokens, len(_cuts(windows, cut)), **cut)
     if begun:
         shards.copy(partial, _cuts(windows, cut), windows)
@@ -203,7 +205,12 @@ def _fill(
         teacher.model.cast_linear_layers(dtype)
     saved_at, unsaved = time.monotonic(), []
     cuts = [batches[number] for number in mine]
-    passes = forward_windows(teacher.model, windows, cuts, teacher.device, dtype)
+    # As the pass has begun, whatever is asked for now.
+    packed = read_json_object(folder / HEADER).get("packed", False)
+    if packed:
+        teacher.model.enable_packing()
+    room = Room(packs=packed)
+    passes = forward_windows(teacher.model, windows, cuts, teacher.device, dtype, room)
     for number, (indices, rows) in zip(mine, passes, strict=True):
         with np.errstate(over="ignore"):
             half = rows.astype(np.float16)
@@ -220,7 +227,14 @@ def _fill(
 
 def _cuts(windows: Windows, header: dict[str, Any]) -> list[np.ndarray]:
     """The micro-batches of the pass with this header, or of a new one with this `cut`."""
-    return cut_by_tokens(np.arange(len(windows.lengths)), windows.lengths, header["max_tokens"])
+    packed = header.get("packed", False)
+    everything = np.arange(len(windows.lengths))
+    return cut_by_tokens(everything, windows.lengths, header["max_tokens"], packed)
+
+
+def _cut_of(header: dict[str, Any]) -> dict[str, Any]:
+    """A header's part of a pass's cut; one of a padded pass does not name `packed`."""
+    return {name: header[name] for name in CUT if name in header}
 
 
 def _check_finite(half: np.ndarray, windows: Windows, indices: np.ndarray) -> None:

@@ -1,9 +1,17 @@
+import sys
 from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
 
-from kdfast.data.batches import MicroBatchPolicy, TrainingOrder, cut_by_tokens, cut_evenly, shard
+from kdfast.data.batches import (
+    MicroBatchPolicy,
+    TrainingOrder,
+    cut_by_tokens,
+    cut_evenly,
+    cut_in_order,
+    shard,
+)
 
 
 def test_an_epoch_takes_every_window_once_and_ends_short():
@@ -137,6 +145,18 @@ def test_packed_cuts_are_few_and_balanced(max_tokens):
         assert max(sum(of[window] for window in cut) for cut in fewer) > max_tokens
 
 
+@pytest.mark.parametrize("max_tokens", [400, 1000, 10**6, sys.maxsize])
+def test_packed_cuts_of_a_whole_set_are_full(max_tokens):
+    lengths = np.random.default_rng(3).integers(1, 400, 80).astype(np.int32)
+    cuts = cut_by_tokens(np.arange(100, 180), lengths, max_tokens, packed=True)
+    order = np.concatenate(cuts) - 100
+    assert order.tolist() == np.argsort(-lengths, kind="stable").tolist()
+    sums = [int(lengths[cut - 100].sum()) for cut in cuts]
+    assert max(sums) <= max_tokens
+    for number, cut in enumerate(cuts[1:]):  # its first window had no room in the one before
+        assert sums[number] + lengths[cut[0] - 100] > max_tokens
+
+
 def test_packed_cuts_at_the_edges():
     assert packed_policy(100).cut(np.arange(0), np.arange(0)) == []
     cuts = packed_policy(100).cut(np.arange(3), np.array([5, 500, 5]))
@@ -146,6 +166,9 @@ def test_packed_cuts_at_the_edges():
         3,
         3,
     ]
+    cuts = cut_in_order(np.arange(4), np.array([5, 500, 5, 95]), 100)
+    assert [list(cut) for cut in cuts] == [[0], [1], [2, 3]]
+    assert cut_in_order(np.arange(0), np.arange(0), 100) == []
     assert len(packed_policy(10**6, parts=5).cut(np.arange(3), np.full(3, 9))) == 3
 
 

@@ -1,5 +1,6 @@
 """Forward passes without gradients: how many tokens, and what happens where memory runs out."""
 
+import copy
 import subprocess
 import sys
 import weakref
@@ -18,6 +19,7 @@ from kdfast.data.prepare import prepare_windows
 from kdfast.models import inference
 from kdfast.models.checks import SUPPORTED
 from kdfast.models.inference import Room, forward_windows
+from kdfast.models.packing import PACKS
 from kdfast.models.span_model import SpanModel
 from tests import corpora, readers
 
@@ -25,9 +27,9 @@ CPU = torch.device("cpu")
 REFUSED = torch.OutOfMemoryError("CUDA out of memory.")
 
 
-def read(home, articles, **sizes):
+def read(home, articles, model_type="bert", **sizes):
     """A model and windows for it, of some 10 to 60 tokens."""
-    reader, tokenizer = readers.make("bert", **sizes)
+    reader, tokenizer = readers.make(model_type, **sizes)
     source = corpora.write(home / "data.json", articles)
     settings = WindowSettings(60, 16, 24)
     windows = prepare_windows(source, tokenizer, settings, split="validation", cache_dir=home)
@@ -49,6 +51,9 @@ class Narrow:
 
     def eval(self):
         self.model.eval()
+
+    def width_multiple(self):
+        return self.model.width_multiple()
 
     def __call__(self, input_ids, **inputs):
         self.seen.append(tuple(input_ids.shape))
@@ -81,6 +86,35 @@ def test_a_batch_in_any_order_keeps_it(reading):
     batches = [np.random.default_rng(0).permutation(len(windows))]
     found = logits_of(Narrow(model, 200), windows, batches)
     np.testing.assert_allclose(found, logits_of(model, windows, batches), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", sorted(PACKS))
+def test_packed_windows_have_the_logits_of_padded_ones(tmp_path, model_type):
+    """In fp64, rounded to fp32 at the end."""
+    model, windows = read(tmp_path, 12, model_type)
+    model, batches = model.double(), np.array_split(np.arange(len(windows)), 3)
+    padded = logits_of(model, windows, batches)
+    model.enable_packing()
+    narrow = Narrow(model, 10**6)
+    packed = logits_of(narrow, windows, batches, Room(packs=True))
+    assert narrow.seen == [(1, windows.lengths[batch].sum()) for batch in batches]
+    np.testing.assert_allclose(packed, padded, rtol=1e-6, atol=1e-9)
+
+
+def test_packed_windows_that_do_not_fit_are_halved(reading):
+    model, windows = reading
+    model = copy.deepcopy(model)
+    batches = cut_by_tokens(np.arange(len(windows)), windows.lengths, 900, packed=True)
+    whole = logits_of(model, windows, batches)
+    model.enable_packing()
+    narrow, room = Narrow(model, 300), Room(packs=True)
+    found = logits_of(narrow, windows, batches, room)
+    np.testing.assert_allclose(found, whole, rtol=1e-4, atol=1e-5)
+    tokens = [width for _, width in narrow.seen]
+    assert sum(each > 300 for each in tokens) == 2 and 150 <= room.tokens <= 225
+    assert max(tokens[2:]) <= room.tokens and sum(tokens[2:]) == windows.lengths.sum()
+    with pytest.raises(UserError, match="for a single window"):
+        logits_of(Narrow(model, int(windows.lengths.max()) - 1), windows, batches, room)
 
 
 def test_one_window_that_does_not_fit_is_a_users_sentence(reading):
@@ -170,6 +204,9 @@ def test_the_start_is_made_of_model_and_free_memory(monkeypatch, reading):
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.device("cpu"))
     each = inference.bytes_per_token(model, 60, None)
     assert inference.forward_tokens(model, windows, gpu, None) == 8 * 10**6 // each
+    packs = copy.deepcopy(model)
+    packs.enable_packing()
+    assert inference.bytes_per_token(packs, 60, None) == each
     free[gpu] = 1
     assert inference.forward_tokens(model, windows, gpu, None) == windows.lengths.max()
     free[gpu] = 10**15

@@ -18,7 +18,7 @@ from kdfast.demo import TEACHER
 from kdfast.evaluation import evaluated_model, scoring
 from kdfast.models import inference
 from kdfast.models.load import load_reader
-from kdfast.teachers import cache, teacher_pass
+from kdfast.teachers import cache, targets, teacher_pass
 from tests import corpora, readers
 from tests.pretended.device import pretended
 
@@ -125,7 +125,7 @@ def test_a_latency_is_measured_with_less_where_memory_runs_out(world):
         run = Run(torch.device("cuda:1"))
         model = evaluated_model.EvaluatedModel(str(world / "model"), "--model", settings, run)
         assert model.run.precision == "fp16"
-        device.run_out_above(60)
+        device.run_out_above(64)  # a window of 60 with its padding
         assert model.describe(str(world / "data.json"))["latency"]["passes"] > 0
 
 
@@ -156,6 +156,34 @@ def test_a_teachers_pass_that_runs_out_of_memory_is_the_same_and_resumes(world, 
     assert np.array_equal(found["killed"], found["whole"])
     rounding = {"rtol": 1e-3, "atol": 1e-3} if kind == "no" else {"rtol": 2e-2, "atol": 2e-2}
     np.testing.assert_allclose(found["parts"], found["whole"], **rounding)
+
+
+@pytest.mark.parametrize("packing", ["auto", "off"])
+def test_a_teacher_reads_packed_windows_or_widths_of_eight(world, tmp_path, packing):
+    """Through the program's own way to a pass, against padded windows on the CPU."""
+    tokenizer = load_reader(str(world / "model"), "--teacher").tokenizer
+    windows = windows_of(world, tokenizer, split="train")
+    source = cache.Source("weights", "tokenizer", windows.key, "fp16")
+    teacher = targets.Teacher(str(world / "model"), source, windows, 60)
+    found, shapes = {}, []
+    with targets.loaded_pass(teacher, Run(), "auto") as (loaded, progress):
+        found["cpu"] = np.array(teacher_pass.fill_cache(tmp_path / "cpu", loaded, progress))
+    with (
+        pretended() as device,
+        targets.loaded_pass(teacher, Run(torch.device("cuda:1")), packing) as (loaded, progress),
+    ):
+        loaded.model.register_forward_pre_hook(
+            lambda _, args, given: shapes.append(tuple(given["input_ids"].shape)), with_kwargs=True
+        )
+        loaded = replace(loaded, max_tokens=500)
+        device.clear()
+        found["gpu"] = np.array(teacher_pass.fill_cache(tmp_path / "gpu", loaded, progress))
+        layers = loaded.model.reader.config.num_hidden_layers
+        packed = device.launches["_efficient_attention_forward"]
+        assert packed == (layers * len(shapes) if packing == "auto" else 0)
+    assert len(shapes) > 2 and all(width % 8 == 0 for _, width in shapes)
+    assert (max(n for n, _ in shapes) == 1) == (packing == "auto")
+    np.testing.assert_allclose(found["gpu"], found["cpu"], rtol=2e-2, atol=2e-2)
 
 
 def test_the_start_of_a_pass_is_made_of_the_cards_free_memory(world):
