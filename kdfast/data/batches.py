@@ -161,10 +161,9 @@ def cut_in_order(windows: np.ndarray, lengths: np.ndarray, max_tokens: int) -> l
     A window longer than max_tokens stands alone.
     """
     ends = np.cumsum(lengths, dtype=np.int64)
-    most = min(max_tokens, int(lengths.sum()))  # a sum with more could be too large for int64
     bounds = [0]
     while (begin := bounds[-1]) < len(windows):
-        fitting = np.searchsorted(ends, ends[begin] - lengths[begin] + most, side="right")
+        fitting = np.searchsorted(ends, ends[begin] - lengths[begin] + max_tokens, side="right")
         bounds.append(max(begin + 1, int(fitting)))
     return [windows[start:end] for start, end in pairwise(bounds)]
 

@@ -64,6 +64,9 @@ def test_logits_are_those_of_padded_windows(pass_):
     assert pass_.ran == [False] * passes + [True] * (len(pass_.ran) - passes)
     assert pass_.header("packed") == pass_.header("padded") | {"packed": True}
     assert "packed" not in pass_.header("padded")
+    pass_.ran.clear()
+    pass_.fill("one", True, max_tokens=len(padded))
+    assert pass_.ran == [True]  # all at once, as no padding counts
 
 
 @pytest.mark.parametrize("packed", [True, False])
