@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from kdfast.common.device import is_out_of_memory
 from kdfast.common.precision import AUTOCAST
 from kdfast.data.windows import Windows
 from kdfast.training.flops import matmul_rate
-from kdfast.training.micro_batches import is_out_of_memory
 
 from .hf_trainer import RANDOM, HuggingFace
 from .measure import free_memory, peak_on_card

@@ -177,7 +177,7 @@ class TimedOptimizer(ScaledAdamW):
 
     def loss_scale(self) -> Tensor:
         self.timeline.begin("optimizer")
-        return super().scale(torch.ones(()))
+        return super().scale(torch.ones(()))  # its own loss_scale would call scale above
 
     def step(self, rate: float, skip: Tensor) -> None:
         super().step(rate, skip)

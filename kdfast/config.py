@@ -206,14 +206,15 @@ class SpeedSettings:
     _argument_group_name: ClassVar[str] = "numbers and speed"
     mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(
         None,
-        "Type of the matrix products, the teacher's too. Default: fp16 on a GPU, or what model and "
-        "card can instead; no (fp32) on a CPU.",
+        "Type of the matrix products, the teacher's too. Default: no (fp32) on a CPU; on a GPU "
+        "fp16, or bf16 or no where the model cannot.",
         resume="allowed",
     )
     # Both at most 2**24: exact in fp32, in which the ranks tell each other how they cut.
     max_tokens_per_micro_batch: int | None = flag(
         None,
-        "Tokens in a micro-batch, with padding. Default: 768 on a CPU, what fits on a GPU.",
+        "Tokens in a micro-batch, with padding. Default: 768 on a CPU, on a GPU as many as its "
+        "memory holds.",
         above=0,
         most=2**24,
         resume="allowed",

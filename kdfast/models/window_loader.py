@@ -15,6 +15,7 @@ import torch
 
 from kdfast.data.windows import Windows
 from kdfast.models.packing import PackedWindows, packed_length
+from kdfast.tokenizers.encode import ragged
 
 # Of a GPU's free memory, what the uploaded data may take.
 RESIDENT_SHARE = 0.25
@@ -276,6 +277,4 @@ def padded_width(lengths: np.ndarray, multiple: int) -> int:
 
 def flat_positions(windows: Windows, indices: np.ndarray) -> np.ndarray:
     """Positions in the flat arrays of all tokens of the windows `indices`, window after window."""
-    lengths = windows.lengths[indices].astype(np.int64)
-    first = np.cumsum(lengths) - lengths
-    return np.arange(lengths.sum()) + np.repeat(windows.window_start[indices] - first, lengths)
+    return ragged(windows.window_start[indices], windows.lengths[indices])

@@ -107,8 +107,8 @@ class Training:
     work: Work
 
     def load(self, step: int, micro_batches: list[np.ndarray]) -> Iterator[MicroBatch]:
-        """The micro-batches of a step; behind the last, while the device computes, the next step
-        is cut and its micro-batches are made ready. A loop that breaks off needs none."""
+        """The micro-batches of a step. After the last one, while the device computes, the next step
+        is cut and its micro-batches are prepared; a loop that stops early skips this."""
         for number, batch in enumerate(self.loader.micro_batches(micro_batches), 1):
             heartbeat.report(f"micro-batch {number} of step {step + 1}")
             yield batch

@@ -14,6 +14,7 @@ from kdfast.common.ranks import Ranks
 from kdfast.common.run import Run
 from kdfast.config import TrainConfig
 from kdfast.data import read, tally
+from kdfast.data.cache import UNLABELLED
 from kdfast.data.prepare import prepare_windows
 from kdfast.data.windows import Windows
 from kdfast.evaluation import metrics, scoring, suites
@@ -164,7 +165,7 @@ def teacher_logits(
 def trained_windows(config: TrainConfig, windows: Windows, ranks: Ranks) -> np.ndarray:
     """The windows that teach something: unlabelled ones only where there is a teacher."""
     keep = np.array(windows.trainable)
-    unlabelled = keep & (windows.start_positions == -100)
+    unlabelled = keep & (windows.start_positions == UNLABELLED)
     is_useless = (
         config.model.stage == "predictions" and not config.learns_answers and unlabelled.any()
     )

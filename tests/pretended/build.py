@@ -21,12 +21,23 @@ def why_not() -> str | None:
         return "the pretended CUDA device is for Linux"
     if shutil.which("g++") is None:
         return "the pretended CUDA device needs g++"
+    # It registers the hooks that cuda.cpp does, and whoever comes second ends the process.
+    if any((_torch() / "lib").glob("libtorch_cuda*")):
+        return (
+            "the pretended CUDA device needs a torch without CUDA: install torch from "
+            "https://download.pytorch.org/whl/cpu"
+        )
     return None
+
+
+def _torch() -> Path:
+    """Where torch is installed, found without importing it."""
+    return Path(importlib.util.find_spec("torch").origin).parent
 
 
 def build() -> Path:
     """The compiled library, made once for each source and torch; about ten seconds."""
-    torch = Path(importlib.util.find_spec("torch").origin).parent
+    torch = _torch()
     key = f"{SOURCE.read_text()} {version('torch')} {torch}".encode()
     folder = Path(tempfile.gettempdir()) / f"kdfast-pretended-{os.getuid()}"
     library = folder / f"{hashlib.sha256(key).hexdigest()[:16]}.so"
