@@ -61,7 +61,7 @@ class Cell:
 
     precision: str
     batch: int
-    attention_dropout: float = 0.1
+    attention_dropout: float = 0.0
 
 
 def data_sheet(card: str) -> float | None:

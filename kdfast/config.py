@@ -229,7 +229,7 @@ class SpeedSettings:
     packing: Literal["auto", "on", "off"] = flag(
         "auto",
         "Put windows one behind the other, without padding, in training and in a teacher's pass. "
-        "auto: on a GPU, for types of models that can.",
+        "auto: on a GPU, for models that can; a student with attention dropout cannot.",
         resume="allowed",
     )
     torch_compile: bool = flag(

@@ -15,7 +15,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.masking_utils import sdpa_mask
 
 from kdfast.common.errors import UserError
@@ -116,17 +121,46 @@ def packed_length(lengths: np.ndarray, multiple: int) -> int:
     return -(-int(lengths.sum()) // multiple) * multiple
 
 
-def wants_packing(packing: str, model_type: str, device: torch.device) -> bool:
-    """Whether --packing `packing` packs windows for a model of this type on this device.
+def why_not_packed(config: PretrainedConfig, device: torch.device, trains: bool) -> str | None:
+    """Why a model of this config cannot read packed windows on this device; None: it can.
 
+    trains: with dropout and gradients.
+    """
+    if config.model_type not in PACKS:
+        return f"a model of type {config.model_type} cannot read packed windows"
+    if device.type == "cpu":
+        return None
+    width = config.hidden_size // config.num_attention_heads
+    if width % 4:
+        return f"its attention heads are {width} wide, and torch's kernel takes multiples of 4"
+    if trains and config.attention_probs_dropout_prob > 0:
+        # Forward finds its random numbers by a length of 0 (ATen/native/transformers/cuda/
+        # attention.cu: max_seqlen_k = 0), backward by the longest window's.
+        return (
+            f"its config.json has attention_probs_dropout_prob "
+            f"{config.attention_probs_dropout_prob}, and torch's kernel draws this dropout for "
+            "packed windows otherwise in the backward pass than in the forward pass"
+        )
+    return None
+
+
+def wants_packing(
+    packing: str,
+    config: PretrainedConfig,
+    device: torch.device,
+    log: Callable[[str], object] = lambda sentence: None,
+) -> bool:
+    """Whether --packing `packing` packs windows for a student of this config on this device.
+
+    log: called with a sentence where `auto` does not, and another config of the same type would.
     Raises UserError where `on` cannot be.
     """
-    if packing == "on" and model_type not in PACKS:
-        raise UserError(
-            f"--packing on: a student of type {model_type} cannot read packed windows: give auto "
-            f"or off, or a student of type {', '.join(sorted(PACKS))}."
-        )
-    return packing != "off" and model_type in PACKS and (packing == "on" or device.type == "cuda")
+    reason = why_not_packed(config, device, trains=True)
+    if packing == "on" and reason:
+        raise UserError(f"--packing on: {reason}: give auto or off.")
+    if packing == "auto" and reason and device.type == "cuda" and config.model_type in PACKS:
+        log(f"Windows are padded, not packed: {reason}.")
+    return packing == "on" or (packing == "auto" and device.type == "cuda" and not reason)
 
 
 def enable_packing(reader: PreTrainedModel) -> None:
@@ -161,8 +195,8 @@ def attention_forward(
         return padded(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if query.is_cuda and query.dtype != torch.float64:
         longest = kwargs["max_length_q"]
-        # The kernel behind torch's memory-efficient attention, the one that every card has and
-        # that has dropout: no mask, and log-sum-exps kept for the backward pass.
+        # The kernel behind torch's memory-efficient attention, the one that every card has: no
+        # mask, and log-sum-exps kept for the backward pass. Of dropout see why_not_packed.
         mixed = torch.ops.aten._efficient_attention_forward(
             *(each.transpose(1, 2) for each in (query, key, value)),
             None,

@@ -22,7 +22,7 @@ from kdfast.data.windows import Windows
 from kdfast.models.hub import local_folder
 from kdfast.models.inference import forward_tokens
 from kdfast.models.load import check_fits, load_config, load_reader, trained_length
-from kdfast.models.packing import PACKS, wants_packing
+from kdfast.models.packing import why_not_packed
 from kdfast.teachers import cache
 from kdfast.teachers.alignment import Aligner, softened
 from kdfast.teachers.mixture import Probabilities
@@ -140,14 +140,10 @@ def loaded_pass(
     for note in loaded.notes:
         run.ranks.log(note)
     device, precision = run.device, AUTOCAST[one.source.precision]
-    model_type = loaded.model.reader.config.model_type
-    if packing == "on" and model_type not in PACKS:
-        run.ranks.log(
-            f"--packing on: {one.name}, of type {model_type}, cannot read packed windows: it "
-            "reads padded ones."
-        )
-        packing = "auto"
-    packed = wants_packing(packing, model_type, device)
+    reason = why_not_packed(loaded.model.reader.config, device, trains=False)
+    if packing == "on" and reason:
+        run.ranks.log(f"--packing on: {one.name} reads padded windows: {reason}.")
+    packed = not reason and (packing == "on" or (packing == "auto" and device.type == "cuda"))
     model = place(loaded.model, device)
     max_tokens = forward_tokens(model, one.windows, device, precision)
     with passing_bar("teacher", "window", len(one.windows), run.ranks.is_first) as bar:

@@ -191,7 +191,7 @@ def assemble(
     packs = (
         config.model.stage != "layers"
         and not compiles
-        and wants_packing(speed.packing, student.reader.config.model_type, run.device)
+        and wants_packing(speed.packing, student.reader.config, run.device, run.ranks.log)
     )
     place(student, run.device)
     if run.device.type == "cpu" and not compiles:  # it compiles its own dropout

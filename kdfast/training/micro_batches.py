@@ -114,14 +114,17 @@ class MicroBatches:
 
     def _smaller(self, batches: list[np.ndarray]) -> MicroBatchPolicy:
         """The policy with half the room of what did not fit."""
-        if max(map(len, batches)) == 1:
+        half = max(map(self.padded_tokens, batches)) // 2
+        # At the same limit again, a window that is longer than it stood alone and did not fit.
+        is_least = self.policy.parts is None and half >= self.policy.max_tokens
+        if is_least or max(map(len, batches)) == 1:
             raise UserError(
                 f"There is not enough memory for a single window: give {self.remedies} or a "
                 "smaller student."
             )
         if self.policy.parts is not None:
             return replace(self.policy, parts=2 * len(batches))
-        return replace(self.policy, max_tokens=max(map(self.padded_tokens, batches)) // 2)
+        return replace(self.policy, max_tokens=half)
 
 
 def nominal_policy(work: Work, device_type: str, max_tokens: int) -> MicroBatchPolicy:

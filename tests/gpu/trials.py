@@ -250,3 +250,20 @@ TRIALS: dict[str, Callable[[Card, Path], None]] = {
     "memory teacher": memory_runs_out_in_the_teachers_pass,
     "memory evaluation": memory_runs_out_in_evaluation,
 }
+
+
+def draws_dropout_once(device: torch.device, p: float) -> bool:
+    """Whether torch's kernel for packed windows has one dropout in forward and backward.
+
+    Its result is linear in the values: <result, g> is <values, gradient of the values> if so.
+    """
+    torch.manual_seed(0)
+    query, key, value, grad = torch.randn(4, 1, 96, 2, 8, device=device).unbind()
+    value.requires_grad_()
+    bounds = torch.tensor([0, 40, 96], dtype=torch.int32, device=device)
+    mixed = torch.ops.aten._efficient_attention_forward(
+        query, key, value, None, bounds, bounds, 56, 56, p, 0, True
+    )[0]
+    (found,) = torch.autograd.grad(mixed, value, grad)
+    with torch.no_grad():
+        return torch.allclose((mixed * grad).sum(), (value * found).sum(), rtol=1e-3)

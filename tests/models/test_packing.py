@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig
 
 from kdfast.common.errors import UserError
 from kdfast.models import checks
-from kdfast.models.packing import PACKS, PackedWindows, wants_packing
+from kdfast.models.packing import PACKS, PackedWindows, wants_packing, why_not_packed
 from kdfast.models.span_model import SpanModel
 from tests import readers
 
@@ -60,11 +61,30 @@ def test_the_gradient_reaches_every_token_once():
 
 @pytest.mark.parametrize("model_type", checks.SUPPORTED)
 def test_what_packs(model_type):
-    assert not wants_packing("auto", model_type, CPU)
-    assert not wants_packing("off", model_type, CUDA)
-    assert wants_packing("auto", model_type, CUDA) == (model_type in PACKS)
+    config = AutoConfig.for_model(model_type, attention_probs_dropout_prob=0.0)
+    assert not wants_packing("auto", config, CPU)
+    assert not wants_packing("off", config, CUDA)
+    assert wants_packing("auto", config, CUDA) == (model_type in PACKS)
     if model_type in PACKS:
-        assert wants_packing("on", model_type, CPU)
+        assert wants_packing("on", config, CPU)
     else:
         with pytest.raises(UserError, match=f"type {model_type} cannot"):
-            wants_packing("on", model_type, CUDA)
+            wants_packing("on", config, CUDA)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, "attention_probs_dropout_prob 0.1"),
+        ({"attention_probs_dropout_prob": 0.0, "hidden_size": 312}, "heads are 26 wide"),
+    ],
+)
+def test_what_the_kernel_of_a_gpu_cannot_pack(changes, reason):
+    config, said = AutoConfig.for_model("bert", **changes), []
+    assert not wants_packing("auto", config, CUDA, said.append)
+    assert len(said) == 1 and reason in said[0]
+    with pytest.raises(UserError, match=reason):
+        wants_packing("on", config, CUDA)
+    assert wants_packing("on", config, CPU)
+    teaches = why_not_packed(config, CUDA, trains=False)
+    assert (teaches is None) == ("dropout" in reason)

@@ -25,6 +25,8 @@ def _refused(query, key, value, has_bf16):
         return f"no kernel for {', '.join(map(str, types))} on this card"
     if any(each.stride(-1) != 1 for each in (query, key, value)):
         return "query, key and value must be contiguous in their last dimension"
+    if query.shape[-1] % 4:
+        return "cutlassF: no kernel found to launch!"
     return None
 
 
@@ -138,6 +140,8 @@ class Attention:
     ):  # fmt: skip
         blocks = _block_bias((query.shape[1], key.shape[1]), cu_query, cu_key, mask_type)
         heads_first = [each.transpose(1, 2) for each in (grad, query, key, value)]
+        if cu_query is not None:
+            seed = seed + 1  # as torch's kernel, whose backward pass draws another dropout
         grads = _backward(*heads_first, [bias, blocks], p, scale, seed)
         return *(each.transpose(1, 2).contiguous() for each in grads), None
 

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from kdfast.common.errors import UserError
 from kdfast.common.precision import resolve
+from tests.gpu.trials import draws_dropout_once
 from tests.pretended.device import pretended
 
 pytestmark = pytest.mark.pretended
@@ -215,6 +216,12 @@ def test_each_device_has_a_generator_of_its_own():
         assert not torch.equal(dropped, again)
         torch.cuda.set_rng_state(state)
         assert torch.equal(F.dropout(x, 0.5), again)
+
+
+def test_packed_attention_draws_another_dropout_in_backward_as_torchs_does():
+    with pretended():
+        device = torch.device("cuda:0")
+        assert draws_dropout_once(device, 0.0) and not draws_dropout_once(device, 0.1)
 
 
 def test_autocast_scaler_and_fused_adamw_take_cudas_paths():

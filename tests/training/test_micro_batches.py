@@ -1,11 +1,17 @@
+from itertools import islice
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
 
+from kdfast.common.errors import UserError
 from kdfast.common.run import Run
 from kdfast.config import SpeedSettings
+from kdfast.data.batches import MicroBatchPolicy
 from kdfast.models import checks
 from kdfast.models.span_model import SpanModel
+from kdfast.models.window_loader import Layout
 from kdfast.training import assemble, flops, micro_batches
 from tests import readers
 
@@ -170,3 +176,16 @@ def test_a_live_teacher_adds_its_forward_pass():
     lengths = np.array([10, 20])
     assert both.of(lengths) == pytest.approx(small.of(lengths) + large.of(lengths) / 3)
     assert (both.layers, both.parameters) == (4, small.parameters)
+
+
+@pytest.mark.parametrize("packs", [False, True])
+def test_a_long_window_that_does_not_fit_ends_the_run_among_short_ones(packs):
+    policy = MicroBatchPolicy(1000, 1e-3, 1e-6, 0.0, None, packs)
+    lengths = np.array([10] * 10 + [500])
+    cuts = micro_batches.MicroBatches(policy, lengths, Layout(1, packs), Run())
+    attempts = cuts.until_they_fit(np.arange(11), mock.Mock())
+    with pytest.raises(UserError, match="not enough memory for a single window"):
+        for batches in islice(attempts, 9):
+            with cuts.catching_out_of_memory():
+                if any(10 in batch for batch in batches):
+                    raise torch.OutOfMemoryError("CUDA out of memory.")
