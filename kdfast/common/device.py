@@ -29,7 +29,7 @@ def pick_device(number: int = 0) -> torch.device:
 
 
 def device_of(device: str | int | torch.device | None) -> torch.device:
-    """The device of that name; a number is that GPU, or the CPU where it is below 0 or there is
+    """The CPU or GPU of that name; a number is that GPU, or the CPU where it is below 0 or there is
     no GPU; None is `pick_device`'s. Raises UserError for one that cannot be used."""
     if device is None:
         return pick_device()
@@ -40,12 +40,15 @@ def device_of(device: str | int | torch.device | None) -> torch.device:
             raise UserError(f"device is {device!r}: give a number or a device.") from None
         device = pick_device(number) if number >= 0 else "cpu"
     try:
-        return torch.empty(0, device=device).device
+        found = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
         reason = str(error).splitlines()[0]
         raise UserError(
             f"device {str(device)!r} cannot be used ({reason}): name another."
         ) from None
+    if found.type not in ("cpu", "cuda"):
+        raise UserError(f"device {str(device)!r} is neither a CPU nor a GPU of CUDA: name another.")
+    return found
 
 
 def as_current(device: torch.device) -> AbstractContextManager[object]:

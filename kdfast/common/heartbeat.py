@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 MINUTE = 60.0
 LIMIT = 10 * MINUTE  # that a rank may take from one report to the next
-LONG = 60 * MINUTE  # the same where it loads models, which may have to be downloaded
+LONG = 60 * MINUTE  # the same where it downloads or loads models, writes or deletes them
 POLL = 5.0  # seconds between two looks at the store
 FAILURE, HUNG = "failure", "hung"  # keys of the store: "RANK why"
 GO_ON = "a run of training that has a checkpoint goes on from it with --resume_from_checkpoint last"
@@ -129,6 +129,7 @@ class Watch:
     def __init__(self, store: dist.PrefixStore, rank: int, count: int):
         self.rank = rank
         self.verdict = ""  # why all ranks must end: "RANK why"
+        self.has_told = False  # whether it has printed that
         # Of its own: the main thread may be in a call of the other one.
         self._store: dist.Store = store.clone()  # type: ignore[attr-defined]  # not in torch's stub
         self._keys = [f"progress of {each}" for each in range(count)]
@@ -187,6 +188,7 @@ class Watch:
             sentence += f" Rank {self.rank} is at {_place()}."
         with suppress(OSError):
             print(f"error: {sentence}", file=sys.stderr, flush=True)
+            self.has_told = True
         if not self._over.wait(4 * POLL):
             os._exit(MISTAKE)  # nothing else ends a main thread that waits in C
 

@@ -19,6 +19,8 @@ from kdfast.common.errors import UserError
 from kdfast.common.flag_hints import explain
 
 MISTAKE = 2
+# torch's settings of GPU memory: their name today, and the one that earlier releases go by.
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def end_at_interrupt() -> None:
@@ -50,10 +52,10 @@ def run(
     Returns the exit status: 0, what `work` returns, 2 for a user's mistake, which is printed as
     one sentence, or 128 + the number of the signal that ended it (SIGPIPE: the output was closed).
     """
-    if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+    if not os.environ.keys() & set(ALLOCATOR):
         # torch reads it at its first use of a GPU. Micro-batches differ in size, and segments that
         # grow fit them all; blocks of fixed sizes would break the memory into pieces.
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+        os.environ |= dict.fromkeys(ALLOCATOR, "expandable_segments:True")
     with _streams(stdout_is_result):
         try:
             settings = parse(list(sys.argv[1:] if argv is None else argv))

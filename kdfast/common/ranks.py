@@ -246,7 +246,7 @@ class Ranks:
             return
         if _is_of_group(error):
             stopped = UserError(self._why_others_ended())
-            stopped.is_repeated = bool(self.watch.verdict)  # which it has printed
+            stopped.is_repeated = self.watch.has_told
             raise stopped from error
         if isinstance(error, Exception):
             # Who fails first speaks for all that fail alike.
@@ -259,6 +259,8 @@ class Ranks:
                 error.is_repeated = known != mine and known.endswith(f" failed: {error}")
 
     def _why_others_ended(self) -> str:
+        if self.watch.verdict:  # the store may not hold it yet
+            return heartbeat.why_stopped(self.rank, self.watch.verdict)
         for key in (heartbeat.HUNG, heartbeat.FAILURE):
             with suppress(RuntimeError):  # the store went with its process
                 if self.store.check([key]):

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from kdfast.common import heartbeat
 from kdfast.common.errors import UserError
 from kdfast.common.files import even_modes, sync_folder
 from kdfast.models.checks import vocabulary_size
@@ -61,6 +62,7 @@ def kept_models(output_dir: Path) -> str:
 
 def save_model(folder: Path, model: SpanModel, tokenizer: Any) -> None:
     """Write config, safetensors and tokenizer into `folder`, as AutoModel… loads them."""
+    heartbeat.report(f"writing {folder}", heartbeat.LONG)
     with writing(folder):
         model.reader.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -142,6 +144,7 @@ def place_model(folder: Path, model: SpanModel, tokenizer: Any) -> None:
 def place_copy(source: Path, folder: Path) -> None:
     """Copy the files of model folder `source` into `folder`, as place_model does."""
     new = folder / "model.new"
+    heartbeat.report(f"copying {source}", heartbeat.LONG)
     with writing(folder):
         shutil.rmtree(new, ignore_errors=True)
         shutil.copytree(source, new)

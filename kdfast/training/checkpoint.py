@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from kdfast.common import heartbeat
 from kdfast.common.errors import UserError
 from kdfast.common.files import (
     even_modes,
@@ -99,6 +100,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 def load_checkpoint(folder: Path, model: SpanModel, optimizer: ScaledAdamW) -> Restored:
     """Put weights, optimizer and scaler back. Raises UserError where they do not fit."""
+    heartbeat.report(f"loading {folder}", heartbeat.LONG)
     state = read_state(folder)
     try:
         model.reader.load_state_dict(load_file(folder / MODEL_FILE))
@@ -160,6 +162,7 @@ def _other_than(folder: Path) -> str:
 
 def torn(folder: Path) -> str | None:
     """What is damaged in a checkpoint, or None."""
+    heartbeat.report(f"the sums of {folder}", heartbeat.LONG)
     return fault_in(folder, (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE))
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from kdfast.common import heartbeat
 from kdfast.common.errors import UserError
 from kdfast.common.files import locked, make_writable, write_json
 from kdfast.common.ranks import Ranks
@@ -101,6 +102,7 @@ def check_is_run(output: Path) -> None:
 
 def remove_run(output: Path) -> None:
     """Delete what an earlier run wrote next to its model and its log, and nothing else."""
+    heartbeat.report(f"deleting the earlier run in {output}", heartbeat.LONG)
     remove_leftovers(output)
     folders = [*list_checkpoints(output), *(output / name for name in FOLDERS)]
     for folder in folders:

@@ -1,4 +1,4 @@
-"""Out of memory, as torch says it."""
+"""Which devices can be used; out of memory, as torch says it."""
 
 import subprocess
 import sys
@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 
-from kdfast.common.device import is_out_of_memory
+from kdfast.common.device import device_of, is_out_of_memory
+from kdfast.common.errors import UserError
 
 # What each of them said when it was refused memory.
 REFUSALS = [
@@ -40,6 +41,13 @@ def test_a_refusal_of_memory(error):
 @pytest.mark.parametrize("error", OTHERS, ids=str)
 def test_any_other_error(error):
     assert not is_out_of_memory(error)
+
+
+@pytest.mark.parametrize("device", ["meta", torch.device("meta")])
+def test_a_device_that_computes_nothing_is_refused(device):
+    with pytest.raises(UserError, match="device 'meta' is neither a CPU nor a GPU of CUDA: name"):
+        device_of(device)
+    assert device_of("cpu") == torch.device("cpu")
 
 
 LIMITED = """

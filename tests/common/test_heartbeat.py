@@ -120,6 +120,23 @@ def test_the_lock_of_another_run_is_waited_for_as_long_as_it_takes(observed, tmp
     assert json.loads(observed.store.get("progress of 0"))[-1]  # it looked, as one that waits
 
 
+def test_a_rank_whose_collective_fails_before_it_has_printed_why_says_so(observed, capsys):
+    group = Ranks(0, 3)
+    group.store, group.watch = observed.store, observed.watch
+    observed.watch.verdict = "2 rank 2 hangs."
+
+    def end():
+        with pytest.raises(UserError) as ended, group:
+            raise dist.DistBackendError("Connection closed by peer")
+        return ended.value
+
+    assert not end().is_repeated
+    assert str(end()) == "Rank 0 stops, because rank 2 hangs."
+    observed.watch._judge()  # does not end the process, whose main thread does
+    assert capsys.readouterr().err == "error: Rank 0 stops, because rank 2 hangs.\n"
+    assert end().is_repeated
+
+
 def ends(path, count, work, after=None):
     """Exit codes of `count` ranks that do work(ranks), and what each printed to stderr."""
 

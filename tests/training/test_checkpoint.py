@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from kdfast.common import heartbeat
 from kdfast.common.errors import UserError
-from kdfast.training import checkpoint
+from kdfast.training import checkpoint, run_folder
 from kdfast.training.assemble import Progress
 
 IDENTITY = {"seed": 1, "windows": "abc"}
@@ -66,6 +67,28 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(setup, tmp_path, pre
     assert resumed.optimizer.updates == whole.optimizer.updates
     if precision == "fp16":
         assert resumed.optimizer.scaler.state_dict() == whole.optimizer.scaler.state_dict()
+
+
+def test_a_rank_has_an_hour_for_a_checkpoint(setup, tmp_path, monkeypatch):
+    """The other ranks wait while it writes one, reads it, or deletes those of an earlier run."""
+    own = heartbeat.Progress()
+    monkeypatch.setattr(heartbeat, "_own", own)
+    run = setup()
+    train(run, 0, 1)
+
+    def told(work, *args):
+        heartbeat.report("the end of step 1")
+        result = work(*args)
+        return own.what, own.patience, result
+
+    *writing, folder = told(save, run, tmp_path, 1)
+    assert writing == [f"writing {folder}.new", heartbeat.LONG]
+    *reading, fault = told(checkpoint.torn, folder)
+    assert reading == [f"the sums of {folder}", heartbeat.LONG] and fault is None
+    *loading, _ = told(checkpoint.load_checkpoint, folder, run.model, run.optimizer)
+    assert loading == [f"loading {folder}", heartbeat.LONG]
+    *deleting, _ = told(run_folder.remove_run, tmp_path)
+    assert deleting == [f"deleting the earlier run in {tmp_path}", heartbeat.LONG]
 
 
 def test_only_the_last_ones_are_kept(setup, tmp_path):
