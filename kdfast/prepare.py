@@ -130,8 +130,8 @@ def prepare_pass(wanted: Preparation, teacher: targets.Teacher) -> None:
             if join_shards(cache_dir, source, windows, ranks) is None:
                 return
         elif wanted.joins:
+            missing = missing_shards(cache_dir, source, windows)
             if join_shards(cache_dir, source, windows, ranks) is None:
-                missing = missing_shards(cache_dir, source, windows)
                 raise UserError(
                     f"Of the pass of {teacher.name} {_parts(missing)} with these settings and "
                     f"--mixed_precision {source.precision}: make them with --shard, or give the "

@@ -1,5 +1,6 @@
 """The program that prepares, whole and in parts: the same files, and what it says of mistakes."""
 
+import shutil
 import sys
 
 import pytest
@@ -125,6 +126,80 @@ def test_a_killed_part_of_the_pass_goes_on(parts, world, whole, monkeypatch):
     monkeypatch.setattr(targets, "forward_tokens", lambda *_: 10_000)
     parts.run("parts", shard="0/2", teacher=world.teacher)
     assert ran and sum(saved) == 2
+    assert parts.files("parts") == whole
+
+
+@pytest.fixture
+def before(monkeypatch):
+    """before(owner, name, act): `act` is called once, before the first call of owner.name."""
+
+    def patch(owner, name, act):
+        function, acts = getattr(owner, name), [act]
+
+        def wrapped(*arguments, **more):
+            if acts:
+                acts.pop()()
+            return function(*arguments, **more)
+
+        monkeypatch.setattr(owner, name, wrapped)
+
+    return patch
+
+
+PLACES = [
+    (pass_shards.PassShards, "begin"),
+    (teacher_pass, "lock"),
+    (pass_shards.PassShards, "has_begun"),
+    (teacher_pass, "start_folder"),
+    (teacher_pass, "_fill"),
+    (pass_shards.PassShards, "missing"),
+]
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place[1])
+def test_another_process_makes_the_whole_pass_meanwhile(parts, world, whole, before, place):
+    parts.run("parts")
+    before(*place, lambda: parts.run("parts", teacher=world.teacher))
+    said = parts.run("parts", shard="0/2", teacher=world.teacher)
+    assert f"Logits of {world.teacher}: all are in" in said
+    assert parts.files("parts") == whole
+
+
+def test_a_part_started_twice(parts, world, whole, before):
+    parts.run("parts")
+    given = {"shard": "0/1", "teacher": world.teacher}
+    before(teacher_pass, "lock", lambda: parts.run("parts", **given))
+    assert f"Logits of {world.teacher}: all are in" in parts.run("parts", **given)
+    assert parts.files("parts") == whole
+
+
+def test_parts_that_are_joined_twice(parts, world, whole, before, monkeypatch):
+    parts.run("parts")
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "join_shards", lambda *_: None)
+        parts.run("parts", shard="0/1", teacher=world.teacher)
+    given = {"join": True, "teacher": world.teacher}
+    before(pass_shards.PassShards, "missing", lambda: parts.run("parts", **given))
+    assert "all are in" in parts.run("parts", **given)
+    assert parts.files("parts") == whole
+
+
+@pytest.mark.parametrize("name", ["lock", "_fill"])
+def test_ranks_whose_part_is_joined_meanwhile(parts, world, whole, before, name):
+    parts.run("parts")
+    made, own = (parts.path / cache / "teacher" for cache in ("whole", "parts"))
+
+    def join():
+        shutil.copytree(made, own, dirs_exist_ok=True)
+        for path in own.glob("*.shards"):
+            shutil.rmtree(path)
+
+    def rank(number):
+        if number == 0:
+            before(teacher_pass, name, join)
+        return prepare.main(parts.flags("parts", shard="0/2", teacher=world.teacher))
+
+    assert forks.run(2, rank) == [0, 0]
     assert parts.files("parts") == whole
 
 

@@ -178,8 +178,8 @@ class ChunkFolder:
 
     def missing_shards(self) -> list[str] | None:
         """The shares, as --shard names them, of which a chunk is missing; None where all are."""
-        missing = self.missing()
-        if missing is None:
+        shards = read_json_object(self.path / SOURCE_FILE).get("shards")
+        missing = self.missing()  # by now another process may have joined and deleted them
+        if shards is None or missing is None:
             return None
-        shards = read_json_object(self.path / SOURCE_FILE)["shards"]
         return [f"{each}/{shards}" for each in sorted({number % shards for number in missing})]

@@ -110,13 +110,20 @@ def prepare_shard(
     folder = cache_folder(cache_dir, features.key)
     chunks = ChunkFolder.of(folder)
     if ranks.any(not folder.is_dir()):
+        # Another one that had all shares may join and delete them meanwhile.
         with _writing(cache_dir):
-            features.encode(chunks, shard, ranks)
+            try:
+                features.encode(chunks, shard, ranks)
+            except FileNotFoundError:
+                if not folder.is_dir():
+                    raise
         ranks.barrier()
-        # Another one that had all shares may have joined and deleted them meanwhile.
         if ranks.any(chunks.missing() != [] and not folder.is_dir()):
             return None
-    return cached_windows(cache_dir, features, ranks)
+    windows = cached_windows(cache_dir, features, ranks)
+    if ranks.is_first:
+        shutil.rmtree(chunks.path, ignore_errors=True)  # what was written after that
+    return windows
 
 
 def cached_windows(cache_dir: Path | str, made: Made, ranks: Ranks | None = None) -> Windows:

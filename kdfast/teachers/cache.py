@@ -190,7 +190,7 @@ def start_folder(
     more: what the header holds besides the fields of `source`.
     """
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial.mkdir()
     npy_header = io.BytesIO()
     array = {"descr": "<f2", "fortran_order": False, "shape": (tokens, 2)}
     np.lib.format.write_array_header_1_0(npy_header, array)

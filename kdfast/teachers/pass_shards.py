@@ -59,7 +59,8 @@ class PassShards:
     """The folders of the shares of one pass, below `path`.
 
     header.json says whose pass it is, how it is cut, and into how many shares. Share i is in the
-    folder i, which has the files of a pass.
+    folder i, which has the files of a pass. All of it goes once the pass's cache is `finished`, at
+    any time for who works on a share: so the header is read once, and handed on.
     """
 
     path: Path
@@ -68,6 +69,11 @@ class PassShards:
     @classmethod
     def of(cls, cache_dir: Path, source: Source) -> PassShards:
         return cls(cache_dir / "teacher" / f"{source.key}.shards", source)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the cache of the pass is there."""
+        return self.path.with_suffix("").is_dir()
 
     @property
     def header(self) -> dict[str, Any]:
@@ -79,31 +85,27 @@ class PassShards:
 
         cut: how the pass is cut, where this share is the first.
         """
-        if not self.header:
+        header = self.header
+        if not header:
+            header = {**header_of(self.source, tokens), **cut, "shards": shard.count}
             self.path.parent.mkdir(parents=True, exist_ok=True)
             made = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex}")
             made.mkdir()
-            write_json(
-                made / HEADER, {**header_of(self.source, tokens), **cut, "shards": shard.count}
-            )
+            write_json(made / HEADER, header)
             try:
                 made.rename(self.path)  # fails where another one was first: it is not empty
                 sync(self.path.parent)
             except OSError:
                 shutil.rmtree(made)
-                if not self.header:
+                header = self.header
+                if not header:
                     raise
-        header = self.header
         if header["shards"] != shard.count:
             raise UserError(
                 f"--shard {shard.number}/{shard.count}: this pass was begun in {header['shards']} "
                 f"parts: go on with those, or delete {self.path} to begin again."
             )
         return header
-
-    def share(self, number: int, batches: list[np.ndarray], windows: Windows) -> Share:
-        """Share `number` of a pass of these micro-batches."""
-        return Share.of(batches[number :: self.header["shards"]], windows)
 
     def remove(self) -> None:
         """Delete all shares."""
@@ -112,16 +114,14 @@ class PassShards:
     def folder(self, number: int) -> Path:
         return self.path / str(number)
 
-    def has_begun(self, number: int, share: Share) -> bool:
-        """Whether the share's folder is one that it can go on with."""
-        header, wanted = read_json_object(self.folder(number) / HEADER), self.header
-        wanted |= {"tokens": share.tokens}
+    def has_begun(self, number: int, share: Share, header: dict[str, Any]) -> bool:
+        """Whether the share's folder is one that it can go on with. header: that of all shares."""
+        wanted = header | {"tokens": share.tokens}
         del wanted["shards"]
-        return header == wanted
+        return read_json_object(self.folder(number) / HEADER) == wanted
 
-    def missing(self, batches: list[np.ndarray]) -> list[int]:
-        """The shares that are not done."""
-        count = self.header["shards"]
+    def missing(self, batches: list[np.ndarray], count: int) -> list[int]:
+        """The shares, of `count`, that are not done."""
         return [each for each in range(count) if not self._is_done(each, batches[each::count])]
 
     def _is_done(self, number: int, batches: list[np.ndarray]) -> bool:
@@ -133,12 +133,12 @@ class PassShards:
         except OSError:
             return b""
 
-    def copy(self, partial: Path, batches: list[np.ndarray], windows: Windows) -> None:
-        """Take what the shares have done over into the folder of the whole pass."""
+    def copy(self, partial: Path, batches: list[np.ndarray], windows: Windows, count: int) -> None:
+        """Take what `count` shares have done over into the folder of the whole pass."""
         logits = map_logits(partial, len(windows.input_ids), "r+")
         done = np.memmap(partial / PROGRESS_FILE, np.uint8, "r+", shape=(len(batches),))
         whole, copied = Share.whole(batches, windows), []
-        for number, own, indices, rows in self._finished(batches, windows):
+        for number, own, indices, rows in self._finished(batches, windows, count):
             heartbeat.report(f"micro-batch {number}, which another process made")
             if not done[number]:
                 logits[whole.positions(windows, indices)] = rows[own]
@@ -149,12 +149,11 @@ class PassShards:
         done.flush()
 
     def _finished(
-        self, batches: list[np.ndarray], windows: Windows
+        self, batches: list[np.ndarray], windows: Windows, count: int
     ) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
         """Of each micro-batch that is done: number, places in the logits, windows, the logits."""
-        count = self.header["shards"]
         for shard in range(count):
-            share, done = self.share(shard, batches, windows), self._done(shard)
+            share, done = Share.of(batches[shard::count], windows), self._done(shard)
             if len(done) != len(share.batches) or not any(done):
                 continue
             rows = map_logits(self.folder(shard), share.tokens, "r")

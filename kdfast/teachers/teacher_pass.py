@@ -4,9 +4,12 @@
 where it stopped, with as many ranks as there are then.
 """
 
+import errno
+import json
+import os
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,7 @@ from kdfast.teachers.cache import (
     header_of,
     make_once,
     map_logits,
+    open_shared,
     start_folder,
 )
 from kdfast.teachers.pass_shards import PassShards, Share
@@ -108,30 +112,58 @@ def fill_shard(
 ) -> None:
     """As `fill_cache`, but only a share of the pass, or the rest of it: join_shards has the others.
 
+    It does nothing, or stops, where another process has made the cache of all of it meanwhile.
+
     Raises UserError also where the pass was begun with another number of shares.
     """
-    ranks, windows, source = ranks or Ranks(), teacher.windows, teacher.source
-    shards = PassShards.of(cache_dir, source)
+    ranks, shards = ranks or Ranks(), PassShards.of(cache_dir, teacher.source)
     folder = shards.folder(shard.number)
     try:
         with ExitStack() as stack:
-            if ranks.is_first:
-                shards.begin(len(windows.input_ids), shard, teacher.cut)
-            ranks.barrier()
-            share = shards.share(shard.number, _cuts(windows, shards.header), windows)
+            header = _begin(shards, shard, teacher, stack) if ranks.is_first else {}
+            header = json.loads(ranks.share(json.dumps(header)))
+            share = _share(teacher.windows, shard, header)
             if not share.batches:
                 return
-            if ranks.is_first:
-                # The same task may have been started twice.
-                lock(stack.enter_context(folder.with_suffix(".lock").open("w")))
-                if not shards.has_begun(shard.number, share):
-                    cut = _cut_of(shards.header)
-                    start_folder(folder, source, share.tokens, len(share.batches), **cut)
-            ranks.barrier()
             _fill(folder, teacher, share, progress, ranks)
             ranks.barrier()
     except OSError as error:
+        if isinstance(error, FileNotFoundError) and shards.finished:
+            return
         raise disk_error(folder, error) from error
+
+
+def _begin(
+    shards: PassShards, shard: Shard, teacher: TeacherPass, stack: ExitStack
+) -> dict[str, Any]:
+    """The header of all shares, once this one is locked in `stack`, and its folder is there.
+
+    Empty where the cache is finished.
+    """
+    windows, folder = teacher.windows, shards.folder(shard.number)
+    try:
+        header = shards.begin(len(windows.input_ids), shard, teacher.cut)
+        share = _share(windows, shard, header)
+        if not share.batches:
+            return header
+        # The same task may have been started twice.
+        lock(stack.enter_context(folder.with_suffix(".lock").open("w")))
+        if shards.finished:  # so that the lock may be that of a deleted file
+            return {}
+        if not shards.has_begun(shard.number, share, header):
+            cut = _cut_of(header)
+            start_folder(folder, teacher.source, share.tokens, len(share.batches), **cut)
+    except FileNotFoundError:
+        if not shards.finished:
+            raise
+        return {}
+    return header
+
+
+def _share(windows: Windows, shard: Shard, header: dict[str, Any]) -> Share:
+    """A share of the pass with this header; none of it where the header is empty."""
+    batches = _cuts(windows, header)[shard.number :: shard.count] if header else []
+    return Share.of(batches, windows)
 
 
 def missing_shards(cache_dir: Path, source: Source, windows: Windows) -> list[str] | None:
@@ -139,7 +171,7 @@ def missing_shards(cache_dir: Path, source: Source, windows: Windows) -> list[st
     shards = PassShards.of(cache_dir, source)
     if not (header := shards.header):
         return None
-    missing = shards.missing(_cuts(windows, header))
+    missing = shards.missing(_cuts(windows, header), header["shards"])
     return [f"{number}/{header['shards']}" for number in missing]
 
 
@@ -151,15 +183,17 @@ def join_shards(
     Raises UserError as fill_cache.
     """
     ranks, shards = ranks or Ranks(), PassShards.of(cache_dir, source)
-    if not ranks.any(ranks.is_first and missing_shards(cache_dir, source, windows) == []):
-        return None
+    tokens = len(windows.input_ids)
 
     def start(partial: Path) -> None:
         _start(partial, source, windows, shards, {})
 
-    tokens = len(windows.input_ids)
-    logits = make_once(cache_dir, source, tokens, start, lambda partial: None, ranks)
-    if ranks.is_first:
+    logits: np.ndarray | None
+    if ranks.any(ranks.is_first and missing_shards(cache_dir, source, windows) == []):
+        logits = make_once(cache_dir, source, tokens, start, lambda partial: None, ranks)
+    else:  # another process may have joined and deleted them meanwhile
+        logits = open_shared(cache_dir, source, tokens, ranks)
+    if ranks.is_first and logits is not None:
         shards.remove()
     return logits
 
@@ -183,7 +217,7 @@ def _start(
     if is_other or any(header.get(name) != value for name, value in needed.items()):
         start_folder(partial, source, tokens, len(_cuts(windows, cut)), **cut)
     if begun:
-        shards.copy(partial, _cuts(windows, cut), windows)
+        shards.copy(partial, _cuts(windows, cut), windows, begun["shards"])
 
 
 def _fill(
@@ -193,20 +227,26 @@ def _fill(
     progress: Callable[[int], object],
     ranks: Ranks,
 ) -> None:
-    """This rank's part of a share of the pass, into `folder`."""
-    windows, batches = teacher.windows, share.batches
-    logits = map_logits(folder, share.tokens, "r+")
-    done = np.memmap(folder / PROGRESS_FILE, dtype=np.uint8, mode="r+", shape=(len(batches),))
-    progress(sum(len(batches[number]) for number in np.flatnonzero(done)))
-    mine = np.flatnonzero(done == 0)[ranks.rank :: ranks.count]
-    ranks.barrier()  # until all have read what is left
+    """This rank's part of a share of the pass, into `folder`.
+
+    Raises FileNotFoundError, on all ranks, where one of them does not find the folder.
+    """
+    windows, batches, header = teacher.windows, share.batches, {}
+    with suppress(FileNotFoundError):
+        logits = map_logits(folder, share.tokens, "r+")
+        done = np.memmap(folder / PROGRESS_FILE, dtype=np.uint8, mode="r+", shape=(len(batches),))
+        mine = np.flatnonzero(done == 0)[ranks.rank :: ranks.count]
+        progress(sum(len(batches[number]) for number in np.flatnonzero(done)))
+        header = read_json_object(folder / HEADER)
+    if ranks.any(not header):  # which waits until all have read what is left
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
     dtype = AUTOCAST[teacher.source.precision]
     if dtype is not None:
         teacher.model.cast_linear_layers(dtype)
     saved_at, unsaved = time.monotonic(), []
     cuts = [batches[number] for number in mine]
     # As the pass has begun, whatever is asked for now.
-    packed = read_json_object(folder / HEADER).get("packed", False)
+    packed = header.get("packed", False)
     if packed:
         teacher.model.enable_packing()
     room = Room(packs=packed)

@@ -1,6 +1,7 @@
 """Features that several processes make: the same files, counts and messages as of one."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -168,6 +169,45 @@ def test_who_trains_makes_what_is_missing(tmp_path, source, shards, monkeypatch)
     prepare_windows(source, of_family("roberta"), SMALL, cache_dir=shards.cache)
     assert made and all(number % 2 == 0 for number in made)
     assert files_of(shards.cache) == files
+
+
+@pytest.mark.parametrize(
+    "place",
+    [(Features, "encode"), (ChunkFolder, "save"), (ChunkFolder, "finish")],
+    ids=lambda place: place[1],
+)
+@pytest.mark.parametrize("share", ["0/1", "1/2"])
+def test_another_process_joins_the_shares_meanwhile(
+    tmp_path, source, shards, monkeypatch, place, share
+):
+    files = alone(tmp_path, source)
+    shards("0/2")
+    owner, name = place
+    function, met = getattr(owner, name), []
+
+    def wrapped(*arguments):
+        met.append(name)
+        if len(met) == 1:
+            prepare_windows(source, of_family("roberta"), SMALL, cache_dir=shards.cache)
+        return function(*arguments)
+
+    monkeypatch.setattr(owner, name, wrapped)
+    assert shards(share) is not None and met
+    assert files_of(shards.cache) == files
+    assert not shards.chunks.path.exists()
+
+
+def test_shares_that_are_joined_while_they_are_counted(shards, monkeypatch):
+    shards("0/2")
+    missing = ChunkFolder.missing
+
+    def then_joined(self):
+        found = missing(self)
+        shutil.rmtree(self.path)
+        return found
+
+    monkeypatch.setattr(ChunkFolder, "missing", then_joined)
+    assert shards.chunks.missing_shards() == ["1/2"]
 
 
 def test_a_killed_share_leaves_whole_chunks_and_goes_on(tmp_path, source, shards, monkeypatch):
