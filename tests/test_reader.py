@@ -184,13 +184,12 @@ def test_a_hundred_thousand_words_are_read_to_their_end():
     words[-3] = "Rollo"
     context = " ".join(words)
 
-    class Likes(torch.nn.Module):
-        def forward(self, input_ids, **_):
-            liked = torch.stack([input_ids == first, input_ids == last], dim=-1) * 40.0
-            liked[:, 0] = 20.0
-            return liked
+    def likes(input_ids, **_):
+        liked = torch.stack([input_ids == first, input_ids == last], dim=-1) * 40.0
+        liked[:, 0] = 20.0
+        return liked
 
-    ask.model = Likes()
+    ask.model.forward = likes
     found = ask(question="Who?", context=context, max_seq_len=90, doc_stride=20)
     assert (found["answer"], found["start"]) == ("Rollo", context.index("Rollo"))
 

@@ -286,7 +286,7 @@ def test_a_teacher_packs_where_it_can(world, capsys):
         run(world, teacher=name, packing="on", **folders)
         headers = [path.read_text() for path in folders["cache_dir"].glob("teacher/*/header.json")]
         assert any(json.loads(text).get("packed", False) for text in headers) == packs
-        said = f"--packing on: {name}, of type deberta, cannot read packed windows"
+        said = f"--packing on: {name} reads padded windows: a model of type deberta cannot"
         assert (said in capsys.readouterr().out) == (not packs)
 
 

@@ -84,8 +84,7 @@ def test_two_ranks_over_nccl_learn_what_one_learns(card, world):
             assert shared[name] == pytest.approx(alone[name], rel=2e-3, abs=1e-6), name
 
 
-def test_packed_attention_cannot_have_dropout_yet():
-    device = torch.device("cuda:0")
-    assert draws_dropout_once(device, 0.0)
+def test_packed_attention_cannot_have_dropout_yet(card):
+    assert draws_dropout_once(card.device, 0.0)
     # Where this fails, torch's kernel has been mended: `why_not_packed` may let dropout pass then.
-    assert not draws_dropout_once(device, 0.1)
+    assert not draws_dropout_once(card.device, 0.1)
