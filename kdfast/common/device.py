@@ -73,6 +73,12 @@ def place(model: Model, device: torch.device) -> Model:
     )
 
 
+def free_bytes(device: torch.device) -> int:
+    """Memory of a GPU that is free, what torch holds in reserve included."""
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device, or the host under a limit, refused memory."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kdfast.common.device import as_current, is_out_of_memory
+from kdfast.common.device import as_current, free_bytes, is_out_of_memory
 from kdfast.common.errors import UserError
 from kdfast.data.batches import cut_in_order
 from kdfast.data.windows import Windows
@@ -51,8 +51,7 @@ def forward_tokens(
     if device.type == "cpu":
         return CPU_TOKENS
     with as_current(device):
-        torch.cuda.empty_cache()  # what it holds in reserve would count as taken
-    free = torch.cuda.mem_get_info(device)[0]
+        free = free_bytes(device)
     width = int(windows.lengths.max(initial=1))
     fitting = int(MEMORY_SHARE * free / bytes_per_token(model, width, precision))
     return min(GPU_TOKENS_AT_MOST, max(width, fitting))

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from kdfast.common.device import free_bytes
 from kdfast.data.windows import Windows
 from kdfast.models.packing import PackedWindows, packed_length
 from kdfast.tokenizers.encode import ragged
@@ -98,8 +99,7 @@ def make_loader(
     if device.type == "cpu":
         return host
     needed = ResidentLoader.bytes_needed(windows, teacher_logits)
-    torch.cuda.empty_cache()  # what it holds in reserve would count as taken
-    if needed < RESIDENT_SHARE * (torch.cuda.mem_get_info(device)[0] - reserved):
+    if needed < RESIDENT_SHARE * (free_bytes(device) - reserved):
         return ResidentLoader(windows, teacher_logits, device, layout)
     return StreamedLoader(host, device)
 

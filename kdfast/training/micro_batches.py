@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from kdfast.common.device import is_out_of_memory
+from kdfast.common.device import free_bytes, is_out_of_memory
 from kdfast.common.errors import UserError
 from kdfast.common.run import Run
 from kdfast.config import SpeedSettings
 from kdfast.data.batches import MicroBatchPolicy, shard
+from kdfast.models.inference import GPU_TOKENS_AT_MOST, MEMORY_SHARE
 from kdfast.models.packing import PackedWindows
 from kdfast.models.window_loader import Layout
 from kdfast.training.flops import NOMINAL, Work
@@ -20,9 +21,6 @@ from kdfast.training.optimizer import ScaledAdamW
 
 # On a CPU, what stays in the caches: cut at 4,096 tokens a step ran at 0.57 of the speed.
 CPU_TOKENS = 768
-GPU_TOKENS_AT_MOST = 65536
-# Of the free memory; the rest is for fragmentation and for what others take meanwhile.
-MEMORY_SHARE = 0.8
 # What CUDA loads at its first use, after the probe: kernels of loss and optimizer, cuBLAS's and
 # NCCL's buffers. An estimate; no card has been measured.
 KERNEL_BYTES = 2**29
@@ -150,11 +148,11 @@ def bytes_to_come(optimizer: ScaledAdamW) -> int:
     return moments + KERNEL_BYTES
 
 
-def find_budget(peak_bytes: Callable[[int], int], free_bytes: Callable[[], int], width: int) -> int:
+def find_budget(peak_bytes: Callable[[int], int], free: Callable[[], int], width: int) -> int:
     """The most tokens whose activations fit, extrapolated from two measurements.
 
     peak_bytes(n): the most memory that forward and backward of n windows of `width` tokens took.
-    free_bytes(): what a step may take, asked after these, which have loaded their kernels. At least
+    free(): bytes that a step may take, asked after these, which have loaded their kernels. At least
     one window, at most GPU_TOKENS_AT_MOST.
     """
     # One window or two would not show: at the end of backward stands the gradient of a large
@@ -170,7 +168,7 @@ def find_budget(peak_bytes: Callable[[int], int], free_bytes: Callable[[], int],
         return width
     per_window = max(1.0, (high - low) / (more - few))
     constant = max(0.0, low - few * per_window)
-    windows = int((MEMORY_SHARE * free_bytes() - constant) / per_window)
+    windows = int((MEMORY_SHARE * free() - constant) / per_window)
     return min(GPU_TOKENS_AT_MOST, max(1, windows) * width)
 
 
@@ -187,16 +185,11 @@ def choose_policy(
     width: the longest window. peak_bytes: as `find_budget` has it, for windows of that width; it
     is called on a GPU alone. reserved: `bytes_to_come`.
     """
-
-    def free_bytes() -> int:
-        torch.cuda.empty_cache()  # what it holds in reserve would count as taken
-        return torch.cuda.mem_get_info(device)[0] - reserved
-
     max_tokens = speed.max_tokens_per_micro_batch
     if max_tokens is None and device.type == "cpu":
         max_tokens = CPU_TOKENS
     elif max_tokens is None:
-        max_tokens = find_budget(peak_bytes, free_bytes, width)
+        max_tokens = find_budget(peak_bytes, lambda: free_bytes(device) - reserved, width)
     policy = nominal_policy(work, device.type, max_tokens)
     return replace(policy, parts=speed.gradient_accumulation_steps)
 
