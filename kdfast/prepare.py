@@ -96,7 +96,7 @@ def prepare_features(wanted: Preparation, source: str, split: str) -> Windows | 
         missing = ChunkFolder.of(folder).missing_shards()
         if not folder.is_dir() and missing != []:
             raise UserError(
-                f"Of the features of {source} {_parts(missing)} with these settings: make them "
+                f"The features of {source} with these settings lack {_parts(missing)}: make them "
                 "with --shard and without --teacher."
             )
         shard = None
@@ -133,9 +133,9 @@ def prepare_pass(wanted: Preparation, teacher: targets.Teacher) -> None:
             missing = missing_shards(cache_dir, source, windows)
             if join_shards(cache_dir, source, windows, ranks) is None:
                 raise UserError(
-                    f"Of the pass of {teacher.name} {_parts(missing)} with these settings and "
-                    f"--mixed_precision {source.precision}: make them with --shard, or give the "
-                    "settings that they were made with."
+                    f"The logits of {teacher.name} with these settings and --mixed_precision "
+                    f"{source.precision} lack {_parts(missing)}: make them with --shard, or give "
+                    "the settings that they were made with."
                 )
         else:
             targets.own_logits(wanted.config, teacher, wanted.run)
@@ -158,10 +158,8 @@ def parse_shard(text: str) -> Shard:
 def _parts(missing: list[str] | None) -> str:
     """The parts that are missing, in a message. None: all."""
     if missing is None:
-        return "no part is there"
-    return f"{'part' if len(missing) == 1 else 'parts'} {', '.join(missing)} " + (
-        "is missing" if len(missing) == 1 else "are missing"
-    )
+        return "all parts"
+    return f"{'part' if len(missing) == 1 else 'parts'} {', '.join(missing)}"
 
 
 def main(argv: list[str] | None = None) -> int:

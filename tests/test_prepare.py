@@ -110,9 +110,9 @@ def test_a_killed_part_of_the_pass_goes_on(parts, world, whole, monkeypatch):
         with pytest.raises(Killed):
             parts.run("parts", shard="0/2", teacher=world.teacher)
     said = parts.refused("parts", join=True, teacher=world.teacher)
-    assert f"Of the pass of {world.teacher} parts 0/2, 1/2 are missing" in said
+    assert f"The logits of {world.teacher} with" in said and "lack parts 0/2, 1/2" in said
     parts.run("parts", shard="1/2", teacher=world.teacher)
-    assert "part 0/2 is missing" in parts.refused("parts", join=True, teacher=world.teacher)
+    assert "lack part 0/2:" in parts.refused("parts", join=True, teacher=world.teacher)
 
     forward = teacher_pass.forward_windows
     monkeypatch.setattr(
@@ -249,19 +249,18 @@ def test_a_teacher_with_another_tokenizer(parts, world):
 
 def test_parts_of_other_settings_or_another_number_are_refused(parts, world):
     parts.run("parts", shard="0/2")
-    assert "parts 1/2 are" not in parts.refused("parts", join=True)
-    assert "part 1/2 is missing" in parts.refused("parts", join=True)
+    assert "lack part 1/2:" in parts.refused("parts", join=True)
     other = parts.refused("parts", join=True, max_seq_length=220)
-    assert "no part is there with these settings" in other
+    assert "with these settings lack all parts" in other
     needed = parts.refused("parts", shard="0/2", teacher=world.teacher)
-    assert "part 1/2 is missing" in needed and "without --teacher" in needed
+    assert "lack part 1/2:" in needed and "without --teacher" in needed
     parts.run("parts", shard="1/2")
 
     parts.run("parts", shard="0/2", teacher=world.teacher)
     said = parts.refused("parts", shard="1/3", teacher=world.teacher)
     assert "--shard 1/3: this pass was begun in 2 parts" in said
     said = parts.refused("parts", join=True, teacher=world.teacher, mixed_precision="bf16")
-    assert "no part is there with these settings and --mixed_precision bf16" in said
+    assert "--mixed_precision bf16 lack all parts" in said
 
 
 @pytest.mark.parametrize(
