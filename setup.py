@@ -153,6 +153,7 @@ setup(
         "datasets>=4.0",
         "safetensors>=0.5",
         "huggingface_hub>=1.4",
+        "filelock>=3.30",  # the first with lock_descriptor
         "Jinja2>=3.1",
         "protobuf>=4.25",  # reads SentencePiece models, all that DeBERTa-v3's folders hold
         "pyyaml>=6.0",

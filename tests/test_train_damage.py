@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from kdfast.common import files
+from kdfast.common.locks import locked
 from kdfast.evaluation import scoring
 from kdfast.models import save
 from kdfast.teachers import cache
@@ -172,9 +172,8 @@ def test_a_large_cache_is_taken_as_it_is(world, whole, monkeypatch):
 
 def test_two_runs_do_not_share_a_folder(world, capsys):
     world.output.mkdir()
-    with (world.output / ".lock").open("w") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        assert world.run() == 2
+    with locked(world.output / ".lock") as is_ours:
+        assert is_ours and world.run() == 2
         assert "is in use by a run that has not ended" in said(capsys)
     assert world.run() == 0
     assert not (world.output / ".lock").exists()

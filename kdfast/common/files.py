@@ -1,19 +1,14 @@
-"""Files that are never half written, because a temporary file is renamed; sums, locks, room."""
+"""Files that are never half written, because a temporary file is renamed; sums, room."""
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import re
 import tempfile
-import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Any
-
-from kdfast.common import heartbeat
+from typing import Any
 
 SUMS_FILE = "SHA256SUMS"
 
@@ -113,37 +108,6 @@ def reserve(path: Path, size: int) -> None:
             file.write(block[: size - start])
         file.flush()
         os.fsync(file.fileno())
-
-
-def lock(file: IO[str]) -> None:
-    """Take the lock of an open file, once no other process has it."""
-    with heartbeat.waiting():
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:  # it may be of another run, which may take hours
-                heartbeat.still_waiting()
-                time.sleep(0.1)
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[bool]:
-    """Hold the lock file `path`, and delete it at the end; yields False where another holds it."""
-    while True:
-        with path.open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-            # Unless its last holder has deleted it meanwhile, so that others lock a new one.
-            if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
-                try:
-                    yield True
-                finally:
-                    path.unlink(missing_ok=True)
-                return
 
 
 def even_modes(folder: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from kdfast.common import heartbeat
 from kdfast.common.errors import UserError
 from kdfast.common.files import fault_in, sync, write_json, write_sums
-from kdfast.common.files import lock as take_lock
+from kdfast.common.locks import lock
 from kdfast.config import WindowSettings
 from kdfast.data.cache import (
     ARRAYS,
@@ -144,8 +144,7 @@ def cached_windows(cache_dir: Path | str, made: Made, ranks: Ranks | None = None
         is_needed = is_writer and not folder.is_dir()
         if is_needed:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(folder.with_name(f"{folder.name}.lock").open("w"))
-            take_lock(lock)
+            stack.enter_context(lock(folder.with_name(f"{folder.name}.lock")))
             is_needed = not folder.is_dir()  # unless another process has written it by now
         is_made = is_needed if several is None else several.any(is_needed)
         if several is not None and is_made:

@@ -22,7 +22,6 @@ from kdfast.common import heartbeat
 from kdfast.common.errors import UserError
 from kdfast.common.files import (
     fault_in,
-    lock,
     read_json_object,
     reserve,
     sha256_of,
@@ -30,6 +29,7 @@ from kdfast.common.files import (
     write_json,
     write_sums,
 )
+from kdfast.common.locks import lock
 from kdfast.common.ranks import Ranks
 
 FORMAT = 3  # part of every key
@@ -148,7 +148,7 @@ def make_once(
             if ranks.is_first:
                 partial.parent.mkdir(parents=True, exist_ok=True)
                 # Another run that makes the same cache is waited for, and its cache taken.
-                lock(stack.enter_context(partial.with_suffix(".lock").open("w")))
+                stack.enter_context(lock(partial.with_suffix(".lock")))
                 is_needed = open_cache(cache_dir, source, tokens) is None
                 if is_needed:
                     start(partial)

@@ -19,7 +19,8 @@ import torch
 
 from kdfast.common import heartbeat
 from kdfast.common.errors import UserError
-from kdfast.common.files import lock, read_json_object
+from kdfast.common.files import read_json_object
+from kdfast.common.locks import lock
 from kdfast.common.precision import AUTOCAST
 from kdfast.common.ranks import Ranks
 from kdfast.data.batches import cut_by_tokens
@@ -147,7 +148,7 @@ def _begin(
         if not share.batches:
             return header
         # The same task may have been started twice.
-        lock(stack.enter_context(folder.with_suffix(".lock").open("w")))
+        stack.enter_context(lock(folder.with_suffix(".lock")))
         if shards.finished:  # so that the lock may be that of a deleted file
             return {}
         if not shards.has_begun(shard.number, share, header):

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from kdfast.common import files, heartbeat, program, ranks
+from kdfast.common import heartbeat, locks, program, ranks
 from kdfast.common.errors import UserError
 from kdfast.common.heartbeat import LIMIT, POLL, State
 from kdfast.common.ranks import Ranks
@@ -105,8 +105,8 @@ def test_a_device_that_has_not_done_its_part_is_no_wait(observed):
 
 
 def test_the_lock_of_another_run_is_waited_for_as_long_as_it_takes(observed, tmp_path, monkeypatch):
-    with (tmp_path / "lock").open("w") as held, (tmp_path / "lock").open("w") as wanted:
-        files.lock(held)
+    with contextlib.ExitStack() as held:
+        held.enter_context(locks.lock(tmp_path / "lock"))
         looks = []
 
         def look(seconds):
@@ -114,8 +114,9 @@ def test_the_lock_of_another_run_is_waited_for_as_long_as_it_takes(observed, tmp
             if len(looks) > 2 * LOOKS:
                 held.close()
 
-        monkeypatch.setattr(files.time, "sleep", look)
-        files.lock(wanted)
+        monkeypatch.setattr(locks.time, "sleep", look)
+        with locks.lock(tmp_path / "lock"):
+            pass
     assert len(looks) > 2 * LOOKS and not any(looks)
     assert json.loads(observed.store.get("progress of 0"))[-1]  # it looked, as one that waits
 
