@@ -16,7 +16,8 @@ from typing import Any
 
 from kdfast.common.device import pick_device
 from kdfast.common.errors import UserError
-from kdfast.common.files import make_writable, write_json
+from kdfast.common.files import write_json
+from kdfast.common.folders import make_writable
 from kdfast.common.machine import describe_machine
 from kdfast.common.ranks import Ranks
 from kdfast.common.run import Run

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from kdfast.common import program
 from kdfast.common.errors import UserError
-from kdfast.common.files import make_writable
+from kdfast.common.folders import make_writable
 from kdfast.common.settings import flag
 from kdfast.data.pairs import check_text
 from kdfast.data.read import iter_examples

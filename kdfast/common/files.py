@@ -1,47 +1,135 @@
-"""Files that are never half written, because a temporary file is renamed; sums, room."""
+"""Files: read without waiting for a pipe; written exclusively, whole, and never through a link.
+
+With folders.py this is the one module that writes. What is written lies in a folder that the user
+named, and that folder may come from somebody else: a link in it may lead anywhere. So a name is
+never opened to write where something else may have it: it is removed first, and then made.
+"""
 
 import errno
 import hashlib
 import json
 import os
 import re
+import stat
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, TextIO
+
+from kdfast.common.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SUMS_FILE = "SHA256SUMS"
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write `content` as JSON so that a reader sees the old file or the new one, never a part."""
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    write_text(path, text)
+def is_plain_name(name: object) -> bool:
+    """Whether `name`, which stood in a file, names one in a folder of its own: it is no path."""
+    is_one = isinstance(name, str) and re.fullmatch(r"[^/\\\x00-\x1f\x7f]{1,200}", name)
+    return bool(is_one) and name not in (".", "..")
+
+
+def refuse_link(path: Path) -> None:
+    """Raise UserError where `path` is a link: what is written there would be elsewhere."""
+    if path.is_symlink():
+        raise UserError(
+            f"{path} is a link, through which kdfast would write elsewhere: remove the link, or "
+            "name another folder."
+        )
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a file to read, also through a link. Raises OSError for a pipe or a device."""
+    return open(path, "rb", opener=_regular)
+
+
+def open_in_place(path: Path) -> BinaryIO:
+    """Open a file that is there, to change parts of it. Raises UserError for a link."""
+    refuse_link(path.parent)
+    refuse_link(path)
+    return open(path, "r+b", opener=_regular)
+
+
+def append(path: Path) -> TextIO:
+    """Open a text file at its end. Raises UserError for a link."""
+    refuse_link(path)
+    return open(path, "a", encoding="utf-8", opener=_regular)
+
+
+def create(path: Path) -> BinaryIO:
+    """Open a new file in place of the file, link or pipe that is there."""
+    path.unlink(missing_ok=True)
+    return path.open("xb")
+
+
+@contextmanager
+def new_file(path: Path, aside: str = "new") -> Iterator[BinaryIO]:
+    """A file that takes the name `path` at the end: readers see the old one or the new one.
+
+    aside: the end of its name until then; several that write the same file have one each.
+    Raises UserError where `path` is a link.
+    """
+    refuse_link(path)
+    temporary = path.with_name(f".{path.name}.{aside}")
+    try:
+        with create(temporary) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file; a reader sees the old one or the new one, never a part."""
+    with new_file(path) as file:
+        file.write(content)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8; a reader sees the old file or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.new")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """As write_bytes, in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, content: Any) -> None:
+    """As write_bytes, in JSON."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, "Tensor"], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file in place of what is there; a kill may leave a part of it."""
+    from safetensors.torch import save_file
+
+    create(path).close()
+    save_file(dict(tensors), path, metadata)
+
+
+def spool(folder: Path) -> IO[bytes]:
+    """A file without a name, on the disk of `folder`."""
+    return tempfile.TemporaryFile(dir=folder)
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; an empty one where the file is absent or holds something else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        with open_file(path) as file:
+            content = json.loads(file.read().decode())
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
 
 def sha256_of(path: Path) -> str:
-    """sha256 of a file's bytes, in hex."""
+    """sha256 of a file's bytes, in hex. Raises OSError."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_file(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -63,10 +151,12 @@ def fault_in(folder: Path, needed: tuple[str, ...], most_bytes: int | None = Non
         size = sum((folder / name).stat().st_size for name in needed)
         if most_bytes is not None and size > most_bytes:
             return None
-        lines = (folder / SUMS_FILE).read_text(encoding="utf-8").splitlines()
+        with open_file(folder / SUMS_FILE) as file:
+            lines = file.read().decode().splitlines()
         sums = {}
         for line in lines:
-            if (match := re.fullmatch(r"([0-9a-f]{64})  ([^/\0]+)", line)) is None:
+            match = re.fullmatch(r"([0-9a-f]{64})  (.+)", line)
+            if match is None or not is_plain_name(match[2]):
                 return f"{SUMS_FILE} is damaged"
             sums[match[2]] = match[1]
         for name in needed:
@@ -82,55 +172,38 @@ def fault_in(folder: Path, needed: tuple[str, ...], most_bytes: int | None = Non
     return None
 
 
-def make_writable(folder: Path) -> None:
-    """Create `folder` if missing. Raises OSError unless a file can be written there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
-
-
-def reserve(path: Path, size: int) -> None:
-    """Create a file of `size` zero bytes whose room on the disk is taken.
+def reserve(path: Path, size: int, start: bytes = b"") -> None:
+    """Create a file of `size` bytes, `start` and zeros, whose room on the disk is taken.
 
     Raises OSError where the disk is too small: a mapped write would end in a bus error instead.
     """
-    with path.open("wb") as file:
-        try:
-            os.posix_fallocate(file.fileno(), 0, size)
-            return
-        except AttributeError:  # macOS has none
-            pass
-        except OSError as error:  # nor have some file systems
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-                raise
-        block = bytes(1 << 20)
-        for start in range(0, size, len(block)):
-            file.write(block[: size - start])
+    with create(path) as file:
+        _take_room(file, size)
+        file.seek(0)
+        file.write(start)
         file.flush()
         os.fsync(file.fileno())
 
 
-def even_modes(folder: Path) -> None:
-    """Give every file of `folder` the mode of a new one: safetensors writes 0600 by itself."""
-    new = folder / ".new"
-    new.touch()
-    mode = new.stat().st_mode
-    new.unlink()
-    for path in folder.iterdir():
-        if path.is_file():
-            path.chmod(mode)
-
-
-def sync_folder(folder: Path) -> None:
-    """fsync every file in `folder`, subfolders too, and the folder itself."""
-    for path in [*folder.rglob("*"), folder]:
-        sync(path)
-
-
-def sync(path: Path) -> None:
-    """fsync one file, or what a folder lists."""
-    handle = os.open(path, os.O_RDONLY)
+def _take_room(file: BinaryIO, size: int) -> None:
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        os.posix_fallocate(file.fileno(), 0, size)
+    except (AttributeError, OSError) as error:  # macOS has none, nor have some file systems
+        if getattr(error, "errno", errno.EINVAL) not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+        block = bytes(1 << 20)
+        for start in range(0, size, len(block)):
+            file.write(block[: size - start])
+
+
+def _regular(path: str, flags: int) -> int:
+    """Opens for `open`. O_NONBLOCK: a pipe would be waited for. For writing no link is followed."""
+    flags |= getattr(os, "O_NONBLOCK", 0)  # Windows has neither
+    if flags & (os.O_WRONLY | os.O_RDWR):
+        flags |= getattr(os, "O_NOFOLLOW", 0)
+    handle = os.open(path, flags, 0o666)
+    mode = os.fstat(handle).st_mode
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # `open` itself refuses a folder
+        return handle
+    os.close(handle)
+    raise OSError(errno.EINVAL, "it is a pipe or a device", path)

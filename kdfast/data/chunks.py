@@ -19,7 +19,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from kdfast.common.errors import UserError
-from kdfast.common.files import read_json_object, sync
+from kdfast.common.files import read_json_object
+from kdfast.common.folders import sync
 from kdfast.data.cache import ARRAYS, narrowest
 from kdfast.data.tally import COUNTED, Tally
 

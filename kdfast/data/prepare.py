@@ -12,7 +12,8 @@ import numpy as np
 
 from kdfast.common import heartbeat
 from kdfast.common.errors import UserError
-from kdfast.common.files import fault_in, sync, write_json, write_sums
+from kdfast.common.files import fault_in, write_json, write_sums
+from kdfast.common.folders import sync
 from kdfast.common.locks import lock
 from kdfast.config import WindowSettings
 from kdfast.data.cache import (

@@ -19,7 +19,8 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 
 from kdfast.common.errors import UserError
-from kdfast.common.files import even_modes, read_json_object, sync, sync_folder
+from kdfast.common.files import read_json_object
+from kdfast.common.folders import even_modes, sync, sync_folder
 from kdfast.models.hub import HUB_ERRORS, MODEL_FILES, PICKLES
 
 INDEX = "pytorch_model.bin.index.json"

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from kdfast.common import heartbeat
 from kdfast.common.errors import UserError
-from kdfast.common.files import even_modes, sync_folder
+from kdfast.common.folders import even_modes, sync_folder
 from kdfast.models.checks import vocabulary_size
 from kdfast.models.load import Loaded, first_line, load_reader
 from kdfast.models.span_model import SpanModel

@@ -25,10 +25,10 @@ from kdfast.common.files import (
     read_json_object,
     reserve,
     sha256_of,
-    sync,
     write_json,
     write_sums,
 )
+from kdfast.common.folders import sync
 from kdfast.common.locks import lock
 from kdfast.common.ranks import Ranks
 

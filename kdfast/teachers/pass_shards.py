@@ -18,7 +18,8 @@ import numpy as np
 
 from kdfast.common import heartbeat
 from kdfast.common.errors import UserError
-from kdfast.common.files import read_json_object, sync, write_json
+from kdfast.common.files import read_json_object, write_json
+from kdfast.common.folders import sync
 from kdfast.data.chunks import Shard
 from kdfast.data.windows import Windows
 from kdfast.teachers.cache import HEADER, PROGRESS_FILE, Source, header_of, map_logits

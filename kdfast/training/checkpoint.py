@@ -17,15 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from kdfast.common import heartbeat
 from kdfast.common.errors import UserError
-from kdfast.common.files import (
-    even_modes,
-    fault_in,
-    read_json_object,
-    sync,
-    sync_folder,
-    write_json,
-    write_sums,
-)
+from kdfast.common.files import fault_in, read_json_object, write_json, write_sums
+from kdfast.common.folders import even_modes, sync, sync_folder
 from kdfast.data.batches import MicroBatchPolicy
 from kdfast.models.save import list_checkpoints, save_model, writing
 from kdfast.models.span_model import SpanModel

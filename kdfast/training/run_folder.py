@@ -9,7 +9,8 @@ from typing import Any
 
 from kdfast.common import heartbeat
 from kdfast.common.errors import UserError
-from kdfast.common.files import make_writable, write_json
+from kdfast.common.files import write_json
+from kdfast.common.folders import make_writable
 from kdfast.common.locks import locked
 from kdfast.common.ranks import Ranks
 from kdfast.config import TrainConfig

@@ -1,0 +1,95 @@
+"""Folders: made exclusively, renamed when they are whole, and never written through a link.
+
+A folder that the user names may be a link, such as one to a larger disk; a link within it is
+refused, as whoever sent the folder may have put it there.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+from kdfast.common.errors import UserError
+from kdfast.common.files import create, refuse_link, spool
+
+
+def make_writable(folder: Path) -> None:
+    """Create `folder`, which the user named, if missing.
+
+    Raises UserError where a link within a model's or a run's folder leads there, and OSError unless
+    a file can be written there.
+    """
+    for each in (folder.absolute(), *folder.absolute().parents):
+        if each.is_symlink() and _is_of_model(each.parent):
+            refuse_link(each)
+    folder.mkdir(parents=True, exist_ok=True)
+    spool(folder).close()
+
+
+def _is_of_model(folder: Path) -> bool:
+    is_model = (folder / "config.json").exists() and any(folder.glob("*.safetensors"))
+    return is_model or (folder / "run.json").exists()
+
+
+def check_no_links(folder: Path, name: str) -> None:
+    """Raise UserError for a link in a folder that a program fills. name: what to call it."""
+    for path in folder.rglob("*"):
+        if path.is_symlink():
+            raise UserError(
+                f"{name} {folder} holds a link, {path.relative_to(folder)}, through which kdfast "
+                "would write elsewhere: remove the link, or name another folder."
+            )
+
+
+def subfolder(folder: Path, name: str) -> Path:
+    """The folder `name` in `folder`, both created if missing. Raises UserError for a link."""
+    path = folder / name
+    refuse_link(path)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def fresh_folder(path: Path) -> Path:
+    """Make a new folder; what was at `path` is deleted."""
+    remove(path)
+    path.mkdir()
+    return path
+
+
+def remove(path: Path) -> None:
+    """Delete a folder with all in it, or a file; a link, but not what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def rename(path: Path, target: Path) -> None:
+    """Give a file or folder another name, for good when this returns."""
+    os.replace(path, target)
+    sync(target.parent)
+
+
+def even_modes(folder: Path) -> None:
+    """Give every file of `folder` the mode of a new one: safetensors writes 0600 by itself."""
+    new = folder / ".new"
+    with create(new) as file:
+        mode = os.fstat(file.fileno()).st_mode
+    new.unlink()
+    for path in folder.iterdir():
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
+
+
+def sync_folder(folder: Path) -> None:
+    """fsync every file in `folder`, subfolders too, and the folder itself."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """fsync one file, or what a folder lists."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
