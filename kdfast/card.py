@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from kdfast.common import program
 from kdfast.common.errors import UserError
 from kdfast.common.files import read_json_object, write_json
+from kdfast.common.progress import print_line
 from kdfast.common.settings import flag
 from kdfast.config import OutputSettings
 from kdfast.evaluation.settings import EvaluateConfig
@@ -81,7 +82,7 @@ def parse(argv: list[str]) -> CardConfig:
 def start(config: CardConfig) -> None:
     """The work of the program."""
     config.check()
-    publish(config, lambda text: print(text, flush=True))
+    publish(config, print_line)
 
 
 def publish(config: CardConfig, log: Log) -> None:

@@ -23,6 +23,7 @@ from kdfast import fused_kd_loss
 from kdfast.common import program
 from kdfast.common.errors import UserError
 from kdfast.common.machine import cpu_name
+from kdfast.common.progress import print_line
 from kdfast.common.ranks import Ranks
 from kdfast.common.signals import StopSignals
 from kdfast.config import TrainConfig
@@ -78,9 +79,10 @@ def start(given: argparse.Namespace) -> None:
     if given.convert:
         from kdfast.models.conversion import convert
 
-        print(f"{convert(given.convert, given.output_dir)} is written.")
+        print_line(f"{convert(given.convert, given.output_dir)} is written.")
     else:
-        print("\n".join(page()))
+        for line in page():
+            print_line(line)
 
 
 def check_invariance(config: TrainConfig) -> None:

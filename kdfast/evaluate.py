@@ -88,7 +88,8 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> str:
     if config.suite is not None:
         return tables.table(records)
     if config.compare is not None:
-        ranks.warn(tables.table(records))
+        for line in tables.table(records).split("\n"):
+            ranks.warn(line)
     return report_scores(records[0]["metrics"], sets[0], output)
 
 

@@ -17,11 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, TextIO
 
-from tqdm.auto import tqdm
-
 from kdfast.common import program
 from kdfast.common.errors import UserError
 from kdfast.common.folders import make_writable
+from kdfast.common.progress import answering_bar, print_line
 from kdfast.common.settings import flag
 from kdfast.data.pairs import check_text
 from kdfast.data.read import iter_examples
@@ -113,20 +112,17 @@ def predict(config: PredictConfig) -> None:
     with opened(config.output) as output:
         reader = Reader(config.model, mixed_precision=config.mixed_precision)
         for note in reader.notes:
-            print(note, file=sys.stderr, flush=True)
+            print_line(note, sys.stderr)
         pairs = ((each.question, each.context) for each in asked)
-        with tqdm(
-            total=len(asked),
-            disable=None if config.data else True,
-            bar_format="{l_bar}{bar}| {n:.0f}/{total_fmt} questions [{elapsed}<{remaining}]",
-        ) as bar:
-            warn = partial(bar.write, file=sys.stderr)
+        warn = partial(print_line, file=sys.stderr)
+        with answering_bar(len(asked), is_shown=config.data is not None) as bar:
             results = reader.stream(pairs, config.settings(), bar.update, warn)
             for result, each in zip(results, asked, strict=True):
                 answers = result if isinstance(result, list) else [result]
                 found = answers[0] if config.top_k == 1 else {"answers": answers}
                 line = {"id": each.id, "question": each.question, **found}
-                print(json.dumps(line, ensure_ascii=False), file=output, flush=True)
+                output.write(json.dumps(line, ensure_ascii=False) + "\n")
+                output.flush()
 
 
 def read_questions(config: PredictConfig) -> Iterator[Question]:
@@ -151,7 +147,7 @@ def read_questions(config: PredictConfig) -> Iterator[Question]:
         name = int(example.id) if has_number else example.id
         yield Question(name, example.question, example.context)
     for note in tally.notes({}, training=False):
-        print(note, file=sys.stderr, flush=True)
+        print_line(note, sys.stderr)
 
 
 def read(name: str) -> str:

@@ -1,9 +1,22 @@
-"""The one exception that a user's mistake raises."""
+"""The one exception that a user's mistake raises, and what a terminal may be given of its text."""
 
+import json
 from collections.abc import Sequence
 from difflib import get_close_matches
 
 LONGEST = 1500  # characters
+
+
+def printable(text: str, kept: str = "") -> str:
+    """`text`, which may come from a hostile file, with what a terminal would not print escaped.
+
+    That are control characters, among them those that move the cursor, change the direction of
+    writing or take no room, and lone surrogates. Escapes are those of JSON, so that a text that is
+    JSON still says the same. kept: characters that stay.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in kept else json.dumps(c)[1:-1] for c in text)
 
 
 class UserError(ValueError):
@@ -19,10 +32,7 @@ class UserError(ValueError):
     def __init__(self, sentence: str):
         if len(sentence) > LONGEST:
             sentence = f"{sentence[: LONGEST // 2]} … {sentence[-LONGEST // 2 :]}"
-        if not sentence.isprintable():
-            escaped = (c if c.isprintable() else ascii(c)[1:-1] for c in sentence)
-            sentence = "".join(escaped)
-        super().__init__(sentence)
+        super().__init__(printable(sentence))
 
 
 def unknown_name(role: str, name: str, known: Sequence[str]) -> UserError:
@@ -33,3 +43,8 @@ def unknown_name(role: str, name: str, known: Sequence[str]) -> UserError:
     nearest = get_close_matches(name, known, n=1)
     remedy = f"did you mean {nearest[0]}?" if nearest else f"give one of {', '.join(known)}."
     return UserError(f"{role} {name} is not known: {remedy}")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, for a one-sentence message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from kdfast.common.errors import printable
 from kdfast.common.program import MISTAKE
 
 if TYPE_CHECKING:
@@ -187,7 +188,8 @@ class Watch:
         if self.verdict.startswith((f"{self.rank} ", "-1 ")):
             sentence += f" Rank {self.rank} is at {_place()}."
         with suppress(OSError):
-            print(f"error: {sentence}", file=sys.stderr, flush=True)
+            # Not print_line: the main thread may hang where it holds the bars' lock.
+            print(f"error: {printable(sentence)}", file=sys.stderr, flush=True)
             self.has_told = True
         if not self._over.wait(4 * POLL):
             os._exit(MISTAKE)  # nothing else ends a main thread that waits in C

@@ -5,7 +5,9 @@ its signals before torch is loaded.
 """
 
 import errno
+import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -15,7 +17,7 @@ from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import Any, NoReturn, TextIO, cast
 
-from kdfast.common.errors import UserError
+from kdfast.common.errors import UserError, printable
 from kdfast.common.flag_hints import explain
 
 MISTAKE = 2
@@ -186,15 +188,27 @@ class Unwritable(Exception):
 class Stream:
     """A text stream whose reader may go away, or whose disk may be full.
 
+    What a terminal would not print is escaped, line ends apart: this closes what libraries print,
+    and results. A progress bar may begin with what moves it. So is what the encoding lacks.
+
     is_result: Unwritable is raised then; else what cannot be written is dropped.
     """
+
+    MOVES = re.compile(r"\r|(?:[\r\n]|\x1b\[A)+\Z")  # as tqdm writes them
 
     def __init__(self, stream: TextIO, is_result: bool):
         self._stream, self._is_result = stream, is_result
 
     def write(self, text: str) -> int:
+        moves = self.MOVES.match(text)
+        start = moves.end() if moves else 0
+        shown = text[:start] + printable(text[start:], kept="\n")
         with self._guarded():
-            self._stream.write(text)
+            try:
+                self._stream.write(shown)
+            except UnicodeEncodeError:
+                ascii_text = (c if c.isascii() else json.dumps(c)[1:-1] for c in shown)
+                self._stream.write("".join(ascii_text))
         return len(text)
 
     def flush(self) -> None:

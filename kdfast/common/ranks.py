@@ -18,10 +18,10 @@ from types import TracebackType
 import torch
 import torch.distributed as dist
 from torch import nn
-from tqdm.auto import tqdm
 
 from kdfast.common import heartbeat
-from kdfast.common.errors import UserError
+from kdfast.common.errors import UserError, printable
+from kdfast.common.progress import print_line
 
 # Of a collective. How long a rank may wait for another is heartbeat's to say.
 NEVER = timedelta(days=20)
@@ -138,13 +138,12 @@ class Ranks:
     def log(self, text: str) -> None:
         """Print a line, once for all ranks."""
         if self.is_first:
-            tqdm.write(text)  # above a progress bar
-            sys.stdout.flush()
+            print_line(text)
 
     def warn(self, text: str) -> None:
         """As `log`, to stderr: for programs whose stdout is a result."""
         if self.is_first:
-            tqdm.write(text, file=sys.stderr)
+            print_line(text, sys.stderr)
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -250,7 +249,7 @@ class Ranks:
             raise stopped from error
         if isinstance(error, Exception):
             # Who fails first speaks for all that fail alike.
-            mine = f"{self.rank} rank {self.rank} failed: {error}"
+            mine = f"{self.rank} rank {self.rank} failed: {printable(str(error))}"
             try:
                 known = self.store.compare_set(heartbeat.FAILURE, "", mine).decode()
             except dist.DistNetworkError:  # the store went with its process

@@ -93,7 +93,7 @@ class WindowBuilder:
         self._known: dict[bytes, int] = {}
         self._spooled = [0]
         first = 0
-        with whole_texts(self.tokenizer.backend_tokenizer) as backend:
+        with whole_texts(self.tokenizer) as backend:
             for number, examples_of in enumerate(_batches(examples)):
                 batch = self._plan(examples_of, first)
                 first += len(examples_of)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from kdfast.common.errors import printable
 from kdfast.evaluation import bootstrap
 from kdfast.evaluation.evaluated_model import SetResult
 from kdfast.evaluation.metrics import QuestionScores
@@ -193,6 +194,6 @@ def _ranged(figure: float, interval: list[float] | None, sign: str = "") -> str:
 
 
 def _markdown(rows: list[tuple[str, ...]]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in rows]
+    lines = [f"| {' | '.join(map(printable, row))} |" for row in rows]
     lines.insert(1, f"|:--{'|--:' * (len(rows[0]) - 1)}|")
     return "\n".join(lines)

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from kdfast.common.errors import UserError
+from kdfast.common.errors import UserError, first_line
 from kdfast.models.checks import check_reads_both_ways, check_sizes, check_type, vocabulary_size
 from kdfast.models.hub import local_folder, without_safetensors
 from kdfast.models.span_model import SpanModel
@@ -169,10 +169,12 @@ def longest_input(loaded: Loaded, name: str) -> int:
     Raises UserError where it has too few token embeddings for its tokenizer.
     """
     config = loaded.model.reader.config
-    if len(loaded.tokenizer) > vocabulary_size(loaded.model.reader):
+    highest = max(loaded.tokenizer.get_vocab().values(), default=0)
+    if highest >= vocabulary_size(loaded.model.reader):
         raise UserError(
-            f"The tokenizer of {name} has {len(loaded.tokenizer)} tokens, more than the model's "
-            "embeddings: use the tokenizer that the model was trained with."
+            f"The tokenizer of {name} has ids up to {highest}, and the model has embeddings up to "
+            f"{vocabulary_size(loaded.model.reader) - 1}: use the tokenizer that the model was "
+            "trained with."
         )
     if getattr(config, "relative_attention", False) and not config.position_biased_input:
         return sys.maxsize
@@ -185,8 +187,3 @@ def trained_length(config: PretrainedConfig) -> int:
         # Their positions start behind the padding's id.
         return config.max_position_embeddings - config.pad_token_id - 1
     return config.max_position_embeddings
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text, for a one-sentence message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers, processors
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedTokenizerFast
 
-from kdfast.common.errors import UserError
+from kdfast.common.errors import UserError, first_line
 from kdfast.tokenizers import vocabulary_files
 from kdfast.tokenizers.classes import (
     BY_MODEL_TYPE,
@@ -19,10 +19,11 @@ from kdfast.tokenizers.classes import (
     TYPED_IN_5,
     UNTYPED_IN_4,
 )
-from kdfast.tokenizers.template import backend_text
+from kdfast.tokenizers.template import backend_text, is_of_backend
 
 FILE = "tokenizer.json"
 MODEL_INPUTS = ("input_ids", "token_type_ids", "attention_mask")
+HIGHEST_ID = 2**24  # above those of any vocabulary: the backend goes through all ids below one
 SPECIAL = (
     "bos_token",
     "eos_token",
@@ -114,10 +115,11 @@ def load_tokenizer(folder: Path, role: str) -> FolderTokenizer:
         return _load(folder)
     except UserError as error:
         raise UserError(f"{role} {folder} {error}") from error
-    except Exception as error:  # tokenizers raises bare Exception for a broken file
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    except BaseException as error:
+        if not (isinstance(error, Exception) or is_of_backend(error)):
+            raise
         raise UserError(
-            f"{role} {folder} has no tokenizer that loads ({reason}): "
+            f"{role} {folder} has no tokenizer that loads ({first_line(error)}): "
             "save the model's tokenizer into that folder."
         ) from error
 
@@ -163,6 +165,8 @@ def _load(folder: Path) -> FolderTokenizer:
         defaults = {key: token for key, token in defaults.items() if _knows(backend, token)}
     else:
         backend = vocabulary_files.convert(folder, name, settings, {**defaults, **stated})
+    if (highest := max(backend.get_vocab().values(), default=0)) > HIGHEST_ID:
+        raise ValueError(f"its vocabulary holds the id {highest}")
     special = {**defaults, **stated}
     before = backend.to_str()
     for key, how in CLASS_TOKENS.get(name, {}).items():
@@ -181,7 +185,7 @@ def _load(folder: Path) -> FolderTokenizer:
         **special,
         extra_special_tokens=extra,
         **{key: settings[key] for key in KEPT if key in settings},
-        model_max_length=settings.get("model_max_length", settings.get("max_len")),
+        model_max_length=_longest(settings),
         model_input_names=[
             name for name in MODEL_INPUTS if name != "token_type_ids" or uses_token_types(folder)
         ],
@@ -203,6 +207,16 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path.name} holds no object")
     return content
+
+
+def _longest(settings: dict[str, Any]) -> int | None:
+    """The most tokens that the folder states; None where it states no number."""
+    stated = settings.get("model_max_length", settings.get("max_len"))
+    if stated is None:
+        return None
+    if not isinstance(stated, (int, float)) or not stated >= 1:
+        raise ValueError(f"model_max_length is {stated!r}")
+    return int(min(stated, 1e30))  # transformers' "nothing limits it"
 
 
 def _class_name(model: dict[str, Any], settings: dict[str, Any]) -> str:

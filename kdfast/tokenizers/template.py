@@ -8,21 +8,41 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from kdfast.common.errors import UserError
+from kdfast.common.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 
+def is_of_backend(error: BaseException) -> bool:
+    """Whether the Rust library `tokenizers` raised it.
+
+    It raises bare Exception, and where it panics what is none: a pyo3_runtime.PanicException,
+    a class that cannot be imported.
+    """
+    return type(error) is Exception or type(error).__name__ == "PanicException"
+
+
 @contextmanager
-def whole_texts(backend: Tokenizer) -> Iterator[Tokenizer]:
-    """The `tokenizers` object with truncation and padding off, and as it was afterwards."""
+def whole_texts(tokenizer: PreTrainedTokenizerFast) -> Iterator[Tokenizer]:
+    """Its `tokenizers` object with truncation and padding off, and as it was afterwards.
+
+    Raises UserError where that fails inside: files that load may still make it panic at a text.
+    """
+    backend = tokenizer.backend_tokenizer
     truncation, padding = backend.truncation, backend.padding
     backend.no_truncation()
     backend.no_padding()
     try:
         yield backend
+    except BaseException as error:
+        if not is_of_backend(error):
+            raise
+        raise UserError(
+            f"The tokenizer of {_name_of(tokenizer)} fails at a text ({first_line(error)}): "
+            "use the files that the model was published with."
+        ) from error
     finally:
         if truncation is not None:
             backend.enable_truncation(**truncation)
@@ -32,7 +52,7 @@ def whole_texts(backend: Tokenizer) -> Iterator[Tokenizer]:
 
 def backend_text(tokenizer: PreTrainedTokenizerFast) -> str:
     """All that decides a fast tokenizer's output for one text, as JSON."""
-    with whole_texts(tokenizer.backend_tokenizer) as backend:
+    with whole_texts(tokenizer) as backend:
         return backend.to_str()
 
 
@@ -56,10 +76,10 @@ class Template:
 
         Raises:
             UserError: for a tokenizer without a Rust backend, without a padding token, without a
-                token in front (which stands for "no answer"), or with token types of an unknown
-                pattern.
+                token in front (which stands for "no answer"), that puts ids there which are none
+                of its own, or with token types of an unknown pattern.
         """
-        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+        name = _name_of(tokenizer)
         if not getattr(tokenizer, "is_fast", False):
             raise UserError(
                 f"{name}: a slow tokenizer, which knows no character offsets: use its fast one "
@@ -69,8 +89,14 @@ class Template:
             raise UserError(
                 f"{name}: no padding token: state pad_token in its tokenizer_config.json"
             )
-        with whole_texts(tokenizer.backend_tokenizer) as backend:
+        with whole_texts(tokenizer) as backend:
             probe = backend.encode("probe", "probe")
+            unknown = [n for n in probe.ids if backend.id_to_token(n) is None]
+        if unknown:
+            raise UserError(
+                f"{name}: puts the id {unknown[0]} around a pair, which is none of its tokens: "
+                "use the files that the model was published with"
+            )
         side = probe.sequence_ids
         if 0 not in side or 1 not in side or side.index(0) > side.index(1):
             raise UserError(f"{name}: does not encode pairs as question, context: use another")
@@ -98,6 +124,10 @@ class Template:
             uses_types,
             tokenizer.pad_token_id,
         )
+
+
+def _name_of(tokenizer: PreTrainedTokenizerFast) -> str:
+    return getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
 
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -33,7 +33,7 @@ class WordOffsets:
     @classmethod
     def encode(cls, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> WordOffsets:
         """The tokens of `texts` and their words. tokenizer: a fast one."""
-        with whole_texts(tokenizer.backend_tokenizer) as backend:
+        with whole_texts(tokenizer) as backend:
             encodings = backend.encode_batch(texts, add_special_tokens=False)
         starts = starts_of([len(encoding.ids) for encoding in encodings])
         tokens = int(starts[-1])

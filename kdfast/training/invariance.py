@@ -138,7 +138,8 @@ def report(training: Training, loop: Loop) -> None:
     splits = check(training, loop, training.order.step(0))
     log = training.run.ranks.log
     log("Distance of the gradient from that of one piece in fp64, over its norm; dropout is off.")
-    log(table(splits))
+    for line in table(splits).split("\n"):
+        log(line)
     wrong = [each.name for each in splits if not each.good]
     if wrong:
         raise UserError(

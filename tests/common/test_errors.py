@@ -18,7 +18,7 @@ def test_of_a_longer_sentence_both_ends_stay():
 
 
 def test_what_a_terminal_would_not_print_is_escaped():
-    assert str(UserError("a\x1b[2Jb\nc … 桥\u202e")) == r"a\x1b[2Jb\nc … 桥\u202e"
+    assert str(UserError("a\x1b[2Jb\nc … 桥\u202e")) == r"a\u001b[2Jb\nc … 桥\u202e"
 
 
 def test_an_unknown_name_gets_the_nearest_one_or_all():

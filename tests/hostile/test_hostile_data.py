@@ -68,7 +68,7 @@ def test_a_sentence_is_one_line_whatever_it_quotes(folder):
     path = folder / "lines.json"
     row = {"id": "a\nb\x1b[2J" + 9999 * "x", "context": "c", "question": None}
     path.write_text(json.dumps([row]))
-    with pytest.raises(UserError, match=r"a\\nb\\x1b\[2J") as caught:
+    with pytest.raises(UserError, match=r"a\\nb\\u001b\[2J") as caught:
         read_examples(str(path))
     check_sentence(caught.value)
     deep = folder / "deep.json"

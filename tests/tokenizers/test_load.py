@@ -11,6 +11,7 @@ from transformers.convert_slow_tokenizer import SpmConverter
 from transformers.utils import sentencepiece_model_pb2_new
 
 import kdfast
+from kdfast import predict
 from kdfast.common.errors import UserError
 from kdfast.tokenizers.load import load_tokenizer, uses_token_types
 from kdfast.tokenizers.template import Template
@@ -265,3 +266,57 @@ def test_tokenizers_are_loaded_in_one_place_only():
         if re.search(r"AutoTokenizer\.|import [^\n]*AutoTokenizer", path.read_text("utf-8"))
     ]
     assert not others
+
+
+LEVEL = {"type": "WordLevel", "vocab": {f"a{n}": n for n in range(9)}, "unk_token": "nope"}
+PAIRS = {
+    "type": "BPE",
+    "vocab": {"a": 0, "b": 1, "ab": 2},
+    "merges": ["a b"],
+    "continuing_subword_prefix": "é",
+}
+ENDLESS = {"type": "Replace", "pattern": {"Regex": "(x+x+)+y"}, "content": ""}
+FAR = {"type": "BertProcessing", "sep": ["[SEP]", 2], "cls": ["[CLS]", 2**32 - 1]}
+# tokenizer.json of a folder, changed so that `tokenizers` panics, raises a bare Exception or would
+# go through four thousand million ids: as it loads, as a pair is encoded, at a text of a thread.
+FAULTS = {
+    "a merge inside a character": ({"model": PAIRS}, "no tokenizer that loads"),
+    "a map of characters that is none": (
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "BAAAAP////8AAAAA"}},
+        r"fails at a text \(index out of bounds",
+    ),
+    "an id far out": (
+        {"model": LEVEL | {"vocab": {"a": 0, "[UNK]": 2**32 - 1}}},
+        "holds the id 4294967295",
+    ),
+    "an id around a pair": ({"post_processor": FAR}, "puts the id 4294967295 around a pair"),
+    "no unknown token": ({"model": LEVEL}, r"fails at a text \(.*UNK"),
+    "a pattern without an end": ({"normalizer": ENDLESS}, r"fails at a text \(Onig"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_panic_is_a_sentence(folder, fault, tmp_path, capfd):
+    change, sentence = FAULTS[fault]
+    model = folder("bert")
+    content = json.loads((model / "tokenizer.json").read_text()) | change
+    (model / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=sentence):
+        kdfast.Reader(model)("Who?", f"{60 * 'x'} was Rollo.")
+    capfd.readouterr()
+    flags = ["--question", "Who?", "--context", f"{60 * 'x'} was Rollo."]
+    assert predict.main(["--model", str(model), *flags]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and "Traceback" not in err  # Rust's own words may stand before it
+    assert re.match(f"error: .*{sentence}", err.splitlines()[-1])
+
+
+def test_an_id_without_an_embedding_is_refused(folder):
+    """One is enough, however few tokens there are."""
+    model = folder("bert")
+    content = json.loads((model / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary[list(vocabulary)[-1]] = 10**6
+    (model / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="has ids up to 1000000, and the model has embeddings"):
+        kdfast.Reader(model)
