@@ -36,10 +36,15 @@ def check_type(config: PretrainedConfig, name: str, role: str) -> None:
             f"use one of {', '.join(SUPPORTED)}."
         )
     if config.num_labels != 2:
-        raise UserError(
-            f"{role} {name} has {config.num_labels} labels, and a span head has 2: "
-            "name a question-answering model, or set num_labels in its config.json."
-        )
+        raise wrong_labels(config.num_labels, name, role)
+
+
+def wrong_labels(count: int, name: str, role: str) -> UserError:
+    """The error for a model with other than two labels."""
+    return UserError(
+        f"{role} {name} has {count} labels, and a span head has 2: "
+        "name a question-answering model, or set num_labels in its config.json."
+    )
 
 
 def check_reads_both_ways(config: PretrainedConfig, name: str, role: str) -> None:
@@ -74,7 +79,8 @@ def check_sizes(config: PretrainedConfig, folder: Path, name: str, role: str) ->
                 held += math.prod(file.get_slice(key).get_shape())
                 tensors += 1
     described = math.inf
-    if config.num_hidden_layers <= tensors:  # every layer has some
+    repeats = ("num_hidden_layers", "num_hidden_groups", "inner_group_num")  # the last two: ALBERT
+    if max(getattr(config, key, 0) for key in repeats) <= tensors:  # every layer has some
         with torch.device("meta"):
             reader = AutoModelForQuestionAnswering.from_config(config)
         head = sum(each.numel() for each in reader.qa_outputs.parameters())

@@ -16,10 +16,19 @@ from transformers import (
 )
 
 from kdfast.common.errors import UserError, first_line
-from kdfast.models.checks import check_reads_both_ways, check_sizes, check_type, vocabulary_size
+from kdfast.common.files import read_json_object
+from kdfast.models.checks import (
+    check_reads_both_ways,
+    check_sizes,
+    check_type,
+    vocabulary_size,
+    wrong_labels,
+)
 from kdfast.models.hub import local_folder, without_safetensors
 from kdfast.models.span_model import SpanModel
 from kdfast.tokenizers.load import load_tokenizer
+
+MOST_LABELS = 10_000  # that transformers may make names for, which takes memory
 
 
 @dataclass
@@ -98,6 +107,9 @@ def load_reader(
 
 def load_config(folder: Path, name: str, role: str) -> PretrainedConfig:
     """The configuration in `folder`. Raises UserError unless it is of a supported reader."""
+    labels = read_json_object(folder / "config.json").get("num_labels")
+    if isinstance(labels, int) and labels > MOST_LABELS:
+        raise wrong_labels(labels, name, role)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a broken file, or a type that transformers does not know

@@ -9,6 +9,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers, processors
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedTokenizerFast
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from kdfast.common.errors import UserError, first_line
 from kdfast.tokenizers import vocabulary_files
@@ -24,15 +25,7 @@ from kdfast.tokenizers.template import backend_text, is_of_backend
 FILE = "tokenizer.json"
 MODEL_INPUTS = ("input_ids", "token_type_ids", "attention_mask")
 HIGHEST_ID = 2**24  # above those of any vocabulary: the backend goes through all ids below one
-SPECIAL = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
+SPECIAL = tuple(f"{each}_token" for each in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 # Further settings that a tokenizer keeps when it is written; all others tell of a class, which is
 # in tokenizer.json by then, or of the machine that wrote them.
 KEPT = ("padding_side", "truncation_side", "clean_up_tokenization_spaces", "split_special_tokens")
@@ -116,7 +109,7 @@ def load_tokenizer(folder: Path, role: str) -> FolderTokenizer:
     except UserError as error:
         raise UserError(f"{role} {folder} {error}") from error
     except BaseException as error:
-        if not (isinstance(error, Exception) or is_of_backend(error)):
+        if not (isinstance(error, Exception) or is_of_backend(error)):  # as a Ctrl-C
             raise
         raise UserError(
             f"{role} {folder} has no tokenizer that loads ({first_line(error)}): "
@@ -209,14 +202,12 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _longest(settings: dict[str, Any]) -> int | None:
-    """The most tokens that the folder states; None where it states no number."""
-    stated = settings.get("model_max_length", settings.get("max_len"))
-    if stated is None:
-        return None
+def _longest(settings: dict[str, Any]) -> int:
+    """The most tokens that the folder states."""
+    stated = settings.get("model_max_length", settings.get("max_len")) or VERY_LARGE_INTEGER
     if not isinstance(stated, (int, float)) or not stated >= 1:
         raise ValueError(f"model_max_length is {stated!r}")
-    return int(min(stated, 1e30))  # transformers' "nothing limits it"
+    return int(min(stated, VERY_LARGE_INTEGER))
 
 
 def _class_name(model: dict[str, Any], settings: dict[str, Any]) -> str:

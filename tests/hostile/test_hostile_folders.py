@@ -26,11 +26,12 @@ from kdfast.evaluation import scoring
 from kdfast.models import load as models
 from kdfast.models import window_loader
 from kdfast.models.checks import check_windows
+from kdfast.reader import Reader
 from kdfast.teachers import cache, teacher_pass
 from kdfast.training import checkpoint
 from kdfast.training.assemble import Progress
 from kdfast.training.nonfinite import NonfiniteSteps
-from tests import steppers
+from tests import readers, steppers
 from tests.hostile.mutations import (
     check_sentence,
     damaged_bytes,
@@ -38,6 +39,7 @@ from tests.hostile.mutations import (
     examples,
     json_files,
 )
+from tests.programs import edit
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +177,7 @@ def test_a_model_folder(ground, data):
             models.check_fits(loaded, 100, "student")
             check_windows(loaded.model.reader, ground.run.windows, 200, ground.home)
             loaded.model(torch.from_numpy(ground.run.windows.padded([0])["input_ids"]))
+            Reader(str(ground.student), device="cpu")("Who was it?", "It was Rollo of Normandy.")
         except UserError as error:
             check_sentence(error)
 
@@ -203,6 +206,14 @@ def test_a_model_that_claims_more_than_it_holds(ground, name):
     few = pytest.raises(UserError, match=r"lacks weights: .* that its config\.json describes")
     with Damaged(ground.student / "config.json", claim), few:
         models.load_reader(str(ground.student), "--student")
+
+
+@pytest.mark.parametrize("name", ["num_labels", "num_hidden_groups", "inner_group_num"])
+def test_an_albert_that_claims_what_would_fill_the_memory(tmp_path, name):
+    folder = Path(readers.save(tmp_path / "albert", "albert"))
+    edit(folder, "config.json", **{name: 10**9})
+    with pytest.raises(UserError, match=r"has 1000000000 labels|lacks weights: "):
+        models.load_reader(str(folder), "--student")
 
 
 def test_a_model_that_loads_and_computes_nothing(ground):
@@ -280,7 +291,7 @@ def test_a_feature_file_that_is_no_such_array(ground, name):
         open_windows(ground.features, ground.run.windows.key)
 
 
-def edit(ground, name, change):
+def edited(ground, name, change):
     path = ground.features / f"{name}.npy"
     array = np.load(path)
     change(array)
@@ -309,12 +320,12 @@ def test_a_feature_file_whose_numbers_lead_astray(ground, fault):
     if change == "behind":
         lengths = ground.run.windows.lengths
         change = lambda a: a.__setitem__(3, lengths[3])  # noqa: E731
-    with edit(ground, name, change), pytest.raises(UserError, match="a damaged cache"):
+    with edited(ground, name, change), pytest.raises(UserError, match="a damaged cache"):
         open_windows(ground.features, ground.run.windows.key)
 
 
 def test_a_token_that_the_model_does_not_know(ground):
-    with edit(ground, "input_ids", lambda a: a.__setitem__(3, 60_000)):
+    with edited(ground, "input_ids", lambda a: a.__setitem__(3, 60_000)):
         windows = open_windows(ground.features, ground.run.windows.key)
         with pytest.raises(UserError, match="holds token 60000, and the model knows"):
             check_windows(ground.run.model.reader, windows, 200, ground.home)
@@ -342,7 +353,7 @@ def test_each_window_is_looked_at(ground):
         for place in range(len(ground.run.windows)):
             change = partial(setitem, place=place, entry=entry)
             damaged = pytest.raises(UserError, match="a damaged cache")
-            with edit(ground, name, change), damaged:
+            with edited(ground, name, change), damaged:
                 open_windows(ground.features, ground.run.windows.key)
 
 
