@@ -17,6 +17,7 @@ from filelock import lock_descriptor
 
 from kdfast.common import heartbeat
 from kdfast.common.errors import UserError
+from kdfast.common.progress import print_line
 
 # NFS without its lock service, Lustre mounted without -o flock, some of FUSE.
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
@@ -90,8 +91,8 @@ def _is_locked(handle: int, path: Path) -> bool:
 
 @cache  # once for each folder
 def _say_unprotected(folder: Path, why: str) -> None:
-    print(
+    print_line(
         f"note: {folder} cannot be locked ({why}): start nothing else that writes there before "
         "this has ended, as nothing would stop it.",
-        file=sys.stderr,
+        sys.stderr,
     )
