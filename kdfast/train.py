@@ -194,11 +194,12 @@ def distil(
     data = TrainingData(windows, logits, chosen)
 
     set_key = validation.key if validation else None
-    restore = partial(resumed.restore, output, set_key) if resumed else None
+    restore = partial(resumed.restore, set_key) if resumed else None
     training = assemble(config, run, student.model, data, restore)
     progress, total = training.progress, training.total_steps
     if resumed:
-        for note in resumed.notes(environment, progress.steps):
+        notes = resumed.notes(environment, progress.steps)
+        for note in notes + (resumed.set_aside_others(output, progress) if ranks.is_first else []):
             ranks.log(note)
     progress.starts.append(progress.steps)
     if config.output.overwrite and ranks.is_first:  # all that the run needs has proved good

@@ -15,7 +15,6 @@ import torch
 from kdfast.common import files
 from kdfast.common.locks import locked
 from kdfast.evaluation import scoring
-from kdfast.models import save
 from kdfast.teachers import cache
 from kdfast.training import checkpoint, step
 from tests import forks
@@ -312,14 +311,3 @@ def test_room_is_reserved_where_the_system_has_no_call_for_it(tmp_path, monkeypa
     files.reserve(tmp_path / "a", 3_000_000)
     assert (tmp_path / "a").stat().st_size == 3_000_000
     assert (tmp_path / "a").stat().st_blocks * 512 >= 3_000_000
-
-
-def test_a_kill_while_a_model_is_replaced_leaves_one(tmp_path):
-    folder = tmp_path / "best"
-    for name in ("best.old", "best.new"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").write_text(name)
-    save.mend_model(folder)
-    assert (folder / "file").read_text() == "best.old"
-    checkpoint.remove_leftovers(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["best"]

@@ -98,8 +98,9 @@ def test_a_student_with_nan(world, capsys):
         output = world.path / action
         assert world.run(on_nonfinite=action, validation_file=None, output_dir=output) == 2
         said = sentence(capsys)
-        assert "the student's weights are not finite (reader.qa_outputs.bias)" in said
-        assert "Step 0 did not reach the weights" in said
+        assert "The student's weights are not finite (reader.qa_outputs.bias)" in said
+        assert "give a sound --student" in said
+        assert not (world.path / "cache").exists() and not any(output.iterdir())
 
 
 def test_a_huge_learning_rate_overwrites_nothing_good(world, capsys):

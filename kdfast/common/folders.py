@@ -63,6 +63,16 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def link_files(source: Path, folder: Path) -> None:
+    """Give every file of `source` a second name in `folder`; a copy where there are no links."""
+    folder.mkdir(exist_ok=True)
+    for path in source.iterdir():
+        try:
+            os.link(path, folder / path.name)
+        except OSError:  # some file systems have none
+            shutil.copy2(path, folder / path.name)
+
+
 def rename(path: Path, target: Path) -> None:
     """Give a file or folder another name, for good when this returns."""
     os.replace(path, target)

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from kdfast.common.errors import UserError
 from kdfast.common.files import read_json_object
 from kdfast.common.folders import even_modes, sync, sync_folder
+from kdfast.models.checks import nonfinite_weight
 from kdfast.models.hub import HUB_ERRORS, MODEL_FILES, PICKLES
 
 INDEX = "pytorch_model.bin.index.json"
@@ -118,6 +119,11 @@ def main(argv: list[str]) -> int:
             tensors.update(_weights_in(part))
         if not tensors:
             raise UserError(f"{parts[0]} holds no weights: name a model with some.")
+        if name := nonfinite_weight(tensors.items()):
+            raise UserError(
+                f"{parts[0]} holds weights that are not finite ({name}): ask its owner for sound "
+                "ones."
+            )
         save_file(dict(_apart(tensors)), path, metadata={"format": "pt"})
     except UserError as error:
         print(error, file=sys.stderr)

@@ -15,12 +15,15 @@ from safetensors.torch import save_file
 
 from kdfast.common import heartbeat
 from kdfast.common.errors import UserError
-from kdfast.common.folders import even_modes, sync_folder
-from kdfast.models.checks import vocabulary_size
+from kdfast.common.files import SUMS_FILE, fault_in, sha256_of, write_sums
+from kdfast.common.folders import even_modes, link_files, sync_folder
+from kdfast.models.checks import nonfinite_weight, vocabulary_size
 from kdfast.models.load import Loaded, first_line, load_reader
 from kdfast.models.span_model import SpanModel
 from kdfast.tokenizers.template import same_tokens
 
+CONFIG_FILE = "config.json"
+MODEL_FILE = "model.safetensors"
 REHEARSAL = ".rehearsal"  # the folder of rehearse_saving, within the run's
 RUN_FILE = "run.json"  # of a training run, next to its model
 WEIGHTS_FILE = "student-weights.safetensors"  # of keep_weights
@@ -60,9 +63,22 @@ def kept_models(output_dir: Path) -> str:
     return f"; {' and '.join(names)} {'is' if len(names) == 1 else 'are'} whole"
 
 
+def check_weights(model: SpanModel, output_dir: Path) -> None:
+    """Raise UserError before weights that are not finite replace good ones in `output_dir`."""
+    if name := nonfinite_weight(model.named_parameters()):
+        raise UserError(
+            f"The student's weights are not finite ({name}) and are not saved: lower "
+            f"--learning_rate, or give a sound --student{kept_models(output_dir)}."
+        )
+
+
 def save_model(folder: Path, model: SpanModel, tokenizer: Any) -> None:
-    """Write config, safetensors and tokenizer into `folder`, as AutoModel… loads them."""
+    """Write config, safetensors and tokenizer into `folder`, as AutoModel… loads them.
+
+    Raises UserError for weights that are not finite, before they replace good ones.
+    """
     heartbeat.report(f"writing {folder}", heartbeat.LONG)
+    check_weights(model, folder.parent)
     with writing(folder):
         model.reader.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -75,6 +91,7 @@ def rehearse_saving(output: Path, student: Loaded, name: str) -> None:
     So that saving cannot fail only after training. Raises UserError if it does not come back the
     same.
     """
+    check_weights(student.model, output)
     folder = output / REHEARSAL
     shutil.rmtree(folder, ignore_errors=True)
     model = student.model
@@ -113,12 +130,43 @@ def keep_weights(folder: Path, model: SpanModel) -> Path:
     return path
 
 
-def replace_model(folder: Path, model: SpanModel, tokenizer: Any) -> None:
-    """As save_model. Should it be killed, mend_model finds the old folder or the new one."""
+def replace_model(folder: Path, model: SpanModel, tokenizer: Any) -> str:
+    """As save_model, with SHA256SUMS; returns the digest that fault_of_model takes."""
+    with _replacing(folder) as new:
+        save_model(new, model, tokenizer)
+        return _write_digest(new)
+
+
+def link_model(source: Path, folder: Path) -> str:
+    """As replace_model, with links to the files of `source`, or copies of them."""
+    with _replacing(folder) as new:
+        link_files(source, new)
+        return _write_digest(new)
+
+
+def fault_of_model(folder: Path, digest: str) -> str | None:
+    """Why `folder` is not the model that was written with `digest`; None: it is."""
+    heartbeat.report(f"the sums of {folder}", heartbeat.LONG)
+    fault = fault_in(folder, (CONFIG_FILE, MODEL_FILE))
+    if fault is None and sha256_of(folder / SUMS_FILE) != digest:
+        fault = "it is the model of another run or step"
+    return fault
+
+
+def _write_digest(folder: Path) -> str:
+    """The sha256 of a model's SHA256SUMS, which is written unless it is there."""
+    if not (folder / SUMS_FILE).exists():
+        write_sums(folder, sorted(path.name for path in folder.iterdir()))
+    return sha256_of(folder / SUMS_FILE)
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A folder to write, which takes the place of `folder` once it is durable."""
     new, old = folder.with_name(folder.name + ".new"), _old(folder)
     with writing(folder):
         shutil.rmtree(new, ignore_errors=True)
-        save_model(new, model, tokenizer)
+        yield new
         sync_folder(new)
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -127,10 +175,11 @@ def replace_model(folder: Path, model: SpanModel, tokenizer: Any) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def mend_model(folder: Path) -> None:
-    """Bring back the old folder where a kill came between replace_model's renames."""
-    if _old(folder).is_dir() and not folder.exists():
-        _old(folder).rename(folder)
+def set_aside(folder: Path) -> None:
+    """Rename `folder`, so that no run takes it for its own; remove_leftovers deletes it."""
+    with writing(folder):
+        shutil.rmtree(_old(folder), ignore_errors=True)
+        folder.rename(_old(folder))
 
 
 def place_model(folder: Path, model: SpanModel, tokenizer: Any) -> None:
@@ -142,12 +191,12 @@ def place_model(folder: Path, model: SpanModel, tokenizer: Any) -> None:
 
 
 def place_copy(source: Path, folder: Path) -> None:
-    """Copy the files of model folder `source` into `folder`, as place_model does."""
+    """Copy the model in `source`, as replace_model wrote it, into `folder` as place_model does."""
     new = folder / "model.new"
     heartbeat.report(f"copying {source}", heartbeat.LONG)
     with writing(folder):
         shutil.rmtree(new, ignore_errors=True)
-        shutil.copytree(source, new)
+        shutil.copytree(source, new, ignore=shutil.ignore_patterns(SUMS_FILE))
     move_files(new, folder)
 
 

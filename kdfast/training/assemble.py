@@ -38,13 +38,16 @@ class Progress:
     """Where a run stands.
 
     steps: attempted so far. evaluated: the step count at the last evaluation. best_f1: of the
-    evaluations so far on `validation` (Validation.key), or None. clock: Clock.sums of all steps.
-    starts: the step count at each start.
+    evaluations so far on `validation` (Validation.key), or None; best_steps: the step count there,
+    and best_digest: of the model that best/ then held (models/save.py), on the first rank. clock:
+    Clock.sums of all steps. starts: the step count at each start.
     """
 
     steps: int = 0
     evaluated: int = 0
     best_f1: float | None = None
+    best_steps: int | None = None
+    best_digest: str | None = None
     validation: str | None = None
     clock: list[float] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)

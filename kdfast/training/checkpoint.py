@@ -18,9 +18,15 @@ from safetensors.torch import load_file, save_file
 from kdfast.common import heartbeat
 from kdfast.common.errors import UserError
 from kdfast.common.files import fault_in, read_json_object, write_json, write_sums
-from kdfast.common.folders import even_modes, sync, sync_folder
+from kdfast.common.folders import even_modes, link_files, sync, sync_folder
 from kdfast.data.batches import MicroBatchPolicy
-from kdfast.models.save import list_checkpoints, save_model, writing
+from kdfast.models.save import (
+    MODEL_FILE,
+    fault_of_model,
+    list_checkpoints,
+    save_model,
+    writing,
+)
 from kdfast.models.span_model import SpanModel
 from kdfast.training.assemble import Progress, Restored, Training
 from kdfast.training.log import LOG_FILE
@@ -28,7 +34,7 @@ from kdfast.training.optimizer import ScaledAdamW
 
 FORMAT = 4  # of trainer_state.json
 STATE_FILE = "trainer_state.json"
-MODEL_FILE = "model.safetensors"
+BEST = "best"  # the best model so far, in the run's folder and in each checkpoint
 OPTIMIZER_FILE = "optimizer.safetensors"
 # What torch's AdamW keeps of each parameter.
 ADAM = ("step", "exp_avg", "exp_avg_sq")
@@ -40,7 +46,8 @@ def save_checkpoint(
 ) -> Path:
     """Write run.output/checkpoint-STEPS under another name, sync, rename; keep the last `limit`.
 
-    Later ones, of a run that was resumed from before them, are deleted: this run passes them again.
+    best/ in it is the best model so far, by links to its files, so that going on from any
+    checkpoint finds the one of its own steps.
     identity: what a resumed run must share, see training/resume.py.
     """
     output_dir, optimizer = training.run.output, training.optimizer
@@ -62,19 +69,20 @@ def save_checkpoint(
         }
         write_json(partial / STATE_FILE, state)
         write_sums(partial, sorted(path.name for path in partial.iterdir()))
+        if training.progress.best_digest and (output_dir / BEST).is_dir():
+            link_files(output_dir / BEST, partial / BEST)
         sync_folder(partial)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)
         sync(output_dir)  # before others are deleted
-        checkpoints = list_checkpoints(output_dir)
-        passed = checkpoints.index(target) + 1
-        for old in [*checkpoints[passed:], *checkpoints[:passed][:-limit]]:
+        for old in list_checkpoints(output_dir)[:-limit]:
             shutil.rmtree(old)
+    remove_leftovers(output_dir)
     return target
 
 
 def remove_leftovers(output_dir: Path) -> None:
-    """Delete what a kill during a write has left."""
+    """Delete what a kill during a write has left, and what set_aside has renamed."""
     for path in output_dir.iterdir():
         if re.fullmatch(r"(checkpoint-\d+|best|last|model)\.(new|old)|\.rehearsal", path.name):
             shutil.rmtree(path, ignore_errors=True)
@@ -124,20 +132,23 @@ def find_checkpoint(name: str, output_dir: Path) -> tuple[Path, list[str]]:
         folder = Path(name).expanduser()
         if (folder / STATE_FILE).is_file() and (fault := torn(folder)):
             raise UserError(
-                f"--resume_from_checkpoint {folder} is damaged ({fault}): {_other_than(folder)}."
+                f"--resume_from_checkpoint {folder} is damaged ({fault}): "
+                f"{_other_than(folder)}{_without_best(folder, fault)}."
             )
         read_state(folder)
         return folder, []
     notes: list[str] = []
+    remedy = ""
     for folder in reversed(list_checkpoints(output_dir)):
         if (fault := torn(folder)) is None:
             read_state(folder)
             return folder, notes
         notes.append(f"{folder} is damaged ({fault}): the checkpoint before it is used.")
+        remedy = remedy or _without_best(folder, fault)
     if notes:
         raise UserError(
             f"--resume_from_checkpoint last: every checkpoint in {output_dir} is damaged: give "
-            "--overwrite instead to start again, or another --output_dir."
+            f"--overwrite instead to start again, or another --output_dir{remedy}."
         )
     remedy = "name the folder of the earlier run"
     if (output_dir / LOG_FILE).is_file():
@@ -156,7 +167,19 @@ def _other_than(folder: Path) -> str:
 def torn(folder: Path) -> str | None:
     """What is damaged in a checkpoint, or None."""
     heartbeat.report(f"the sums of {folder}", heartbeat.LONG)
-    return fault_in(folder, (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE))
+    fault = fault_in(folder, (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE))
+    if fault is None and (folder / BEST).exists():
+        digest = read_state(folder)["progress"].get("best_digest")
+        best = fault_of_model(folder / BEST, digest or "")
+        fault = f"{BEST}/: {best}" if best else None
+    return fault
+
+
+def _without_best(folder: Path, fault: str) -> str:
+    """One more remedy, where nothing but the best model of a checkpoint is damaged."""
+    if not fault.startswith(f"{BEST}/: "):
+        return ""
+    return f", or delete {folder / BEST} to go on without the best model so far"
 
 
 def _trained_tensors(model: SpanModel, optimizer: ScaledAdamW) -> dict[str, torch.Tensor]:
@@ -250,6 +273,8 @@ PROGRESS = {
     "steps": _whole(0),
     "evaluated": _whole(0),
     "best_f1": _optional(_number),
+    "best_steps": _optional(_whole(0)),
+    "best_digest": _optional(lambda value: isinstance(value, str)),
     "validation": _optional(lambda value: isinstance(value, str)),
     "rule": _optional(_record(CUTS, "packed")),
     "clock": lambda value: _list(_number)(value) and len(value) in (0, 5),
@@ -260,7 +285,7 @@ ENTRIES: dict[str, Callable[[Any], bool]] = {
     "identity": lambda value: (
         isinstance(value, dict) and isinstance(value.get("circumstances", {}), dict)
     ),
-    "progress": _record(PROGRESS),
+    "progress": _record(PROGRESS, "best_steps", "best_digest"),
     "updates": _whole(0),
     "overflows": _whole(0),
     "scaler": _optional(_record(SCALER)),

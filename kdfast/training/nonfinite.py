@@ -10,11 +10,9 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from kdfast.common.errors import UserError
 from kdfast.data.windows import Windows
@@ -161,15 +159,6 @@ def why_bad(report: StepReport, overflows: int) -> str | None:
     if overflows >= OVERFLOWS_AT_MOST:
         return f"the gradient has overflowed in {overflows} steps in a row"
     return None
-
-
-def check_weights(model: nn.Module, output_dir: Path) -> None:
-    """Raise UserError before weights that are not finite replace good ones on the disk."""
-    if name := nonfinite_weight(model.named_parameters()):
-        raise UserError(
-            f"The student's weights are not finite any more ({name}) and are not saved: lower "
-            f"--learning_rate{kept_models(output_dir)}."
-        )
 
 
 def examine(

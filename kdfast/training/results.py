@@ -1,5 +1,6 @@
 """What a run leaves in its folder as it goes: log, evaluations, checkpoints, the student."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -14,12 +15,19 @@ from kdfast.config import TrainConfig
 from kdfast.data.windows import Windows
 from kdfast.evaluation import scoring
 from kdfast.models.load import Loaded, first_line
-from kdfast.models.save import keep_weights, place_copy, place_model, replace_model
+from kdfast.models.save import (
+    fault_of_model,
+    keep_weights,
+    list_checkpoints,
+    place_copy,
+    place_model,
+    replace_model,
+)
 from kdfast.training.assemble import Training
-from kdfast.training.checkpoint import save_checkpoint
+from kdfast.training.checkpoint import BEST, save_checkpoint
 from kdfast.training.flops import matmul_rate
 from kdfast.training.log import Clock, TrainLog, progress_line
-from kdfast.training.nonfinite import NonfiniteSteps, check_weights
+from kdfast.training.nonfinite import NonfiniteSteps
 from kdfast.training.step import Callback, StepReport
 
 
@@ -106,12 +114,14 @@ class Results(Callback):
             f1 = evaluation.metrics["f1"]
             is_best = progress.best_f1 is None or f1 > progress.best_f1
             if is_best:
-                progress.best_f1 = f1
+                progress.best_f1, progress.best_steps = f1, progress.steps
             progress.evaluated, progress.validation = progress.steps, self.validation.key
             if self.log:
                 self.log.evaluation(progress.steps, evaluation.metrics)
                 if is_best:
-                    replace_model(self.output / "best", self.student.model, self.student.tokenizer)
+                    progress.best_digest = replace_model(
+                        self.output / BEST, self.student.model, self.student.tokenizer
+                    )
         self.run.ranks.log(f"step {progress.steps}: {scoring.line(evaluation.metrics)}")
 
     def save_if_due(self) -> None:
@@ -128,7 +138,6 @@ class Results(Callback):
 
         Raises UserError for weights that are not finite, before good ones are replaced.
         """
-        check_weights(self.student.model, self.output)
         if self.log and self._saved < self.progress.steps:
             with self.clock.stopped():
                 self.log.flush()
@@ -154,7 +163,6 @@ class Results(Callback):
                 "No step reached the weights, as every gradient was not finite: check the "
                 "student's weights, or lower --learning_rate."
             )
-        check_weights(self.student.model, self.output)
         if self.log:
             with self.clock.stopped():
                 self._place()
@@ -191,9 +199,20 @@ class Results(Callback):
         if not self.log:
             return
         self.log.close()
-        if self.config.evaluation.load_best_model_at_end:
-            replace_model(self.output / "last", self.student.model, self.student.tokenizer)
-            place_copy(self.output / "best", self.output)
+        best, last = self.output / BEST, self.output / "last"
+        if not self.config.evaluation.load_best_model_at_end:
+            shutil.rmtree(last, ignore_errors=True)  # of a run that this one was resumed from
+            return
+        replace_model(last, self.student.model, self.student.tokenizer)
+        if fault := fault_of_model(best, self.progress.best_digest or ""):
+            remedy = "use the last one, or train again"
+            if list_checkpoints(self.output):
+                remedy = "repeat the command with --resume_from_checkpoint last"
+            raise UserError(
+                f"{best} is not the model that was written after step {self.progress.best_steps} "
+                f"({fault}) and is not put into --output_dir: {remedy}."
+            )
+        place_copy(best, self.output)
 
     def figures(self) -> dict[str, Any]:
         """Training figures for run.json. train_speed covers the steps before a resume too."""

@@ -1,23 +1,25 @@
 """Going on with a run: from which checkpoint, and whether it is the same run still."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kdfast.common.errors import UserError
+from kdfast.common.files import SUMS_FILE
 from kdfast.common.machine import code_key
 from kdfast.common.ranks import Ranks
 from kdfast.config import CHANGEABLE, CUTS, FIXED_ON_RESUME, TrainConfig
 from kdfast.data.windows import Windows
 from kdfast.models.hub import local_folder
 from kdfast.models.load import Loaded
-from kdfast.models.save import mend_model
+from kdfast.models.save import MODEL_FILE, fault_of_model, link_model, list_checkpoints, set_aside
 from kdfast.models.span_model import SpanModel
 from kdfast.teachers import cache
 from kdfast.tokenizers.template import tokenizer_key
 from kdfast.training import checkpoint
-from kdfast.training.assemble import Restored
+from kdfast.training.assemble import Progress, Restored
 from kdfast.training.optimizer import ScaledAdamW
 
 
@@ -25,16 +27,20 @@ def restarted(config: TrainConfig, output: Path, ranks: Ranks) -> TrainConfig:
     """The settings after torchrun has started the ranks again: go on from the last checkpoint."""
     if ranks.restarts == 0:
         return config
-    if checkpoint.list_checkpoints(output):
+    if list_checkpoints(output):
         return config.replace(resume_from_checkpoint="last", overwrite=False)
     return config.replace(resume_from_checkpoint=None, overwrite=True)
 
 
 class Resumed:
-    """The checkpoint that a run goes on from, and the changes of settings that it brings."""
+    """The checkpoint that a run goes on from, and the changes of settings that it brings.
 
-    def __init__(self, folder: Path, config: TrainConfig):
+    best: the folder of its best model, see find_best.
+    """
+
+    def __init__(self, folder: Path, best: Path | None, config: TrainConfig):
         self.folder = folder
+        self.best = best
         # A setting that checkpoints of earlier versions lack comes first.
         self.identity = {"packing": "auto", **checkpoint.read_state(folder)["identity"]}
         self.allowed = config.output.allowed_changes()
@@ -44,20 +50,19 @@ class Resumed:
     def find(cls, config: TrainConfig, output: Path, ranks: Ranks) -> "Resumed | None":
         """What --resume_from_checkpoint names, or None without it.
 
-        Raises UserError where there is no whole checkpoint. Rank 0 looks for it, and mends what a
-        kill has left in the folder.
+        Raises UserError where there is no whole checkpoint. Rank 0 looks for it, and deletes what
+        a kill has left in the folder.
         """
-        folder = ""
+        folder = best = ""
         if config.output.resume_from_checkpoint and ranks.is_first:
             found, notes = checkpoint.find_checkpoint(config.output.resume_from_checkpoint, output)
-            for name in ("best", "last"):
-                mend_model(output / name)
+            model, note = find_best(found, output)
             checkpoint.remove_leftovers(output)
-            for note in notes:
-                ranks.log(note)
-            folder = str(found)
-        folder = ranks.share(folder)
-        return cls(Path(folder), config) if folder else None
+            for line in [*notes, note] if note else notes:
+                ranks.log(line)
+            folder, best = str(found), str(model or "")
+        folder, best = json.loads(ranks.share(json.dumps([folder, best])))
+        return cls(Path(folder), Path(best) if best else None, config) if folder else None
 
     def check(self, identity: dict[str, Any]) -> None:
         """Raise UserError, saying what differs, where `identity` is not the checkpoint's and may
@@ -81,16 +86,43 @@ class Resumed:
         """A setting with both values; of data and models, whose keys say nothing, the name."""
         return f"{name} ({self.identity.get(name)} -> {value})" if name in FIXED_ON_RESUME else name
 
-    def restore(
-        self, output: Path, validation: str | None, model: SpanModel, optimizer: ScaledAdamW
-    ) -> Restored:
+    def restore(self, validation: str | None, model: SpanModel, optimizer: ScaledAdamW) -> Restored:
         """Load the checkpoint. validation: key of the set that this run evaluates on, if any."""
         progress, policy = checkpoint.load_checkpoint(self.folder, model, optimizer)
-        is_kept = validation == progress.validation and (output / "best").is_dir()
-        if validation is not None and not is_kept:  # figures of different sets do not compare
-            progress.best_f1 = None
-            progress.evaluated = min(progress.evaluated, progress.steps - 1)
+        if validation not in (None, progress.validation):
+            self.best = None  # figures of different sets do not compare
+        if self.best is None:
+            progress.best_f1 = progress.best_steps = progress.best_digest = None
+            if validation is not None:
+                progress.evaluated = min(progress.evaluated, progress.steps - 1)
         return Restored(progress, None if CUTS.intersection(self.changed) else policy)
+
+    def set_aside_others(self, output: Path, progress: Progress) -> list[str]:
+        """Leave in `output` what belongs to the run's steps so far; returns lines for the user.
+
+        Later checkpoints are renamed, the latest first: should a kill come between them, those that
+        are left are of one line of steps. best/ is again what it was at the checkpoint.
+        """
+        later = [path for path in list_checkpoints(output) if int(path.name[11:]) > progress.steps]
+        others = [*reversed(later)]
+        best = output / checkpoint.BEST
+        lines = []
+        if self.best:
+            is_other = progress.best_digest and fault_of_model(best, progress.best_digest)
+            progress.best_digest = link_model(self.best, best)
+            if is_other:
+                lines = [f"{best} is again the model of step {progress.best_steps}."]
+        elif best.exists():
+            others.append(best)
+        for path in others:
+            set_aside(path)
+        if others:
+            names = ", ".join(path.name for path in others)
+            lines.append(
+                f"Not of the run's first {progress.steps} steps, and renamed to NAME.old until the "
+                f"next checkpoint: {names}."
+            )
+        return lines
 
     def notes(self, environment: dict[str, Any], steps: int) -> list[str]:
         """What a user should hear: where the run stands, and what is not as it was."""
@@ -102,6 +134,35 @@ class Resumed:
         if other:
             lines.append(f"Not as before: {', '.join(other)}; so not to the same bits.")
         return lines
+
+
+def find_best(folder: Path, output_dir: Path) -> tuple[Path | None, str | None]:
+    """Where the best model of checkpoint `folder`, which is whole, is, and what a user should hear.
+
+    None: there was no evaluation before it, or no model that is surely the one of its steps.
+    """
+    progress = checkpoint.read_state(folder)["progress"]
+    if progress["best_f1"] is None:
+        return None, None
+    digest, best = progress.get("best_digest"), output_dir / checkpoint.BEST
+    if digest and (folder / checkpoint.BEST).is_dir():
+        return folder / checkpoint.BEST, None
+    if digest and fault_of_model(best, digest) is None:
+        return best, f"{folder / checkpoint.BEST} is gone: {best} has the same sums and is used."
+    if not digest and _written_before(best, folder):
+        return best, f"{best} is taken as it is: a run of an earlier version kept no sums of it."
+    which = f"of step {progress['best_steps']}" if digest else "that an earlier version wrote"
+    return None, (
+        f"The best model {which} is gone or changed: its f1 of {progress['best_f1']:.2f} is "
+        "forgotten, and the best model is that of the evaluations to come."
+    )
+
+
+def _written_before(model: Path, saved: Path) -> bool:
+    """Whether no later step than the checkpoint's can have written the model."""
+    times = [path.stat().st_mtime for path in model.glob("*") if path.name != SUMS_FILE]
+    written = (saved / checkpoint.STATE_FILE).stat().st_mtime
+    return (model / MODEL_FILE).is_file() and max(times) <= written
 
 
 def settings_of(config: TrainConfig, precision: str) -> dict[str, Any]:

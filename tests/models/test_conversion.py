@@ -66,6 +66,16 @@ def test_a_folder_gets_safetensors_next_to_its_pickle(folder, capsys, kind):
     assert "in safetensors already" in refused(["--convert", made], capsys)
 
 
+def test_weights_that_are_not_finite_are_not_converted(folder, capsys):
+    made = folder()
+    weights = torch.load(made / "pytorch_model.bin", weights_only=True)
+    next(iter(weights.values()))[3] = torch.nan
+    torch.save(weights, made / "pytorch_model.bin")
+    said = refused(["--convert", made], capsys)
+    assert f"holds weights that are not finite ({next(iter(weights))})" in said
+    assert not (made / WEIGHTS).exists()
+
+
 def test_a_new_folder_gets_the_whole_model(folder, tmp_path, capsys):
     made, target = folder("parts"), tmp_path / "target"
     assert doctor.main(["--convert", str(made), "--output_dir", str(target)]) == 0

@@ -149,14 +149,6 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(setup, tmp_path, monkeypatch)
     assert save(run, tmp_path, 2) == checkpoint.find_checkpoint("last", tmp_path)[0]
 
 
-def test_a_run_resumed_from_an_earlier_one_replaces_the_later_ones(setup, tmp_path):
-    run = setup()
-    for steps in (2, 5, 6):
-        save(run, tmp_path, steps, limit=9)
-    assert save(run, tmp_path, 3, limit=1).is_dir()
-    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["checkpoint-3"]
-
-
 def test_an_incomplete_optimizer_or_state_is_refused(setup, tmp_path):
     run = setup()
     train(run, 0, 1)

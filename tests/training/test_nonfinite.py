@@ -86,7 +86,7 @@ def test_skip_counts_and_goes_on(setup, monkeypatch):
 
 
 @pytest.mark.parametrize("action", ["halt", "skip"])
-def test_nan_in_the_students_weights_ends_the_run(setup, tmp_path, action):
+def test_nan_in_the_students_weights_ends_the_run(setup, action):
     run = trained(setup, on_nonfinite=action)
     with torch.no_grad():
         run.model.reader.base_model.encoder.layer[1].output.dense.weight[3, 4] = np.nan
@@ -96,8 +96,6 @@ def test_nan_in_the_students_weights_ends_the_run(setup, tmp_path, action):
         in sentence
     )
     assert "give a sound --student" in sentence
-    with pytest.raises(UserError, match=r"not finite any more .*layer\.1\.output"):
-        nonfinite.check_weights(run.model, tmp_path)
 
 
 def test_a_huge_learning_rate_is_not_learned_from(setup):
