@@ -156,15 +156,17 @@ def test_tensorboard_is_cut_back_to_the_checkpoint(world, monkeypatch):
 
     flags = {**FLAGS, "report_to": "tensorboard", "save_steps": 2}
 
-    def shown():
+    def shown(name="train/loss"):
         events = EventAccumulator(str(world.output / "tensorboard"))
         events.Reload()
-        return [(each.step, each.value) for each in events.Scalars("train/loss")]
+        return [(each.step, each.value) for each in events.Scalars(name)]
 
     assert world.run(**flags, save_total_limit=9) == 0
-    whole = shown()
+    whole, evaluations = shown(), shown("eval/f1")
     for steps in (4, 6):
         shutil.rmtree(world.output / f"checkpoint-{steps}")
     assert world.run(**flags, resume_from_checkpoint="last") == 0
     assert shown() == whole
     assert [step for step, _ in whole] == list(range(6))
+    assert shown("eval/f1") == evaluations
+    assert [step for step, _ in evaluations] == [2, 4, 6]

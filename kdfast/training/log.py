@@ -52,6 +52,9 @@ class TrainLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(str(output_dir / TENSORBOARD_FOLDER), purge_step=steps)
+            for line in kept:  # TensorBoard drops the evaluation after the last step, too
+                if line.get("evaluated_after") == steps:
+                    self._show_evaluation(steps, line)
 
     def step(self, report: StepReport, speed: Speed) -> None:
         """Log a step, from values that are on the host already."""
@@ -69,10 +72,13 @@ class TrainLog:
     def evaluation(self, steps: int, metrics: dict[str, float]) -> None:
         """Log an evaluation after `steps` steps."""
         self._write({"evaluated_after": steps, **metrics})
-        if self.writer:
-            for name, value in metrics.items():
-                self.writer.add_scalar(f"eval/{name}", value, steps)
+        self._show_evaluation(steps, metrics)
         self.flush()
+
+    def _show_evaluation(self, steps: int, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            if self.writer and name != "evaluated_after":
+                self.writer.add_scalar(f"eval/{name}", value, steps)
 
     def flush(self) -> None:
         """Make it durable."""

@@ -109,7 +109,8 @@ def test_plain_names(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["", ".", "..", "../a", "/a", "a/b", "a\\b", "a\0", "a\n", "\x1b[2J", "x" * 201, None, 3]
+    "name",
+    ["", ".", "..", "../a", "/a", "a/b", "a\\b", "a\0", "a\n", "\x1b[2J", "x" * 201, None, 3],
 )
 def test_what_is_no_plain_name(name):
     assert not files.is_plain_name(name)
