@@ -95,6 +95,8 @@ def start(config: PredictConfig) -> None:
     try:
         predict(config)
     except OSError as error:
+        if error.filename is not None:  # of a file that does not open
+            raise
         raise UserError(
             f"The answers cannot be written ({error.strerror}): make room or name another --output."
         ) from error

@@ -1,5 +1,6 @@
 """The one exception that a user's mistake raises, and what a terminal may be given of its text."""
 
+import errno
 import json
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -33,6 +34,31 @@ class UserError(ValueError):
         if len(sentence) > LONGEST:
             sentence = f"{sentence[: LONGEST // 2]} … {sentence[-LONGEST // 2 :]}"
         super().__init__(printable(sentence))
+
+
+_REMEDIES = {
+    "make room": (errno.ENOSPC, errno.EDQUOT),
+    "raise the limit of open files (ulimit -n)": (errno.EMFILE, errno.ENFILE),
+    "see to the disk or network mount, and start again": (
+        *(errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.EBUSY),
+        *(errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH),
+    ),
+    "free some memory": (errno.ENOMEM,),
+}
+
+
+def remedy(number: int | None) -> str | None:
+    """What helps against an errno that says nothing of the file; None for the others."""
+    return next((text for text, numbers in _REMEDIES.items() if number in numbers), None)
+
+
+def of_system(error: OSError | MemoryError) -> UserError:
+    """The sentence for what the system has refused, by which a program ends."""
+    if isinstance(error, MemoryError):
+        return UserError("This machine has too little free memory: free some, and start again.")
+    what = error.strerror or (str(error).splitlines() or [type(error).__name__])[0]
+    where = f"{error.filename}: " if error.filename is not None else ""
+    return UserError(f"{where}{what}: {remedy(error.errno) or 'check it, and its rights'}.")
 
 
 def unknown_name(role: str, name: str, known: Sequence[str]) -> UserError:

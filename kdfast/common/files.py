@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SUMS_FILE = "SHA256SUMS"
+# What is wrong with a file itself: it is absent, or something else. What cannot be read for another
+# reason, such as a mount that fails, may be whole.
+NOT_A_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP}
 
 
 def is_plain_name(name: object) -> bool:
@@ -117,11 +120,18 @@ def spool(folder: Path) -> IO[bytes]:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; an empty one where the file is absent or holds something else."""
+    """The JSON object in `path`; an empty one where the file is absent or holds something else.
+
+    Raises OSError where it cannot be read.
+    """
     try:
         with open_file(path) as file:
             content = json.loads(file.read().decode())
-    except (OSError, ValueError, RecursionError):
+    except OSError as error:
+        if error.errno not in NOT_A_FILE:
+            raise
+        return {}
+    except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -145,7 +155,7 @@ def fault_in(folder: Path, needed: tuple[str, ...], most_bytes: int | None = Non
     """Why the files of `folder` are not those that write_sums saw, in a few words; None: they are.
 
     needed: names that must be among them. most_bytes: where the needed files are larger together,
-    they are taken as they are.
+    they are taken as they are. Raises OSError where they cannot be read.
     """
     try:
         size = sum((folder / name).stat().st_size for name in needed)
@@ -166,6 +176,8 @@ def fault_in(folder: Path, needed: tuple[str, ...], most_bytes: int | None = Non
             if sha256_of(folder / name) != digest:
                 return f"{name} is not what was written"
     except OSError as error:
+        if error.errno not in NOT_A_FILE:
+            raise
         return f"{Path(error.filename or folder).name}: {error.strerror}"
     except ValueError:
         return f"{SUMS_FILE} is damaged"

@@ -4,12 +4,16 @@ A folder that the user names may be a link, such as one to a larger disk; a link
 refused, as whoever sent the folder may have put it there.
 """
 
+import errno
 import os
 import shutil
 from pathlib import Path
 
 from kdfast.common.errors import UserError
 from kdfast.common.files import create, refuse_link, spool
+
+# Of a folder, on some network file systems and FUSE: a rename there is as safe as it gets.
+NO_SYNC = {errno.EINVAL, errno.EPERM, errno.EACCES, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 def make_writable(folder: Path) -> None:
@@ -97,9 +101,15 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """fsync one file, or what a folder lists."""
-    handle = os.open(path, os.O_RDONLY)
+    """fsync one file, or what a folder lists, where the system can do that."""
+    is_folder, is_windows = path.is_dir(), os.name == "nt"
+    if is_folder and is_windows:  # which opens none
+        return
+    handle = os.open(path, os.O_RDWR if is_windows else os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if not is_folder or error.errno not in NO_SYNC:
+            raise
     finally:
         os.close(handle)

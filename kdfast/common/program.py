@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import Any, NoReturn, TextIO, cast
 
-from kdfast.common.errors import UserError, printable
+from kdfast.common.errors import UserError, of_system, printable
 from kdfast.common.flag_hints import explain
 
 MISTAKE = 2
@@ -70,6 +70,9 @@ def run(
         except UserError as error:
             if not error.is_repeated:
                 print(f"error: {error}", file=sys.stderr)
+            return MISTAKE
+        except (OSError, MemoryError) as error:
+            print(f"error: {of_system(error)}", file=sys.stderr)
             return MISTAKE
         except Unwritable as error:
             if error.errno == errno.EPIPE:  # its reader has enough

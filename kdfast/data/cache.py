@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kdfast.common.errors import UserError
+from kdfast.common.files import NOT_A_FILE
 
 FORMAT = 5  # of the files, and part of their folder's name: raise it when one of them changes
 HEADER = "header.json"
@@ -151,7 +152,9 @@ def open_array(folder: Path, name: str, kinds: Kinds) -> np.ndarray:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError as error:
-        raise damaged(folder, f"{path.name}: {error.strerror or error}") from None
+        if error.errno not in NOT_A_FILE:
+            raise
+        raise damaged(folder, f"{path.name}: {error.strerror}") from None
     except Exception:  # numpy raises a dozen kinds for a made-up header
         raise damaged(folder, f"{path.name} is no whole .npy file") from None
     if not isinstance(array, np.memmap) or array.ndim != 1 or array.dtype not in kinds:

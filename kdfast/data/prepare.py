@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from kdfast.common import heartbeat
-from kdfast.common.errors import UserError
+from kdfast.common.errors import UserError, remedy
 from kdfast.common.files import fault_in, write_json, write_sums
 from kdfast.common.folders import sync
 from kdfast.common.locks import lock
@@ -168,7 +168,7 @@ def _writing(cache_dir: Path | str) -> Iterator[None]:
     except OSError as error:
         raise UserError(
             f"--cache_dir {cache_dir}: features cannot be written there "
-            f"({error.strerror or error}): make room or give another folder"
+            f"({error.strerror or error}): {remedy(error.errno) or 'give another folder'}"
         ) from None
 
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from kdfast.common import heartbeat
-from kdfast.common.errors import UserError
+from kdfast.common.errors import UserError, remedy
 from kdfast.common.files import SUMS_FILE, fault_in, sha256_of, write_sums
 from kdfast.common.folders import even_modes, link_files, sync_folder
 from kdfast.models.checks import nonfinite_weight, vocabulary_size
@@ -222,4 +222,5 @@ def _write_error(path: Path, number: int | None, reason: str) -> UserError:
             name = checkpoints[-1].name
             advice = f" and go on with --resume_from_checkpoint last, which is {name}"
         return UserError(f"The disk is full while {path} is written: free some space{advice}.")
-    return UserError(f"{path} cannot be written ({reason}): choose another --output_dir.")
+    advice = remedy(number) or "choose another --output_dir"
+    return UserError(f"{path} cannot be written ({reason}): {advice}.")

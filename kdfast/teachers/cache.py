@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from kdfast.common import heartbeat
-from kdfast.common.errors import UserError
+from kdfast.common.errors import UserError, remedy
 from kdfast.common.files import (
     fault_in,
     read_json_object,
@@ -101,6 +101,8 @@ def open_cache(
     if fault is None:
         try:
             return map_logits(folder, tokens, "r")
+        except OSError:
+            raise
         except Exception as error:  # numpy raises many kinds for a damaged header
             fault = str(error)
     raise UserError(
@@ -218,5 +220,5 @@ def disk_error(partial: Path, error: OSError) -> UserError:
         )
     return UserError(
         f"The teacher's logits cannot be written to {partial} ({error.strerror}): "
-        "give a --cache_dir that is writable."
+        f"{remedy(error.errno) or 'give a --cache_dir that is writable'}."
     )
