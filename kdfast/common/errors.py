@@ -39,7 +39,7 @@ class UserError(ValueError):
 _REMEDIES = {
     "make room": (errno.ENOSPC, errno.EDQUOT),
     "raise the limit of open files (ulimit -n)": (errno.EMFILE, errno.ENFILE),
-    "see to the disk or network mount, and start again": (
+    "see to the disk or network mount, and retry": (
         *(errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.EBUSY),
         *(errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH),
     ),
@@ -55,7 +55,7 @@ def remedy(number: int | None) -> str | None:
 def of_system(error: OSError | MemoryError) -> UserError:
     """The sentence for what the system has refused, by which a program ends."""
     if isinstance(error, MemoryError):
-        return UserError("This machine has too little free memory: free some, and start again.")
+        return UserError("This machine has too little free memory: free some, and retry.")
     what = error.strerror or (str(error).splitlines() or [type(error).__name__])[0]
     where = f"{error.filename}: " if error.filename is not None else ""
     return UserError(f"{where}{what}: {remedy(error.errno) or 'check it, and its rights'}.")

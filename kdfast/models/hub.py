@@ -33,6 +33,9 @@ def local_folder(name: str, role: str) -> Path:
                 f"{role} {name} holds no config.json: name a folder that "
                 "save_pretrained has written."
             )
+        for path in folder.iterdir():
+            if path.is_fifo() or path.is_char_device():  # reading it would have no end
+                raise UserError(f"{role} {name} holds {path.name}, which is no file: remove it.")
         return folder
     if folder.exists():
         raise UserError(f"{role} {name} is a file: name the model's folder.")

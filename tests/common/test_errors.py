@@ -1,6 +1,9 @@
-"""What UserError makes of a sentence that is long or that a terminal would not print."""
+"""What UserError makes of a sentence, and what is said of an error of the system."""
 
-from kdfast.common.errors import LONGEST, UserError, unknown_name
+import errno
+import os
+
+from kdfast.common.errors import LONGEST, UserError, of_system, unknown_name
 
 
 def test_a_sentence_of_the_longest_length_stays_whole():
@@ -25,3 +28,17 @@ def test_an_unknown_name_gets_the_nearest_one_or_all():
     known = ("cosine", "linear")
     assert str(unknown_name("--x", "linar", known)).endswith("not known: did you mean linear?")
     assert str(unknown_name("--x", "?", known)).endswith("not known: give one of cosine, linear.")
+
+
+def test_what_the_system_refuses_has_the_file_the_cause_and_a_remedy(tmp_path):
+    def sentence(code, name=None):
+        return str(of_system(OSError(code, os.strerror(code), name)))
+
+    assert sentence(errno.EMFILE, "a\x1b") == (
+        r"a\x1b: Too many open files: raise the limit of open files (ulimit -n)."
+    )
+    assert sentence(errno.ESTALE).endswith("handle: see to the disk or network mount, and retry.")
+    assert sentence(errno.EACCES, "a") == "a: Permission denied: check it, and its rights."
+    assert sentence(errno.EROFS, "a").startswith("a: Read-only file system: ")
+    assert str(of_system(OSError("Of a library\nand more"))).startswith("Of a library: ")
+    assert "free memory" in str(of_system(MemoryError()))

@@ -1,5 +1,6 @@
 """What is written is whole and nowhere else, whatever stands where it is to be."""
 
+import errno
 import os
 
 import numpy as np
@@ -160,3 +161,49 @@ def test_a_link_that_came_with_a_model_is_not_followed(folder, mine, monkeypatch
         with pytest.raises(UserError, match="eval is a link, through which"):
             folders.make_writable(folder / name)
     assert sorted(mine.parent.iterdir()) == [folder, mine]
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EMFILE, errno.EACCES])
+def test_what_cannot_be_read_now_is_neither_absent_nor_damaged(folder, monkeypatch, code):
+    """Else a resume would go back to an earlier checkpoint, and a pass begin again."""
+    files.write_json(folder / "a.json", {"a": 1})
+    files.write_sums(folder, ["a.json"])
+
+    def refused(path, flags, mode=0):
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(os, "open", refused)
+    for read in (
+        lambda: files.read_json_object(folder / "a.json"),
+        lambda: files.fault_in(folder, ("a.json",)),
+    ):
+        with pytest.raises(OSError, match=r"a\.json|SHA256SUMS"):
+            read()
+
+
+def test_what_is_absent_or_no_file_is_a_fault(folder):
+    files.write_json(folder / "a.json", {"a": 1})
+    files.write_sums(folder, ["a.json"])
+    (folder / "a.json").unlink()
+    for plant in (lambda path: None, os.mkfifo, os.mkdir):
+        folders.remove(folder / "a.json")
+        plant(folder / "a.json")
+        assert files.read_json_object(folder / "a.json") == {}
+        assert files.fault_in(folder, ("a.json",))
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EACCES, errno.EPERM, errno.EIO])
+def test_a_folder_that_cannot_be_synced(folder, monkeypatch, code):
+    (folder / "file").touch()
+
+    def refused(handle):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", refused)
+    if code == errno.EIO:  # this one is no lack of the file system
+        with pytest.raises(OSError):
+            folders.sync(folder)
+    else:
+        folders.sync(folder)
+    with pytest.raises(OSError):
+        folders.sync(folder / "file")

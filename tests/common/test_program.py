@@ -1,5 +1,6 @@
 """Flags, --help, and how every program starts and ends; the last are real processes."""
 
+import errno
 import os
 import re
 import subprocess
@@ -149,3 +150,13 @@ def test_flags_are_read_before_anything_heavy_is_imported(name):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2 and "--nothing is no flag" in done.stderr
     assert done.stdout == "heavy:\n"
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error", "x"), MemoryError()])
+def test_what_the_system_refuses_ends_a_program_with_a_sentence(capsys, error):
+    def work(settings):
+        raise error
+
+    assert program.run(lambda argv: None, work, []) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and len(said.splitlines()) == 1

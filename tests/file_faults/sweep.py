@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from kdfast import card, evaluate, predict, prepare, train
+from kdfast import card, evaluate, predict, prepare
 from tests import forks
 from tests.programs import World
 
@@ -24,8 +24,8 @@ TRAINING = {"save_steps": 2, "eval_steps": 3, "load_best_model_at_end": True, "m
 
 def programs(world: World):
     """Name: function of a folder of its own, which holds a copy of a finished run."""
-    reader = ["--model", str(world.student), "--data", str(world.validation_file)]
-    common = {"teacher": None, "validation_file": None, "output_dir": None, "max_steps": None}
+    data = str(world.validation_file)
+    common = {"validation_file": None, "output_dir": None, "max_steps": None}
     common |= {"train_batch_size": None, "learning_rate": None}
     return {
         "train": lambda place: world.run(
@@ -36,18 +36,16 @@ def programs(world: World):
             output_dir=place / "out",
             cache_dir=place / "kept",
             resume_from_checkpoint="last",
+            allow_changes="max_steps",
         ),
-        "prepare": lambda place: prepare.main(
-            world.flags(**common | {"teacher": world.teacher}, cache_dir=place / "cache")
-        ),
+        "prepare": lambda place: prepare.main(world.flags(**common, cache_dir=place / "cache")),
         "evaluate": lambda place: evaluate.main(
-            ["--model", str(place / "out"), "--validation_file", str(world.validation_file)]
-            + ["--output_dir", str(place / "evaluation")]
+            ["--model", f"{place}/out", "--data", data, "--output_dir", f"{place}/evaluation"]
         ),
         "predict": lambda place: predict.main(
-            ["--model", str(place / "out"), *reader[2:], "--output", str(place / "answers.jsonl")]
+            ["--model", f"{place}/out", "--data", data, "--output", f"{place}/answers.jsonl"]
         ),
-        "card": lambda place: card.main(["--model", str(place / "out")]),
+        "card": lambda place: card.main(["--model_dir", f"{place}/out"]),
     }
 
 
