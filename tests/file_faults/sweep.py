@@ -2,7 +2,7 @@
 
 python -m tests.file_faults.sweep FOLDER reads cases from standard input, a JSON list a line:
 [program, kind, first, last, errno]. It writes a line for each: [exit status, operations seen,
-what it printed to stderr].
+what it printed].
 """
 
 import ctypes
@@ -65,7 +65,7 @@ def main(folder: Path) -> None:
         said, seen = folder / "said", folder / "seen"
 
         def child(program=program, fault=fault, place=place, said=said, seen=seen):
-            sys.stderr = said.open("w")
+            sys.stderr = sys.stdout = said.open("w")
             kind, first, last, code = fault
             library.fail_calls(kind.encode(), str(place).encode(), first, last, code)
             status = 99
