@@ -56,7 +56,7 @@ def of_system(error: OSError | MemoryError) -> UserError:
     """The sentence for what the system has refused, by which a program ends."""
     if isinstance(error, MemoryError):
         return UserError("This machine has too little free memory: free some, and retry.")
-    what = error.strerror or (str(error).splitlines() or [type(error).__name__])[0]
+    what = error.strerror or first_line(error)
     where = f"{error.filename}: " if error.filename is not None else ""
     return UserError(f"{where}{what}: {remedy(error.errno) or 'check it, and its rights'}.")
 

@@ -7,6 +7,7 @@ refused, as whoever sent the folder may have put it there.
 import errno
 import os
 import shutil
+import sys
 from pathlib import Path
 
 from kdfast.common.errors import UserError
@@ -102,7 +103,7 @@ def sync_folder(folder: Path) -> None:
 
 def sync(path: Path) -> None:
     """fsync one file, or what a folder lists, where the system can do that."""
-    is_folder, is_windows = path.is_dir(), os.name == "nt"
+    is_folder, is_windows = path.is_dir(), sys.platform == "win32"
     if is_folder and is_windows:  # which opens none
         return
     handle = os.open(path, os.O_RDWR if is_windows else os.O_RDONLY)

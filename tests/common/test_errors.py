@@ -35,7 +35,7 @@ def test_what_the_system_refuses_has_the_file_the_cause_and_a_remedy(tmp_path):
         return str(of_system(OSError(code, os.strerror(code), name)))
 
     assert sentence(errno.EMFILE, "a\x1b") == (
-        r"a\x1b: Too many open files: raise the limit of open files (ulimit -n)."
+        r"a\u001b: Too many open files: raise the limit of open files (ulimit -n)."
     )
     assert sentence(errno.ESTALE).endswith("handle: see to the disk or network mount, and retry.")
     assert sentence(errno.EACCES, "a") == "a: Permission denied: check it, and its rights."
