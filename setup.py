@@ -136,6 +136,13 @@ setup(
     description="Distil extractive question-answering readers, fast.",
     license="MIT",
     python_requires=">=3.10",
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: C++",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     packages=find_packages(include=["kdfast", "kdfast.*"]),
     package_data={
         "kdfast": ["py.typed"],

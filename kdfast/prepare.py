@@ -49,6 +49,7 @@ class Preparation(NamedTuple):
 
 def start(settings: PrepareConfig) -> None:
     """The work of the program."""
+    program.refuse_windows("prepare")
     for group in settings:
         check_values(group)
     config, own = settings.for_training(), settings.own

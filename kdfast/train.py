@@ -109,6 +109,7 @@ def train_loop(training: Training, callback: Callback, steps: int | None = None)
 
 def start(config: TrainConfig | None) -> None:
     """The work of the program. config: None runs the embedded demo."""
+    program.refuse_windows("train")
     with StopSignals() as stop:
         if config is None:
             demo.run(train)

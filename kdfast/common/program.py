@@ -85,6 +85,15 @@ def run(
             return 128 + getattr(interrupt, "number", signal.SIGINT)
 
 
+def refuse_windows(program: str) -> None:
+    """Raise UserError on Windows, where nobody has tried whether a killed run can go on."""
+    if sys.platform == "win32":
+        raise UserError(
+            f"kdfast.{program} needs Linux or macOS, as what it writes must outlast a kill: run it "
+            "in WSL."
+        )
+
+
 def _function(work: Callable[[Any], int | None] | str) -> Callable[[Any], int | None]:
     if not isinstance(work, str):
         return work

@@ -5,6 +5,8 @@ data, so that what they exchange is sums, and facts to agree on. Without torchru
 communicates.
 """
 
+from __future__ import annotations
+
 import hashlib
 import os
 import sys
@@ -49,7 +51,7 @@ class Ranks:
         self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
     @classmethod
-    def join(cls) -> "Ranks":
+    def join(cls) -> Ranks:
         """This process among those that torchrun started, or alone.
 
         On GPUs NCCL sums the gradients. All else is exchanged over gloo, in host memory.
