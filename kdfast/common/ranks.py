@@ -230,7 +230,7 @@ class Ranks:
                 place += parameter.numel()
         return flat[place:].to(extras.dtype)
 
-    def __enter__(self) -> "Ranks":
+    def __enter__(self) -> Ranks:
         return self
 
     def __exit__(
