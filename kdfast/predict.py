@@ -6,6 +6,7 @@ The answers are JSONL: {"id", "question", "score", "start", "end", "answer"} a q
 --top_k above 1, {"id", "question", "answers"}, a list of the answers.
 """
 
+import io
 import json
 import os
 import sys
@@ -19,7 +20,8 @@ from typing import Literal, NamedTuple, TextIO
 
 from kdfast.common import program
 from kdfast.common.errors import UserError
-from kdfast.common.folders import make_writable
+from kdfast.common.files import create, open_device, refuse_link
+from kdfast.common.folders import make_writable, remove, rename
 from kdfast.common.progress import answering_bar, print_line
 from kdfast.common.settings import flag
 from kdfast.data.pairs import check_text
@@ -180,10 +182,11 @@ def opened(name: str | None) -> Iterator[TextIO]:
         if path.is_dir():
             raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
         if path.exists() and not path.is_file():
-            part = path
+            part, file = path, open_device(path)
         else:
+            refuse_link(path)
             make_writable(path.parent)
-        file = part.open("w", encoding="utf-8")
+            file = io.TextIOWrapper(create(part), encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"--output {name} cannot be written ({error.strerror}): name another."
@@ -193,10 +196,10 @@ def opened(name: str | None) -> Iterator[TextIO]:
             yield file
     except BaseException:
         if part != path and part.stat().st_size == 0:
-            part.unlink()
+            remove(part)
         raise
     if part != path:
-        part.replace(path)
+        rename(part, path)
 
 
 if __name__ == "__main__":

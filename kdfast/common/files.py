@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO, cast
 
 from kdfast.common.errors import UserError
 
@@ -45,14 +45,14 @@ def refuse_link(path: Path) -> None:
 
 def open_file(path: Path) -> BinaryIO:
     """Open a file to read, also through a link. Raises OSError for a pipe or a device."""
-    return open(path, "rb", opener=_regular)
+    return open(os.fspath(path), "rb", opener=_regular)  # numpy takes no Path for its name
 
 
 def open_in_place(path: Path) -> BinaryIO:
     """Open a file that is there, to change parts of it. Raises UserError for a link."""
     refuse_link(path.parent)
     refuse_link(path)
-    return open(path, "r+b", opener=_regular)
+    return open(os.fspath(path), "r+b", opener=_regular)
 
 
 def append(path: Path) -> TextIO:
@@ -65,6 +65,11 @@ def create(path: Path) -> BinaryIO:
     """Open a new file in place of the file, link or pipe that is there."""
     path.unlink(missing_ok=True)
     return path.open("xb")
+
+
+def open_device(path: Path) -> TextIO:
+    """Open the pipe or the device that the user named to write text to."""
+    return path.open("w", encoding="utf-8")
 
 
 @contextmanager
@@ -114,9 +119,9 @@ def write_tensors(
     save_file(dict(tensors), path, metadata)
 
 
-def spool(folder: Path) -> IO[bytes]:
+def spool(folder: Path) -> BinaryIO:
     """A file without a name, on the disk of `folder`."""
-    return tempfile.TemporaryFile(dir=folder)
+    return cast(BinaryIO, tempfile.TemporaryFile(dir=folder))
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

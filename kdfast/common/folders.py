@@ -8,6 +8,9 @@ import errno
 import os
 import shutil
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from kdfast.common.errors import UserError
@@ -45,9 +48,8 @@ def check_no_links(folder: Path, name: str) -> None:
             )
 
 
-def subfolder(folder: Path, name: str) -> Path:
-    """The folder `name` in `folder`, both created if missing. Raises UserError for a link."""
-    path = folder / name
+def subfolder(path: Path) -> Path:
+    """A folder within one that the user named, created if missing. Raises UserError for a link."""
     refuse_link(path)
     path.mkdir(parents=True, exist_ok=True)
     return path
@@ -58,6 +60,13 @@ def fresh_folder(path: Path) -> Path:
     remove(path)
     path.mkdir()
     return path
+
+
+@contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """A new folder in `parent`, which is deleted at the end."""
+    with tempfile.TemporaryDirectory(prefix=".", dir=parent) as path:
+        yield Path(path)
 
 
 def remove(path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kdfast.common.errors import UserError
-from kdfast.common.files import NOT_A_FILE
+from kdfast.common.files import NOT_A_FILE, create, open_file
 
 FORMAT = 5  # of the files, and part of their folder's name: raise it when one of them changes
 HEADER = "header.json"
@@ -114,7 +114,7 @@ class ArrayFile:
         self.file.close()
 
     def _start(self) -> None:
-        self.file = self.path.open("wb")
+        self.file = create(self.path)
         self.length = 0
         self._write_header()
 
@@ -129,9 +129,8 @@ class ArrayFile:
         """Writes what is there again, as `kind`. Rare: once or twice for a file, if at all."""
         self.finish()
         narrow = np.load(self.path, mmap_mode="r", allow_pickle=False)
-        self.path.unlink()  # the map of it stays
         self.kinds = self.kinds[self.kinds.index(kind) :]
-        self._start()
+        self._start()  # deletes the file, whose map stays
         for begin in range(0, len(narrow), _AT_ONCE):
             self.append(narrow[begin : begin + _AT_ONCE])
 
@@ -150,6 +149,7 @@ def open_array(folder: Path, name: str, kinds: Kinds) -> np.ndarray:
     """Maps the array in `folder`/`name`.npy. Raises UserError unless it is one of `kinds`."""
     path = folder / f"{name}.npy"
     try:
+        open_file(path).close()
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError as error:
         if error.errno not in NOT_A_FILE:

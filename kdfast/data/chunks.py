@@ -7,7 +7,6 @@ the source is cut into chunks depends on nothing else, so that it does not matte
 from __future__ import annotations
 
 import json
-import os
 import uuid
 import zipfile
 from collections.abc import Generator, Iterator
@@ -19,7 +18,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from kdfast.common.errors import UserError
-from kdfast.common.files import read_json_object
+from kdfast.common.files import new_file, open_file, read_json_object
 from kdfast.common.folders import sync
 from kdfast.data.cache import ARRAYS, narrowest
 from kdfast.data.tally import COUNTED, Tally
@@ -124,7 +123,7 @@ class ChunkFolder:
         """Reads a chunk. Raises UserError for one that is damaged."""
         path = self.file(number)
         try:
-            with np.load(path, allow_pickle=False) as held:
+            with open_file(path) as file, np.load(file, allow_pickle=False) as held:
                 facts = json.loads(held["facts"].tobytes())
                 arrays = {name: held[name] for name in ARRAYS}
             return Chunk(facts["first"], arrays, Tally(facts["counts"], facts["ids"]))
@@ -141,13 +140,9 @@ class ChunkFolder:
 
     @contextmanager
     def _written(self, path: Path) -> Iterator[BinaryIO]:
-        """A file of a name of its own, as others may write the same one; renamed at the end."""
-        aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        with aside.open("wb") as file:
+        """A file with a name of its own until it is whole, as others may write the same one."""
+        with new_file(path, aside=uuid.uuid4().hex) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
         sync(self.path)
 
     def joined(self, tally: Tally) -> Generator[dict[str, np.ndarray], None, None]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kdfast.common import heartbeat
+from kdfast.common.files import spool
+from kdfast.common.folders import subfolder
 from kdfast.common.progress import reading_bar
 from kdfast.config import WindowSettings
 from kdfast.data.cache import ARRAYS, FORMAT, Kinds
@@ -63,7 +64,7 @@ class Features:
     def arrays(self, folder: Path, partial: Path) -> Parts:
         chunks = ChunkFolder.of(folder)
         if not chunks.path.is_dir():
-            with tempfile.TemporaryFile(dir=partial) as self.builder.spool:
+            with spool(partial) as self.builder.spool:
                 yield from self.builder.arrays(self._examples(self.builder.tally))
             return
         self.encode(chunks, WHOLE, None)  # what others have left
@@ -74,11 +75,12 @@ class Features:
         mine = shard
         if ranks is not None:
             self.is_shown, mine = ranks.is_first, shard.split(ranks.rank, ranks.count)
-        chunks.path.mkdir(parents=True, exist_ok=True)
+        subfolder(chunks.path.parent)
+        subfolder(chunks.path)
         if chunks.missing(mine) == []:
             return
         count, tally = 0, Tally()
-        with tempfile.TemporaryFile(dir=chunks.path) as self.builder.spool:
+        with spool(chunks.path) as self.builder.spool:
             for number, chunk in self.builder.chunks(
                 self._examples(tally), lambda n: mine.has(n) and not chunks.file(n).is_file()
             ):

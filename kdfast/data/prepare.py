@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,7 +12,7 @@ import numpy as np
 from kdfast.common import heartbeat
 from kdfast.common.errors import UserError, remedy
 from kdfast.common.files import fault_in, write_json, write_sums
-from kdfast.common.folders import sync
+from kdfast.common.folders import fresh_folder, remove, rename, subfolder, sync
 from kdfast.common.locks import lock
 from kdfast.config import WindowSettings
 from kdfast.data.cache import (
@@ -123,7 +122,8 @@ def prepare_shard(
             return None
     windows = cached_windows(cache_dir, features, ranks)
     if ranks.is_first:
-        shutil.rmtree(chunks.path, ignore_errors=True)  # what was written after that
+        with suppress(OSError):
+            remove(chunks.path)  # what was written after that
     return windows
 
 
@@ -144,7 +144,7 @@ def cached_windows(cache_dir: Path | str, made: Made, ranks: Ranks | None = None
     with _writing(cache_dir), ExitStack() as stack:
         is_needed = is_writer and not folder.is_dir()
         if is_needed:
-            folder.parent.mkdir(parents=True, exist_ok=True)
+            subfolder(folder.parent)
             stack.enter_context(lock(folder.with_name(f"{folder.name}.lock")))
             is_needed = not folder.is_dir()  # unless another process has written it by now
         is_made = is_needed if several is None else several.any(is_needed)
@@ -213,9 +213,7 @@ def _files(arrays: Iterable[str]) -> tuple[str, ...]:
 
 def _write(folder: Path, made: Made) -> None:
     """Writes all files next to `folder`, then renames; the caller holds the key's lock."""
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
-    partial.mkdir()
+    partial = fresh_folder(folder.with_name(f"{folder.name}.partial"))
     try:
         with ExitStack() as stack:
             files = {
@@ -233,9 +231,10 @@ def _write(folder: Path, made: Made) -> None:
         write_json(partial / HEADER, made.header())
         write_sums(partial, _files(made.kinds))
         sync(partial)
-        partial.rename(folder)
-        sync(folder.parent)
+        rename(partial, folder)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):
+            remove(partial)
         raise
-    shutil.rmtree(ChunkFolder.of(folder).path, ignore_errors=True)
+    with suppress(OSError):
+        remove(ChunkFolder.of(folder).path)

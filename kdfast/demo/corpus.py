@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from kdfast.common.files import write_text
+from kdfast.common.folders import subfolder
 from kdfast.demo.passages import Lesson, Passage, passages
 
 
@@ -23,7 +25,7 @@ def write_corpus(
     depend on the arguments alone. The validation never depends on `train_questions`.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    subfolder(folder)
     paths = []
     for side, count, share in (
         ("train", train_questions, unlabelled),
@@ -37,7 +39,7 @@ def write_corpus(
         ]
         path = folder / f"{side}.json"
         data = {"version": "v2.0", "data": articles}
-        path.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(data, ensure_ascii=False, indent=1) + "\n")
         paths.append(path)
     return paths[0], paths[1]
 

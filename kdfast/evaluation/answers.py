@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kdfast.common.errors import UserError
+from kdfast.common.files import write_text
 from kdfast.data.examples import Example
 from kdfast.data.windows import Windows
 from kdfast.evaluation.spans import TokenScores, top_spans
@@ -168,8 +169,7 @@ def write_predictions(result: Predictions, folder: Path) -> None:
         ("nbest_predictions.json", result.nbest),
         ("null_odds.json", result.null_odds),
     ):
-        text = json.dumps(content, indent=4) + "\n"
-        (Path(folder) / name).write_text(text, encoding="utf-8")
+        write_text(Path(folder) / name, json.dumps(content, indent=4) + "\n")
 
 
 def _lowest_null(

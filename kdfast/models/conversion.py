@@ -6,21 +6,18 @@ memory: this module as a program.
 """
 
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors.torch import save_file
 
 from kdfast.common.errors import UserError
-from kdfast.common.files import read_json_object
-from kdfast.common.folders import even_modes, sync, sync_folder
+from kdfast.common.files import open_file, read_json_object, write_bytes, write_tensors
+from kdfast.common.folders import even_modes, fresh_folder, rename, scratch_folder, sync_folder
 from kdfast.models.checks import nonfinite_weight
 from kdfast.models.hub import HUB_ERRORS, MODEL_FILES, PICKLES
 
@@ -63,21 +60,20 @@ def convert(name: str, output_dir: str | None = None) -> Path:
     parts = pickles_in(folder, name)
     parent = target if in_place else target.absolute().parent
     try:
-        with tempfile.TemporaryDirectory(prefix=".", dir=parent) as scratch:
-            made = Path(scratch) / "model"
-            made.mkdir()
+        with scratch_folder(parent) as scratch:
+            made = fresh_folder(scratch / "model")
             _in_a_process(parts, made / WEIGHTS)
             if not in_place:
                 for path in (path for pattern in MODEL_FILES for path in folder.glob(pattern)):
                     if path.name != INDEX:
-                        shutil.copyfile(path, made / path.name)
+                        with open_file(path) as file:
+                            write_bytes(made / path.name, file.read())
             even_modes(made)
             sync_folder(made)
             if in_place:
-                (made / WEIGHTS).rename(target / WEIGHTS)
+                rename(made / WEIGHTS, target / WEIGHTS)
             else:
-                made.rename(target)
-            sync(parent)
+                rename(made, target)
     except OSError as error:
         raise UserError(
             f"{target / WEIGHTS} cannot be written ({error.strerror}): name another --output_dir."
@@ -124,7 +120,7 @@ def main(argv: list[str]) -> int:
                 f"{parts[0]} holds weights that are not finite ({name}): ask its owner for sound "
                 "ones."
             )
-        save_file(dict(_apart(tensors)), path, metadata={"format": "pt"})
+        write_tensors(path, dict(_apart(tensors)), {"format": "pt"})
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

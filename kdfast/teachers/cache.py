@@ -8,8 +8,6 @@ import errno
 import hashlib
 import io
 import json
-import os
-import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -22,13 +20,16 @@ from kdfast.common import heartbeat
 from kdfast.common.errors import UserError, remedy
 from kdfast.common.files import (
     fault_in,
+    open_file,
+    open_in_place,
     read_json_object,
+    refuse_link,
     reserve,
     sha256_of,
     write_json,
     write_sums,
 )
-from kdfast.common.folders import sync
+from kdfast.common.folders import fresh_folder, remove, rename, subfolder
 from kdfast.common.locks import lock
 from kdfast.common.ranks import Ranks
 
@@ -148,7 +149,8 @@ def make_once(
         with ExitStack() as stack:
             is_needed = False
             if ranks.is_first:
-                partial.parent.mkdir(parents=True, exist_ok=True)
+                subfolder(partial.parent)
+                refuse_link(partial)
                 # Another run that makes the same cache is waited for, and its cache taken.
                 stack.enter_context(lock(partial.with_suffix(".lock")))
                 is_needed = open_cache(cache_dir, source, tokens) is None
@@ -161,9 +163,8 @@ def make_once(
                     heartbeat.report("the sums of the teacher's logits", heartbeat.LONG)
                     write_sums(partial, _files(partial))
                     finished = partial.with_suffix("")
-                    os.replace(partial, finished)
-                    sync(finished.parent)
-                    (finished / PROGRESS_FILE).unlink(missing_ok=True)
+                    rename(partial, finished)
+                    remove(finished / PROGRESS_FILE)
                 ranks.barrier()
     except OSError as error:
         raise disk_error(partial, error) from error
@@ -174,14 +175,24 @@ def make_once(
 
 def map_logits(folder: Path, tokens: int, mode: Literal["r", "r+"]) -> np.memmap:
     """The fp16 (tokens, 2) of a cache, or of the folder that start_folder made."""
+    opened = open_file if mode == "r" else open_in_place
     if (folder / RAW_LOGITS).is_file():
         if (size := (folder / RAW_LOGITS).stat().st_size) != tokens * 4:
             raise ValueError(f"{RAW_LOGITS} has {size} bytes, and {tokens * 4} are needed")
-        return np.memmap(folder / RAW_LOGITS, np.float16, mode, shape=(tokens, 2))
-    logits = np.lib.format.open_memmap(folder / LOGITS, mode)
-    if logits.dtype != np.float16 or logits.shape != (tokens, 2):
-        raise ValueError(f"{LOGITS} holds {logits.dtype} {logits.shape}")
-    return logits
+        with opened(folder / RAW_LOGITS) as file:
+            return np.memmap(file, np.float16, mode, shape=(tokens, 2))
+    with opened(folder / LOGITS) as file:
+        np.lib.format.read_magic(file)
+        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        if dtype != np.float16 or shape != (tokens, 2) or is_fortran:
+            raise ValueError(f"{LOGITS} holds {dtype} {shape}")
+        return np.memmap(file, np.float16, mode, file.tell(), shape)
+
+
+def map_progress(folder: Path, micro_batches: int) -> np.memmap:
+    """A byte for each micro-batch of a pass, 1 where it is done, to be changed."""
+    with open_in_place(folder / PROGRESS_FILE) as file:
+        return np.memmap(file, np.uint8, "r+", shape=(micro_batches,))
 
 
 def start_folder(
@@ -191,14 +202,11 @@ def start_folder(
 
     more: what the header holds besides the fields of `source`.
     """
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    fresh_folder(partial)
     npy_header = io.BytesIO()
     array = {"descr": "<f2", "fortran_order": False, "shape": (tokens, 2)}
     np.lib.format.write_array_header_1_0(npy_header, array)
-    reserve(partial / LOGITS, npy_header.tell() + tokens * 4)
-    with (partial / LOGITS).open("r+b") as file:
-        file.write(npy_header.getvalue())
+    reserve(partial / LOGITS, npy_header.tell() + tokens * 4, npy_header.getvalue())
     reserve(partial / PROGRESS_FILE, micro_batches)
     write_json(partial / HEADER, {**header_of(source, tokens), **more})
 

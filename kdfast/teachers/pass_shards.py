@@ -7,9 +7,9 @@ written by two of them.
 
 from __future__ import annotations
 
-import shutil
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,11 @@ import numpy as np
 
 from kdfast.common import heartbeat
 from kdfast.common.errors import UserError
-from kdfast.common.files import read_json_object, write_json
-from kdfast.common.folders import sync
+from kdfast.common.files import open_file, read_json_object, refuse_link, write_json
+from kdfast.common.folders import fresh_folder, remove, rename, subfolder
 from kdfast.data.chunks import Shard
 from kdfast.data.windows import Windows
-from kdfast.teachers.cache import HEADER, PROGRESS_FILE, Source, header_of, map_logits
+from kdfast.teachers.cache import HEADER, PROGRESS_FILE, Source, header_of, map_logits, map_progress
 from kdfast.tokenizers.encode import ragged, starts_of
 
 
@@ -86,18 +86,17 @@ class PassShards:
 
         cut: how the pass is cut, where this share is the first.
         """
+        refuse_link(self.path)
         header = self.header
         if not header:
             header = {**header_of(self.source, tokens), **cut, "shards": shard.count}
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            made = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex}")
-            made.mkdir()
+            subfolder(self.path.parent)
+            made = fresh_folder(self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex}"))
             write_json(made / HEADER, header)
             try:
-                made.rename(self.path)  # fails where another one was first: it is not empty
-                sync(self.path.parent)
+                rename(made, self.path)  # fails where another one was first: it is not empty
             except OSError:
-                shutil.rmtree(made)
+                remove(made)
                 header = self.header
                 if not header:
                     raise
@@ -110,7 +109,8 @@ class PassShards:
 
     def remove(self) -> None:
         """Delete all shares."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        with suppress(OSError):  # others may do so too
+            remove(self.path)
 
     def folder(self, number: int) -> Path:
         return self.path / str(number)
@@ -130,14 +130,15 @@ class PassShards:
 
     def _done(self, number: int) -> bytes:
         try:
-            return (self.folder(number) / PROGRESS_FILE).read_bytes()
+            with open_file(self.folder(number) / PROGRESS_FILE) as file:
+                return file.read()
         except OSError:
             return b""
 
     def copy(self, partial: Path, batches: list[np.ndarray], windows: Windows, count: int) -> None:
         """Take what `count` shares have done over into the folder of the whole pass."""
         logits = map_logits(partial, len(windows.input_ids), "r+")
-        done = np.memmap(partial / PROGRESS_FILE, np.uint8, "r+", shape=(len(batches),))
+        done = map_progress(partial, len(batches))
         whole, copied = Share.whole(batches, windows), []
         for number, own, indices, rows in self._finished(batches, windows, count):
             heartbeat.report(f"micro-batch {number}, which another process made")

@@ -30,12 +30,12 @@ from kdfast.models.inference import Room, forward_windows
 from kdfast.models.span_model import SpanModel
 from kdfast.teachers.cache import (
     HEADER,
-    PROGRESS_FILE,
     Source,
     disk_error,
     header_of,
     make_once,
     map_logits,
+    map_progress,
     open_shared,
     start_folder,
 )
@@ -235,7 +235,7 @@ def _fill(
     windows, batches, header = teacher.windows, share.batches, {}
     with suppress(FileNotFoundError):
         logits = map_logits(folder, share.tokens, "r+")
-        done = np.memmap(folder / PROGRESS_FILE, dtype=np.uint8, mode="r+", shape=(len(batches),))
+        done = map_progress(folder, len(batches))
         mine = np.flatnonzero(done == 0)[ranks.rank :: ranks.count]
         progress(sum(len(batches[number]) for number in np.flatnonzero(done)))
         header = read_json_object(folder / HEADER)

@@ -12,6 +12,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from kdfast.common.errors import UserError, first_line
+from kdfast.common.files import write_bytes, write_text
+from kdfast.common.folders import make_writable
 from kdfast.tokenizers import vocabulary_files
 from kdfast.tokenizers.classes import (
     BY_MODEL_TYPE,
@@ -51,13 +53,13 @@ class FolderTokenizer(PreTrainedTokenizerFast):
         Returns the paths of the two. Of transformers' keywords none is used: it gives some itself.
         """
         folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_writable(folder)
         paths = folder / FILE, folder / "tokenizer_config.json"
         backend = self.backend_tokenizer
         if self.read is not None and backend_text(self) == self.read_as:
-            paths[0].write_bytes(self.read)
+            write_bytes(paths[0], self.read)
         else:
-            paths[0].write_text(backend.to_str(pretty=True), encoding="utf-8")
+            write_text(paths[0], backend.to_str(pretty=True))
         settings = {key: self.init_kwargs[key] for key in KEPT if key in self.init_kwargs}
         settings |= {key: str(token) for key, token in self.special_tokens_map.items()}
         if self.extra_special_tokens:
@@ -71,7 +73,7 @@ class FolderTokenizer(PreTrainedTokenizerFast):
         # Transformers 5 calls this class TokenizersBackend, which no version 4 knows.
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
-        paths[1].write_text(text + "\n", encoding="utf-8")
+        write_text(paths[1], text + "\n")
         return tuple(map(str, paths))
 
 

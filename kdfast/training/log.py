@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kdfast.common.files import write_text
+from kdfast.common.files import append, write_text
 from kdfast.models.save import writing
 from kdfast.training.flops import Work
 from kdfast.training.step import StepReport
@@ -46,7 +46,7 @@ class TrainLog:
         kept = read_log(output_dir, steps, evaluated)
         with writing(self.path):
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-            self.file = self.path.open("a", encoding="utf-8")
+            self.file = append(self.path)
         self.writer = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter

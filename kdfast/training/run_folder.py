@@ -1,7 +1,6 @@
 """The output folder of a run: taken at the start, and run.json at the end."""
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,8 +8,8 @@ from typing import Any
 
 from kdfast.common import heartbeat
 from kdfast.common.errors import UserError
-from kdfast.common.files import write_json
-from kdfast.common.folders import make_writable
+from kdfast.common.files import create, write_json
+from kdfast.common.folders import check_no_links, make_writable, remove
 from kdfast.common.locks import locked
 from kdfast.common.ranks import Ranks
 from kdfast.config import TrainConfig
@@ -20,7 +19,7 @@ from kdfast.training.log import LOG_FILE, TENSORBOARD_FOLDER
 
 CARD_SETTINGS = "card.json"  # what kdfast.card was given, for the next card
 LOCK_FILE = ".lock"
-FOLDERS = ("best", "last", TENSORBOARD_FOLDER)
+FOLDERS = ("best", "last", TENSORBOARD_FOLDER, "figures", ".eval_results")
 
 
 def open_output(config: TrainConfig) -> Path:
@@ -54,7 +53,7 @@ def open_output(config: TrainConfig) -> Path:
             remedy += ", or --resume_from_checkpoint last" if list_checkpoints(output) else ""
             raise UserError(f"--output_dir {output} is not empty: {remedy}.")
         check_is_run(output)
-    check_no_links(output)
+    check_no_links(output, "--output_dir")
     try:
         make_writable(output)
     except OSError as error:
@@ -78,16 +77,6 @@ def sole_run(output: Path, ranks: Ranks) -> Iterator[None]:
         yield
 
 
-def check_no_links(output: Path) -> None:
-    """Raise UserError for a link in the folder, through which the run would write elsewhere."""
-    for path in output.rglob("*"):
-        if path.is_symlink():
-            raise UserError(
-                f"--output_dir {output} holds a link, {path.relative_to(output)}, through which "
-                "the run would write elsewhere: remove the link, or name another folder."
-            )
-
-
 def is_run(output: Path) -> bool:
     """Whether `output` is the folder of an earlier run."""
     return (output / RUN_FILE).is_file() or (output / LOG_FILE).is_file()
@@ -106,13 +95,10 @@ def remove_run(output: Path) -> None:
     """Delete what an earlier run wrote next to its model and its log, and nothing else."""
     heartbeat.report(f"deleting the earlier run in {output}", heartbeat.LONG)
     remove_leftovers(output)
-    folders = [*list_checkpoints(output), *(output / name for name in FOLDERS)]
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
-    for name in ("figures", ".eval_results"):
-        shutil.rmtree(output / name, ignore_errors=True)
-    for name in (RUN_FILE, CARD_SETTINGS, "README.md", "report.html", WEIGHTS_FILE):
-        (output / name).unlink(missing_ok=True)
+    for path in list_checkpoints(output):
+        remove(path)
+    for name in (*FOLDERS, RUN_FILE, CARD_SETTINGS, "README.md", "report.html", WEIGHTS_FILE):
+        remove(output / name)
 
 
 def check_shared(folder: Path, ranks: Ranks, role: str) -> None:
@@ -122,8 +108,8 @@ def check_shared(folder: Path, ranks: Ranks, role: str) -> None:
     mark = folder / f".seen-by-all-{ranks.share(str(os.getpid()))}"
     if ranks.is_first:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            mark.touch()
+            make_writable(folder)
+            create(mark).close()
         except OSError as error:
             raise UserError(
                 f"{role} {folder} cannot be written ({error.strerror}): name another."
@@ -132,7 +118,7 @@ def check_shared(folder: Path, ranks: Ranks, role: str) -> None:
     seen = mark.exists()
     ranks.barrier()
     if ranks.is_first:
-        mark.unlink()
+        remove(mark)
     if not seen:
         raise UserError(
             f"{role} {folder} is not the same folder on the node of rank {ranks.rank}: name one "

@@ -8,6 +8,7 @@ from typing import Any
 
 from kdfast.common.errors import UserError
 from kdfast.common.files import read_json_object
+from kdfast.common.folders import check_no_links
 from kdfast.common.ranks import Ranks
 from kdfast.common.settings import LARGEST
 from kdfast.config import SETTINGS, TrainConfig
@@ -22,7 +23,7 @@ from kdfast.tokenizers.load import load_tokenizer
 from kdfast.tokenizers.template import same_tokens
 from kdfast.training.checkpoint import list_checkpoints
 from kdfast.training.log import LOG_FILE
-from kdfast.training.run_folder import check_no_links, open_output, remove_run, sole_run
+from kdfast.training.run_folder import open_output, remove_run, sole_run
 
 
 def of_layers(config: TrainConfig) -> TrainConfig:
@@ -67,7 +68,7 @@ def held(config: TrainConfig, ranks: Ranks) -> Iterator[list[TrainConfig]]:
             runs = [of_layers(config), of_predictions(config)]
             if goes_on:
                 runs = _continued(runs[0], runs[1], may_begin=ranks.restarts > 0)
-            check_no_links(output)
+            check_no_links(output, "--output_dir")
             for each in runs:
                 check(each)
                 open_output(each)

@@ -140,8 +140,8 @@ def test_a_link_to_a_folder_is_removed_and_not_what_it_leads_to(folder, mine):
 def test_a_subfolder_is_no_link(folder, mine):
     (folder / "eval").symlink_to(mine.parent)
     with pytest.raises(UserError, match="eval is a link, through which"):
-        folders.subfolder(folder, "eval")
-    assert folders.subfolder(folder / "new", "eval").is_dir()
+        folders.subfolder(folder / "eval")
+    assert folders.subfolder(folder / "new" / "eval").is_dir()
 
 
 def test_a_link_that_the_user_names_is_followed(folder, tmp_path):
