@@ -16,7 +16,7 @@ from kdfast.common.errors import UserError
 from kdfast.common.files import read_json_object, write_json
 from kdfast.common.progress import print_line
 from kdfast.common.settings import flag
-from kdfast.config import OutputSettings
+from kdfast.config import TrainConfig
 from kdfast.evaluation.settings import EvaluateConfig
 
 if TYPE_CHECKING:
@@ -44,15 +44,18 @@ class CardConfig:
     )
     language: str | None = flag(None, "Code of the data's language, or de,es. Default: as before.")
     license: str | None = flag(None, "The model's license. Default: as before.")
+    cache_dir: str = flag("~/.cache/kdfast", "Folder for the features that --report prepares.")
     push_to_hub: str | None = flag(
         None, "Upload the model to this hub repository, made private if it is new."
     )
 
     @classmethod
-    def of_run(cls, output: OutputSettings) -> "CardConfig":
+    def of_run(cls, config: TrainConfig) -> "CardConfig":
         """What the settings of a run say of it."""
+        output = config.output
         return cls(
             model_dir=output.output_dir,
+            cache_dir=config.data.cache_dir,
             report=output.report,
             language=output.language or None,
             license=output.license or None,
@@ -97,7 +100,7 @@ def publish(config: CardConfig, log: Log) -> None:
     if config.report and files.config["validation_file"] and not files.result_of_validation():
         who = "Student and teacher answer" if files.teachers else "The model answers"
         log(f"{who} --validation_file for the report.")
-        answer_validation(files)
+        answer_validation(files, config.cache_dir)
         files = read_run(folder)
     before = read_json_object(folder / CARD_SETTINGS)
     others = {}
@@ -128,14 +131,17 @@ def publish(config: CardConfig, log: Log) -> None:
         log(f"The model is at {model_card.push(folder, config.push_to_hub)}.")
 
 
-def answer_validation(files: "RunFiles") -> None:
-    """Evaluate model and teacher on the run's validation data, into its eval/."""
+def answer_validation(files: "RunFiles", cache_dir: str) -> None:
+    """Evaluate model and teacher on the run's validation data, into its eval/.
+
+    cache_dir: not the one in run.json, which may be of another machine.
+    """
     from kdfast.cards.run_files import EVAL_FOLDER
     from kdfast.common.ranks import Ranks
     from kdfast.evaluate import evaluate
 
     same = (
-        *("cache_dir", "max_seq_length", "max_query_length", "doc_stride"),
+        *("max_seq_length", "max_query_length", "doc_stride"),
         *("max_answer_length", "n_best_size", "mixed_precision"),
     )
     settings = EvaluateConfig(
@@ -143,6 +149,7 @@ def answer_validation(files: "RunFiles") -> None:
         model=str(files.folder),
         compare=files.first_teacher,
         output_dir=str(files.folder / EVAL_FOLDER),
+        cache_dir=cache_dir,
         metric=files.run.get("metric"),
         language=files.run.get("language"),
         **{name: files.config[name] for name in same},

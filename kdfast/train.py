@@ -130,7 +130,7 @@ def train(
     ranks, stop = ranks or Ranks(), stop or StopSignals()
     check(config)
     inputs.validation_set(config)  # a metric that lacks its language is refused at once
-    CardConfig.of_run(config.output).check()
+    CardConfig.of_run(config).check()
     if config.model.stage != "both":
         return train_stage(config, ranks, stop)
     with stages.held(config, ranks) as (layers_run, predictions_run):
@@ -244,7 +244,7 @@ def distil(
     ranks.log(f"The {what} is in {output}; run.json there holds settings, versions and figures.")
     if ranks.is_first and config.model.stage == "predictions":
         with results.telling_where():
-            publish(CardConfig.of_run(config.output), ranks.log)
+            publish(CardConfig.of_run(config), ranks.log)
     return record
 
 

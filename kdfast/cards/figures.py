@@ -3,6 +3,7 @@
 A function that draws returns None where the files lack what it shows.
 """
 
+import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from kdfast.cards.run_files import Evaluated, Record, RunFiles, short
+from kdfast.common.files import refuse_link, write_bytes
+from kdfast.common.folders import remove, subfolder
 from kdfast.evaluation.metrics import normalize_answer
 
 if TYPE_CHECKING:
@@ -46,13 +49,16 @@ def save(files: RunFiles, others: Sequence[RunFiles] = ()) -> dict[str, str]:
         "tradeoff": (tradeoff(files, others), "Quality against latency"),
     }
     folder = files.folder / FOLDER
-    for path in folder.glob("*.png"):
-        path.unlink()
     found = {}
+    refuse_link(folder)
+    for path in folder.glob("*.png"):
+        remove(path)
     for name, (figure, caption) in drawn.items():
         if figure is not None:
-            folder.mkdir(exist_ok=True)
-            figure.savefig(folder / f"{name}.png", dpi=150)
+            subfolder(folder)
+            picture = io.BytesIO()
+            figure.savefig(picture, format="png", dpi=150)
+            write_bytes(folder / f"{name}.png", picture.getvalue())
             found[f"{FOLDER}/{name}.png"] = caption
     return found
 

@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from kdfast.cards.render import TEMPLATES, render
 from kdfast.cards.run_files import Record, RunFiles
+from kdfast.common.files import write_bytes
 from kdfast.data.examples import Example, Place, locate
 from kdfast.data.read import read_examples
 
@@ -59,7 +60,7 @@ def write(files: RunFiles, plots: Mapping[str, str]) -> Path:
     )
     path = files.folder / REPORT_FILE
     # A lone surrogate, which JSON can hold, has no UTF-8.
-    path.write_bytes(page.encode("utf-8", "xmlcharrefreplace"))
+    write_bytes(path, page.encode("utf-8", "xmlcharrefreplace"))
     return path
 
 

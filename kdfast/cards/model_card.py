@@ -19,7 +19,8 @@ from huggingface_hub.utils import validate_repo_id
 from kdfast.cards.render import cell, render
 from kdfast.cards.run_files import Record, RunFiles, Source, short
 from kdfast.common.errors import UserError
-from kdfast.common.files import write_text
+from kdfast.common.files import refuse_link, write_text
+from kdfast.common.folders import remove, subfolder
 from kdfast.evaluation import tables
 from kdfast.evaluation.suites import own_set
 from kdfast.models.load import first_line
@@ -177,8 +178,9 @@ def write_results(files: RunFiles) -> None:
     config: the hub shows a result where the dataset declares a task of that id.
     """
     folder = files.folder / RESULTS_FOLDER
+    refuse_link(folder)
     for path in folder.glob("*.yaml"):
-        path.unlink()
+        remove(path)
     for result in files.results:
         source = Source.of_result(result)
         if not source.on_hub:
@@ -190,7 +192,7 @@ def write_results(files: RunFiles) -> None:
             notes=f"F1{_rule(result)}; exact match {result['metrics']['exact']:.4f}; "
             "kdfast.evaluate",
         )
-        folder.mkdir(exist_ok=True)
+        subfolder(folder)
         text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
         write_text(folder / f"{result['name']}.yaml", text)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kdfast.common.errors import UserError
-from kdfast.common.files import read_json_object
+from kdfast.common.files import is_plain_name, read_json_object
 from kdfast.models.save import RUN_FILE
 from kdfast.teachers.cache import weights_key
 from kdfast.training.log import read_log
@@ -178,6 +178,8 @@ def read_run(folder: Path) -> RunFiles:
         result = read_json_object(found)
         if result.get("format") != RESULT_FORMAT:
             notes.append(f"{found} is left out, as this version cannot read it.")
+        elif not is_plain_name(result.get("name")):
+            notes.append(f"{found} is left out, as it names itself by a path.")
         elif result["model"]["weights_sha256"] != own:
             notes.append(f"{found} is left out, as it is of other weights than those in {folder}.")
         else:

@@ -11,8 +11,10 @@ from torch import nn
 from transformers import AutoModelForQuestionAnswering, PretrainedConfig, PreTrainedModel
 
 from kdfast.common.errors import UserError
+from kdfast.common.files import is_plain_name, read_json_object
 from kdfast.data.windows import Windows
 
+INDEX = "model.safetensors.index.json"  # of weights in several files
 # Model types whose span head is a Linear `qa_outputs` over the base model's last hidden states
 # and whose first token stands for "no answer". Each has a test.
 SUPPORTED = (
@@ -65,6 +67,22 @@ def check_reads_both_ways(config: PretrainedConfig, name: str, role: str) -> Non
             f"{role} {name} is quantized (quantization_config in its config.json): name the model "
             "that it was made from."
         )
+
+
+def check_files(folder: Path, name: str, role: str) -> None:
+    """Raise UserError for a model whose files name others elsewhere, which would be read for it."""
+    if (folder / "adapter_config.json").exists():
+        raise UserError(
+            f"{role} {name} holds an adapter (adapter_config.json), for another model's weights: "
+            "merge the two with peft's merge_and_unload, and name the folder of the result."
+        )
+    named = read_json_object(folder / INDEX).get("weight_map")
+    for each in named.values() if isinstance(named, dict) else ():
+        if not is_plain_name(each):
+            raise UserError(
+                f"{role} {name} does not load ({INDEX} names {each!r}, which is no file's name): "
+                "take a whole copy of the model."
+            )
 
 
 def check_sizes(config: PretrainedConfig, folder: Path, name: str, role: str) -> None:

@@ -18,6 +18,7 @@ from transformers import (
 from kdfast.common.errors import UserError, first_line
 from kdfast.common.files import read_json_object
 from kdfast.models.checks import (
+    check_files,
     check_reads_both_ways,
     check_sizes,
     check_type,
@@ -64,6 +65,7 @@ def load_reader(
     config = load_config(folder, name, role)
     if not any(folder.glob("*.safetensors")):
         raise without_safetensors(folder, name, role)
+    check_files(folder, name, role)
     try:
         check_sizes(config, folder, name, role)
         reader, info = AutoModelForQuestionAnswering.from_pretrained(

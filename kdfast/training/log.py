@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from kdfast.common.files import append, write_text
+from kdfast.common.folders import subfolder
 from kdfast.models.save import writing
 from kdfast.training.flops import Work
 from kdfast.training.step import StepReport
@@ -51,6 +52,7 @@ class TrainLog:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
+            subfolder(output_dir / TENSORBOARD_FOLDER)
             self.writer = SummaryWriter(str(output_dir / TENSORBOARD_FOLDER), purge_step=steps)
             for line in kept:  # TensorBoard drops the evaluation after the last step, too
                 if line.get("evaluated_after") == steps:

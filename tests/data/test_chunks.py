@@ -1,6 +1,7 @@
 """Features that several processes make: the same files, counts and messages as of one."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from kdfast.common.errors import UserError
 from kdfast.common.ranks import Ranks
-from kdfast.data import chunks, windowing
+from kdfast.data import windowing
 from kdfast.data.cache import HEADER, cache_folder
 from kdfast.data.chunks import ChunkFolder, Shard
 from kdfast.data.features import Features
@@ -212,7 +213,7 @@ def test_shares_that_are_joined_while_they_are_counted(shards, monkeypatch):
 
 def test_a_killed_share_leaves_whole_chunks_and_goes_on(tmp_path, source, shards, monkeypatch):
     files = alone(tmp_path, source)
-    replace_, done = chunks.os.replace, []
+    replace_, done = os.replace, []
 
     class Killed(BaseException):
         pass
@@ -224,7 +225,7 @@ def test_a_killed_share_leaves_whole_chunks_and_goes_on(tmp_path, source, shards
         replace_(*paths)
 
     with monkeypatch.context() as patch:
-        patch.setattr(chunks.os, "replace", killed)
+        patch.setattr(os, "replace", killed)
         with pytest.raises(Killed):
             shards("0/2")
     assert len(shards.names()) == 3 and shards.chunks.missing_shards() is None

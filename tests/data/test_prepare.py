@@ -123,7 +123,7 @@ def test_a_killed_preparation_leaves_nothing_that_is_read(tmp_path, source, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(prepare, "write_sums", die)
-        patch.setattr(prepare.shutil, "rmtree", lambda *a, **k: None)  # nobody cleans up
+        patch.setattr(prepare, "remove", lambda path: None)  # nobody cleans up
         with pytest.raises(Killed):
             prepare_windows(source, tokenizer, cache_dir=cache, settings=SMALL)
     (left,) = [n for n in names(cache) if n.endswith(".partial")]
