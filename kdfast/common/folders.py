@@ -58,7 +58,7 @@ def subfolder(path: Path) -> Path:
 def fresh_folder(path: Path) -> Path:
     """Make a new folder; what was at `path` is deleted."""
     remove(path)
-    path.mkdir()
+    path.mkdir(parents=True)
     return path
 
 
@@ -75,6 +75,13 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def copy_files(source: Path, folder: Path, but: str) -> None:
+    """Copy all of a folder without subfolders into `folder`, but for one name."""
+    for path in source.iterdir():
+        if path.name != but:
+            shutil.copyfile(path, folder / path.name)
 
 
 def link_files(source: Path, folder: Path) -> None:

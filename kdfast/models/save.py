@@ -3,20 +3,26 @@
 import errno
 import os
 import re
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from kdfast.common import heartbeat
 from kdfast.common.errors import UserError, remedy
-from kdfast.common.files import SUMS_FILE, fault_in, sha256_of, write_sums
-from kdfast.common.folders import even_modes, link_files, sync_folder
+from kdfast.common.files import SUMS_FILE, fault_in, sha256_of, write_sums, write_tensors
+from kdfast.common.folders import (
+    copy_files,
+    even_modes,
+    fresh_folder,
+    link_files,
+    remove,
+    rename,
+    sync_folder,
+)
 from kdfast.models.checks import nonfinite_weight, vocabulary_size
 from kdfast.models.load import Loaded, first_line, load_reader
 from kdfast.models.span_model import SpanModel
@@ -73,13 +79,14 @@ def check_weights(model: SpanModel, output_dir: Path) -> None:
 
 
 def save_model(folder: Path, model: SpanModel, tokenizer: Any) -> None:
-    """Write config, safetensors and tokenizer into `folder`, as AutoModel… loads them.
+    """Write config, safetensors and tokenizer into a new `folder`, as AutoModel… loads them.
 
     Raises UserError for weights that are not finite, before they replace good ones.
     """
     heartbeat.report(f"writing {folder}", heartbeat.LONG)
     check_weights(model, folder.parent)
     with writing(folder):
+        fresh_folder(folder)
         model.reader.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         even_modes(folder)
@@ -93,7 +100,6 @@ def rehearse_saving(output: Path, student: Loaded, name: str) -> None:
     """
     check_weights(student.model, output)
     folder = output / REHEARSAL
-    shutil.rmtree(folder, ignore_errors=True)
     model = student.model
     ids = torch.arange(min(32, vocabulary_size(model.reader)))[None]
     was_training = model.training
@@ -112,7 +118,8 @@ def rehearse_saving(output: Path, student: Loaded, name: str) -> None:
             raise  # of the disk, not of the model
         fault = first_line(error)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            remove(folder)
         model.train(was_training)
     if fault:
         raise UserError(
@@ -124,9 +131,9 @@ def rehearse_saving(output: Path, student: Loaded, name: str) -> None:
 def keep_weights(folder: Path, model: SpanModel) -> Path:
     """Write the bare weights of a model that cannot be saved as one; returns the file."""
     path = folder / WEIGHTS_FILE
+    tensors = {name: each.detach().cpu() for name, each in model.reader.state_dict().items()}
     with writing(path):
-        tensors = model.reader.state_dict()
-        save_file({name: each.detach().cpu().clone() for name, each in tensors.items()}, path)
+        write_tensors(path, {name: each.clone() for name, each in tensors.items()})
     return path
 
 
@@ -165,27 +172,25 @@ def _replacing(folder: Path) -> Iterator[Path]:
     """A folder to write, which takes the place of `folder` once it is durable."""
     new, old = folder.with_name(folder.name + ".new"), _old(folder)
     with writing(folder):
-        shutil.rmtree(new, ignore_errors=True)
-        yield new
+        yield fresh_folder(new)
         sync_folder(new)
         if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        new.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+            remove(old)
+            rename(folder, old)
+        rename(new, folder)
+        remove(old)
 
 
 def set_aside(folder: Path) -> None:
     """Rename `folder`, so that no run takes it for its own; remove_leftovers deletes it."""
     with writing(folder):
-        shutil.rmtree(_old(folder), ignore_errors=True)
-        folder.rename(_old(folder))
+        remove(_old(folder))
+        rename(folder, _old(folder))
 
 
 def place_model(folder: Path, model: SpanModel, tokenizer: Any) -> None:
     """As save_model, into a folder that holds other things too: each file is the old or the new."""
     new = folder / "model.new"
-    shutil.rmtree(new, ignore_errors=True)
     save_model(new, model, tokenizer)
     move_files(new, folder)
 
@@ -195,8 +200,7 @@ def place_copy(source: Path, folder: Path) -> None:
     new = folder / "model.new"
     heartbeat.report(f"copying {source}", heartbeat.LONG)
     with writing(folder):
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.copytree(source, new, ignore=shutil.ignore_patterns(SUMS_FILE))
+        copy_files(source, fresh_folder(new), but=SUMS_FILE)
     move_files(new, folder)
 
 
@@ -205,8 +209,8 @@ def move_files(new: Path, folder: Path) -> None:
     with writing(folder):
         sync_folder(new)
         for path in new.iterdir():
-            os.replace(path, folder / path.name)
-        new.rmdir()
+            rename(path, folder / path.name)
+        remove(new)
 
 
 def _old(folder: Path) -> Path:

@@ -4,21 +4,20 @@ Each stands at the boundary of two steps and holds all that decides what follows
 tells a whole one from one that is torn or was changed.
 """
 
-import os
 import re
-import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from kdfast.common import heartbeat
 from kdfast.common.errors import UserError
-from kdfast.common.files import fault_in, read_json_object, write_json, write_sums
-from kdfast.common.folders import even_modes, link_files, sync, sync_folder
+from kdfast.common.files import fault_in, read_json_object, write_json, write_sums, write_tensors
+from kdfast.common.folders import even_modes, link_files, remove, rename, sync_folder
 from kdfast.data.batches import MicroBatchPolicy
 from kdfast.models.save import (
     MODEL_FILE,
@@ -54,9 +53,8 @@ def save_checkpoint(
     target = output_dir / f"checkpoint-{training.progress.steps}"
     partial = output_dir / f"{target.name}.new"
     with writing(partial):
-        shutil.rmtree(partial, ignore_errors=True)
         save_model(partial, training.student, tokenizer)
-        save_file(_trained_tensors(training.student, optimizer), partial / OPTIMIZER_FILE)
+        write_tensors(partial / OPTIMIZER_FILE, _trained_tensors(training.student, optimizer))
         even_modes(partial)
         state = {
             "format": FORMAT,
@@ -72,11 +70,10 @@ def save_checkpoint(
         if training.progress.best_digest and (output_dir / BEST).is_dir():
             link_files(output_dir / BEST, partial / BEST)
         sync_folder(partial)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(partial, target)
-        sync(output_dir)  # before others are deleted
+        remove(target)
+        rename(partial, target)  # for good, before others are deleted
         for old in list_checkpoints(output_dir)[:-limit]:
-            shutil.rmtree(old)
+            remove(old)
     remove_leftovers(output_dir)
     return target
 
@@ -85,7 +82,8 @@ def remove_leftovers(output_dir: Path) -> None:
     """Delete what a kill during a write has left, and what set_aside has renamed."""
     for path in output_dir.iterdir():
         if re.fullmatch(r"(checkpoint-\d+|best|last|model)\.(new|old)|\.rehearsal", path.name):
-            shutil.rmtree(path, ignore_errors=True)
+            with suppress(OSError):
+                remove(path)
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """What a run leaves in its folder as it goes: log, evaluations, checkpoints, the student."""
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 
 from kdfast.common.errors import UserError
+from kdfast.common.folders import remove
 from kdfast.common.progress import training_bar
 from kdfast.config import TrainConfig
 from kdfast.data.windows import Windows
@@ -201,7 +201,7 @@ class Results(Callback):
         self.log.close()
         best, last = self.output / BEST, self.output / "last"
         if not self.config.evaluation.load_best_model_at_end:
-            shutil.rmtree(last, ignore_errors=True)  # of a run that this one was resumed from
+            remove(last)  # of a run that this one was resumed from
             return
         replace_model(last, self.student.model, self.student.tokenizer)
         if fault := fault_of_model(best, self.progress.best_digest or ""):

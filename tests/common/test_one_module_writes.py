@@ -9,7 +9,6 @@ import kdfast
 
 PACKAGE = Path(kdfast.__file__).parent
 WRITERS = ("common/files.py", "common/folders.py", "common/locks.py")
-WRITERS += ("models/save.py", "training/checkpoint.py")  # folders of a model, whole or not at all
 CALLS = {
     *("write_text", "write_bytes", "touch", "mkdir", "makedirs", "rename", "renames", "unlink"),
     *("rmdir", "rmtree", "symlink_to", "hardlink_to", "symlink", "link", "copytree", "copyfile"),
@@ -29,6 +28,7 @@ EXCEPTIONS = {
     ("data/chunks.py", "savez"): "numpy writes into what new_file has opened",
     ("data/cache.py", "memmap"): "maps to read",
     ("teachers/cache.py", "memmap"): "maps what open_in_place has opened",
+    ("models/save.py", "save_pretrained"): "transformers writes, into a fresh folder",
     ("training/log.py", "SummaryWriter"): "TensorBoard writes, into a subfolder",
 }
 

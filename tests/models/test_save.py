@@ -67,7 +67,7 @@ def test_weights_that_are_not_finite_are_not_written(setup, tmp_path, write):
 
 
 def test_a_rank_that_copies_a_model_has_an_hour(tmp_path, long_work, monkeypatch):
-    monkeypatch.setattr(save.shutil, "copytree", long_work)
+    monkeypatch.setattr(save, "copy_files", long_work)
     save.place_copy(tmp_path / "best", tmp_path)
     assert long_work.folders == [tmp_path / "model.new"]
     assert heartbeat._own.what == f"copying {tmp_path / 'best'}"
