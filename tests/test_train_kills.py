@@ -81,7 +81,8 @@ class Run:
             del state["progress"][name]
         record = json.loads((output / "run.json").read_text())
         files = [last / "model.safetensors", last / "optimizer.safetensors"]
-        files += [output / part / "model.safetensors" for part in ("", "best", "last")]
+        folders = [output, output / "best", output / "last", last / "best"]
+        files += [folder / "model.safetensors" for folder in folders]
         return {
             "state": state,
             "log": log_of(output),
