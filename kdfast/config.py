@@ -299,8 +299,8 @@ class OutputSettings:
     save_total_limit: int = flag(2, "Checkpoints that are kept.", above=0, resume="free")
     grace_seconds: float = flag(
         30.0,
-        "Seconds from SIGTERM or SIGINT until the process may be killed. A step that would take "
-        "more than half of them is dropped.",
+        "Seconds from SIGTERM, SIGINT or SIGHUP until the process may be killed. A step that would "
+        "take more than half of them is dropped.",
         least=0,
         most=float("inf"),
         resume="free",

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForQuestionAnswering
 
 from kdfast.common.files import write_sums
+from kdfast.data.batches import TrainingOrder
 from kdfast.training.optimizer import ScaledAdamW
 from tests.programs import log_of, ranks_of
 
@@ -81,12 +82,75 @@ def test_skip_leaves_the_step_out(spoilt, capsys):
     assert len(skipped) == 1
 
 
-def test_a_run_none_of_whose_steps_reached_the_weights_says_so(world, capsys):
-    assert world.run(max_steps=1, output_dir=world.path / "clean") == 0
-    spoil(world, ())
+@pytest.mark.parametrize(("skipped", "told"), [(6, "None"), (4, "Only 2")])
+def test_a_run_most_of_whose_steps_were_skipped_ends_in_a_checkpoint(world, capsys, skipped, told):
+    assert world.run(max_steps=1, validation_file=None, output_dir=world.path / "clean") == 0
+    order = TrainingOrder(np.arange(40), 8, 42)
+    second_epoch = order.step(5)
+    windows = [next(w for w in order.step(n) if w not in second_epoch) for n in range(4)]
+    spoil(world, windows if skipped == 4 else ())
     assert world.run(on_nonfinite="skip", validation_file=None) == 2
-    assert "No step reached the weights" in sentence(capsys)
+    said = sentence(capsys)
+    assert f"{told} of 6 steps reached the weights" in said
+    assert "checkpoint-6 is whole" in said
     assert not (world.output / "model.safetensors").exists()
+    log = [line for line in log_of(world.output) if "step" in line]
+    assert sum(line["skipped"] for line in log) == skipped and len(log) == 6
+    weights = load_file(world.output / "checkpoint-6" / "model.safetensors")
+    assert all(bool(torch.isfinite(each).all()) for each in weights.values())
+
+
+# One step of this size leaves finite weights whose forward pass overflows.
+HUGE = {"learning_rate": 2**31 - 1, "warmup_ratio": 0.0, "max_steps": 1}
+
+
+@pytest.mark.parametrize("stage", ["predictions", "layers"])
+def test_a_last_step_that_is_too_large_replaces_no_model(world, capsys, stage):
+    flags = {"stage": stage, "validation_file": None}
+    assert world.run(**flags) == 0
+    before = (world.output / "model.safetensors").read_bytes()
+    assert world.run(**flags, **HUGE, overwrite=True, save_steps=1) == 2
+    said = sentence(capsys)
+    assert "its logits are not finite" in said and "--save_steps" in said
+    assert (world.output / "model.safetensors").read_bytes() == before
+    assert not (world.output / "run.json").exists()
+    assert not [*world.output.glob("checkpoint-*")]
+
+
+def test_a_last_step_that_is_too_large_leaves_checkpoint_and_best(world, capsys, monkeypatch):
+    count = ScaledAdamW.count
+
+    def breaks(self, *values):
+        count(self, *values)
+        if self.updates == 6:
+            with torch.no_grad():
+                self.named["reader.qa_outputs.weight"].fill_(1e38)
+
+    monkeypatch.setattr(ScaledAdamW, "count", breaks)
+    flags = {"eval_steps": 2, "save_steps": 1, "save_total_limit": 1}
+    assert world.run(**flags, load_best_model_at_end=True) == 2
+    assert "checkpoint-5 and best/ are whole" in sentence(capsys)
+    assert not (world.output / "model.safetensors").exists()
+
+
+def test_an_evaluation_of_logits_that_are_not_finite_replaces_no_best_model(
+    world, capsys, monkeypatch
+):
+    count = ScaledAdamW.count
+
+    def breaks(self, *values):
+        count(self, *values)
+        if self.updates == 4:
+            with torch.no_grad():  # -inf, which an evaluation takes for an answer of no chance
+                self.named["reader.qa_outputs.weight"].fill_(0)
+                self.named["reader.qa_outputs.bias"].fill_(-3e38).mul_(1)
+                self.named["reader.qa_outputs.weight"][:, 0] = 3e38
+
+    monkeypatch.setattr(ScaledAdamW, "count", breaks)
+    assert world.run(eval_steps=2, load_best_model_at_end=True) == 2
+    assert "After 4 steps" in sentence(capsys)
+    evaluated = [line["evaluated_after"] for line in log_of(world.output) if "step" not in line]
+    assert evaluated == [2]
 
 
 def test_a_student_with_nan(world, capsys):

@@ -18,7 +18,7 @@ class Run:
         device: Of this process.
         precision: "no", "fp16" or "bf16", the type of the matrix products.
         ranks: The processes that share the work.
-        stop: SIGTERM and SIGINT, and whether all ranks agreed to stop.
+        stop: SIGTERM, SIGINT and SIGHUP, and whether all ranks agreed to stop.
         output: The folder that the program writes.
     """
 

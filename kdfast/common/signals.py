@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: how a scheduler or a user stops a run without losing it."""
+"""SIGTERM, SIGINT, SIGHUP: how a scheduler, a user or a closed terminal stops a run without loss."""
 
 import os
 import signal
@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+HANGUP = getattr(signal, "SIGHUP", None)  # of a terminal that is closed; Windows has none
 # A launcher passes on to its ranks what all processes of the group have got already.
 SECONDS_OF_ONE_REQUEST = 1.0
 
@@ -51,7 +52,10 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():  # others may set no handlers
-            self._before = {each: signal.signal(each, self._handle) for each in SIGNALS}
+            numbers = [*SIGNALS]
+            if HANGUP is not None and signal.getsignal(HANGUP) != signal.SIG_IGN:  # as by nohup
+                numbers.append(HANGUP)
+            self._before = {each: signal.signal(each, self._handle) for each in numbers}
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -17,13 +17,18 @@ import torch
 from kdfast.common.errors import UserError
 from kdfast.data.windows import Windows
 from kdfast.models.checks import nonfinite_weight
-from kdfast.models.save import kept_models
+from kdfast.models.inference import forward_windows
+from kdfast.models.save import check_weights, kept_models
 from kdfast.models.window_loader import MicroBatch
 from kdfast.training.assemble import Training
 from kdfast.training.optimizer import SCALE_FLOOR
 from kdfast.training.step import StepReport, seed_generators
 
 OVERFLOWS_AT_MOST = 20  # in a row
+LOOKED_AT = 4  # windows, before weights are kept
+# A sound run skips a few steps at its start, until the loss scale fits, and one in 2,000 later. As
+# updates drive the learning rate, a run that skips half is not halfway down its schedule at its end.
+USED_AT_LEAST = 0.5  # of the steps
 EXAMINED_AT_MOST = 3  # steps, under --on_nonfinite skip
 NAMED_AT_MOST = 3  # terms, and questions of each
 
@@ -72,6 +77,7 @@ class NonfiniteSteps:
         self.scales: deque[tuple[int, float]] = deque(maxlen=6)  # (first step, loss scale)
         self.overflowed: deque[int] = deque(maxlen=100)
         self.count = 0
+        self._sound_after = -1  # steps
 
     def check(self, report: StepReport, micro_batches: list[np.ndarray]) -> str | None:
         """A sentence about a step that is skipped under --on_nonfinite skip, else None.
@@ -99,6 +105,39 @@ class NonfiniteSteps:
         if ends:
             raise UserError(sentence)
         return sentence
+
+    def check_logits(self) -> None:
+        """Raise UserError where weights, or logits of some windows in fp32, are not finite.
+
+        Finite weights may be so large that a forward pass overflows. All ranks call it before the
+        weights are measured or kept.
+        """
+        training = self.training
+        run, steps = training.run, training.progress.steps
+        if self._sound_after == steps:
+            return
+        check_weights(training.student, run.output)
+        few = training.order.step(max(0, steps - 1))[:LOOKED_AT]
+        passes = forward_windows(training.student, self.windows, [few], run.device, None)
+        if run.ranks.any(not all(np.isfinite(rows).all() for _, rows in passes)):
+            kept = kept_models(run.output) or "; --save_steps would keep earlier weights"
+            raise UserError(
+                f"After {steps} steps the student's weights are so large that its logits are not "
+                f"finite, and they are not saved: lower --learning_rate{kept}."
+            )
+        self._sound_after = steps
+
+    def why_too_few_updates(self) -> str | None:
+        """A sentence, without a full stop, about a run most of whose steps were skipped."""
+        used, steps = self.training.optimizer.updates, self.training.progress.steps
+        if used >= USED_AT_LEAST * steps:
+            return None
+        return (
+            f"{f'Only {used}' if used else 'None'} of {steps} steps reached the weights, as the "
+            "gradients of the others were not finite, so that the student is not what the settings "
+            "ask for: check the student's weights, lower --learning_rate, or give "
+            "--mixed_precision no, or bf16 where the card has it"
+        )
 
     def _diagnosis(self, report: StepReport, micro_batches: list[np.ndarray], why: str) -> str:
         """The step, the questions, the term, the scaler's history and a remedy, in one sentence."""

@@ -18,6 +18,7 @@ from kdfast.models.load import Loaded, first_line
 from kdfast.models.save import (
     fault_of_model,
     keep_weights,
+    kept_models,
     list_checkpoints,
     place_copy,
     place_model,
@@ -107,6 +108,7 @@ class Results(Callback):
             return
         self.bar.refresh()  # or it would show an earlier step as long as this takes
         with self.clock.stopped():
+            self.nonfinite.check_logits()
             evaluation = self.validation.score_unless_stopped(self.student.model, self.run)
             self.evaluation = evaluation or self.evaluation
             if evaluation is None:
@@ -136,8 +138,11 @@ class Results(Callback):
     def save(self) -> None:
         """Write a checkpoint of the steps so far, unless there is one.
 
-        Raises UserError for weights that are not finite, before good ones are replaced.
+        Raises UserError for weights that are not finite, or whose logits are not, before good ones
+        are replaced.
         """
+        with self.clock.stopped():
+            self.nonfinite.check_logits()
         if self.log and self._saved < self.progress.steps:
             with self.clock.stopped():
                 self.log.flush()
@@ -153,18 +158,18 @@ class Results(Callback):
     def place_student_if_last(self) -> None:
         """After the last step, put the model into output_dir before anything else can fail.
 
-        Raises UserError where no step has changed the weights, or they are not finite.
+        Raises UserError where most steps were skipped: a checkpoint has the weights then; and where
+        weights or logits are not finite.
         """
         is_last = self.progress.steps >= self.training.total_steps
         if not is_last or self._placed or self.run.stop.agreed:
             return
-        if self.training.optimizer.updates == 0:
-            raise UserError(
-                "No step reached the weights, as every gradient was not finite: check the "
-                "student's weights, or lower --learning_rate."
-            )
-        if self.log:
-            with self.clock.stopped():
+        if fault := self.nonfinite.why_too_few_updates():
+            self.save()
+            raise UserError(f"{fault}{kept_models(self.output)}.")
+        with self.clock.stopped():
+            self.nonfinite.check_logits()
+            if self.log:
                 self._place()
         self._placed = True
 
