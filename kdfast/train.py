@@ -30,6 +30,7 @@ from kdfast.config_checks import check
 from kdfast.demo import demo
 from kdfast.models.save import rehearse_saving
 from kdfast.teachers import layers
+from kdfast.teachers.cache import logits_sum
 from kdfast.training import inputs, resume, stages
 from kdfast.training.assemble import Training, TrainingData, assemble
 from kdfast.training.checkpoint import list_checkpoints
@@ -188,9 +189,10 @@ def distil(
     ranks.assert_same_on_all_ranks(keys)
     if resumed:
         resumed.check(keys)
-    environment = resume.environment_of(ranks)
-    identity = {**settings, **keys, "circumstances": environment}
     logits = inputs.teacher_logits(config, targets, windows, run)
+    made = logits_sum(config.data.cache_path, targets.source) if targets else None
+    environment = resume.environment_of(run, made)
+    identity = {**settings, **keys, "circumstances": environment}
     chosen = inputs.trained_windows(config, windows, ranks)
     data = TrainingData(windows, logits, chosen)
 

@@ -9,7 +9,9 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,13 +31,21 @@ def command(name, *flags):
 
 
 class Terminal:
-    """A process on a terminal of 80 columns; `text` is what it has shown."""
+    """A process on a terminal of 80 columns; `text` is what it has shown.
 
-    def __init__(self, command):
+    hangs_up: it gets SIGHUP when the terminal is closed.
+    """
+
+    def __init__(self, command, hangs_up=False):
         self.master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
         self.process = subprocess.Popen(
-            command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True
+            command,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+            preexec_fn=partial(fcntl.ioctl, slave, termios.TIOCSCTTY, 0) if hangs_up else None,
         )
         os.close(slave)
         self.text = ""
@@ -147,6 +157,29 @@ def test_the_first_interrupt_of_training_is_answered(world):
     assert terminal.read_until(None) == 130
     assert "Traceback" not in terminal.text and "in a checkpoint" in terminal.text
     assert "--resume_from_checkpoint last goes on" in terminal.text
+
+
+def test_a_run_whose_terminal_is_closed_ends_in_a_checkpoint(world):
+    terminal = Terminal(command("train", *world.flags(**SLOW)), hangs_up=True)
+    terminal.read_until(r"train [1-9]\d*/4000")
+    os.close(terminal.master)
+    assert terminal.process.wait(60) == 128 + signal.SIGHUP
+    (checkpoint,) = world.output.glob("checkpoint-*")
+    steps = int(checkpoint.name.split("-")[1])
+    assert len(log_of(world.output)) == steps
+    go_on = command("train", *world.flags(**SLOW, resume_from_checkpoint="last"))
+    # With SIGHUP ignored, as nohup starts it, a run outlives its terminal.
+    ignoring = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh"]
+    terminal = Terminal([*ignoring, *go_on], hangs_up=True)
+    terminal.read_until(rf"Resumed from .* after step {steps}")
+    terminal.read_until(r"train [1-9]\d*/4000")
+    os.close(terminal.master)
+    written = (world.output / "train_log.jsonl").stat().st_size
+    while (world.output / "train_log.jsonl").stat().st_size == written:
+        assert terminal.process.poll() is None
+        time.sleep(0.05)
+    terminal.process.send_signal(signal.SIGTERM)
+    assert terminal.process.wait(60) == 128 + signal.SIGTERM
 
 
 def test_no_advice_to_resume_where_there_is_no_checkpoint(world):

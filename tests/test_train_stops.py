@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: where a run stops, what it leaves, and with which exit code."""
+"""SIGTERM, SIGINT and SIGHUP: where a run stops, what it leaves, and with which exit code."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ from tests import forks
 from tests.programs import log_of
 
 FLAGS = {"eval_steps": 2, "max_tokens_per_micro_batch": 250}
-CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
+CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}
 
 
 def signal_at(monkeypatch, owner, name, calls, number=signal.SIGTERM, times=1):

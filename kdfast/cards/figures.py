@@ -14,6 +14,7 @@ from kdfast.cards.run_files import Evaluated, Record, RunFiles, short
 from kdfast.common.files import refuse_link, write_bytes
 from kdfast.common.folders import remove, subfolder
 from kdfast.evaluation.metrics import normalize_answer
+from kdfast.training.log import lost_steps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,8 +43,12 @@ def save(files: RunFiles, others: Sequence[RunFiles] = ()) -> dict[str, str]:
     Returns:
         Picture, relative to the run -> caption.
     """
+    lost = lost_steps(files.steps, files.run["steps"])
     drawn = {
-        "loss": (loss(files.steps), "Parts of the loss, and the learning rate"),
+        "loss": (
+            loss(files.steps),
+            f"Parts of the loss, and the learning rate{f'; {lost[:-1]}' if lost else ''}",
+        ),
         "evaluation": (evaluation(files.evaluations), "Exact match and F1 over the run"),
         "agreement": (agreement(files), "How often both models are right, or wrong together"),
         "tradeoff": (tradeoff(files, others), "Quality against latency"),

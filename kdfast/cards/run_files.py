@@ -11,7 +11,7 @@ from kdfast.common.errors import UserError
 from kdfast.common.files import is_plain_name, read_json_object
 from kdfast.models.save import RUN_FILE
 from kdfast.teachers.cache import weights_key
-from kdfast.training.log import read_log
+from kdfast.training.log import lost_steps, read_log
 
 EVAL_FOLDER = "eval"
 RESULT_FORMAT = 1  # of kdfast.evaluate
@@ -68,7 +68,7 @@ class RunFiles:
         steps: Lines of train_log.jsonl, one per step.
         evaluations: Lines of train_log.jsonl, one per evaluation during the run.
         results: eval/NAME.eval.json of the weights in `folder`, by name.
-        notes: Sentences on results that are left out.
+        notes: Sentences on what is left out, and on steps that the log lacks.
     """
 
     folder: Path
@@ -173,7 +173,10 @@ def read_run(folder: Path) -> RunFiles:
             "--stage predictions, and name the folder of that run."
         )
     lines = read_log(folder, run["steps"], run["steps"])
+    steps = [line for line in lines if "step" in line]
     own, results, notes = weights_key(folder), [], []
+    if lost := lost_steps(steps, run["steps"]):
+        notes.append(f"{folder}: {lost}")
     for found in sorted((folder / EVAL_FOLDER).glob(f"*{RESULT_END}")):
         result = read_json_object(found)
         if result.get("format") != RESULT_FORMAT:
@@ -187,7 +190,7 @@ def read_run(folder: Path) -> RunFiles:
     return RunFiles(
         folder=folder,
         run=run,
-        steps=[line for line in lines if "step" in line],
+        steps=steps,
         evaluations=[line for line in lines if "evaluated_after" in line],
         results=results,
         notes=notes,

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT, SIGHUP: how a scheduler, a user or a closed terminal stops a run without loss."""
+"""SIGTERM, SIGINT, SIGHUP: how a scheduler, a user, a closed terminal stop a run without loss."""
 
 import os
 import signal

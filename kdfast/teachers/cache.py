@@ -9,16 +9,18 @@ import hashlib
 import io
 import json
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from kdfast.common import heartbeat
 from kdfast.common.errors import UserError, remedy
 from kdfast.common.files import (
+    SUMS_FILE,
     fault_in,
     open_file,
     open_in_place,
@@ -31,6 +33,7 @@ from kdfast.common.files import (
 )
 from kdfast.common.folders import fresh_folder, remove, rename, subfolder
 from kdfast.common.locks import lock
+from kdfast.common.machine import changes, numeric_environment
 from kdfast.common.ranks import Ranks
 
 FORMAT = 3  # part of every key
@@ -39,6 +42,7 @@ HEADER = "header.json"
 LOGITS = "logits.npy"
 RAW_LOGITS = "logits.bin"  # of earlier versions: the same values without the header of a .npy
 PROGRESS_FILE = "done.bin"
+MADE_ON = "made_on"  # in a header: the environments in which the pass ran
 
 
 @dataclass(frozen=True)
@@ -217,6 +221,42 @@ def _files(folder: Path) -> tuple[str, str]:
 
 def header_of(source: Identity, tokens: int) -> dict[str, Any]:
     return {"format": FORMAT, "tokens": tokens, "dtype": "float16", **asdict(source)}
+
+
+def logits_sum(cache_dir: Path, source: Identity) -> str | None:
+    """sha256 of a finished cache's logits: made again elsewhere, they differ in the last bits."""
+    folder = cache_dir / "teacher" / source.key
+    with suppress(OSError, ValueError):
+        for line in (folder / SUMS_FILE).read_text(encoding="utf-8").splitlines():
+            if line.endswith(f"  {_files(folder)[1]}"):
+                return line.split()[0]
+    return None
+
+
+def record_environment(folder: Path, device: torch.device, ranks: Ranks) -> None:
+    """Name in a pass's header where it runs, and say so where it began elsewhere.
+
+    All ranks call it, before they compute.
+    """
+    now = numeric_environment(device, ranks)
+    if not ranks.is_first:
+        return
+    header = read_json_object(folder / HEADER)
+    before = environments_in(header)
+    if now in before:
+        return
+    if before and (different := changes(before[-1], now)):
+        ranks.log(
+            f"The teacher's pass goes on, not as before: {', '.join(different)}; so its logits are "
+            "not to the bits of a pass in one place."
+        )
+    write_json(folder / HEADER, {**header, MADE_ON: [*before, now]})
+
+
+def environments_in(header: dict[str, Any]) -> list[dict[str, Any]]:
+    """Where a pass ran, as far as its header says."""
+    found = header.get(MADE_ON)
+    return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
 
 
 def disk_error(partial: Path, error: OSError) -> UserError:

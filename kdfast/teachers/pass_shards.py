@@ -22,7 +22,16 @@ from kdfast.common.files import open_file, read_json_object, refuse_link, write_
 from kdfast.common.folders import fresh_folder, remove, rename, subfolder
 from kdfast.data.chunks import Shard
 from kdfast.data.windows import Windows
-from kdfast.teachers.cache import HEADER, PROGRESS_FILE, Source, header_of, map_logits, map_progress
+from kdfast.teachers.cache import (
+    HEADER,
+    MADE_ON,
+    PROGRESS_FILE,
+    Source,
+    environments_in,
+    header_of,
+    map_logits,
+    map_progress,
+)
 from kdfast.tokenizers.encode import ragged, starts_of
 
 
@@ -119,7 +128,9 @@ class PassShards:
         """Whether the share's folder is one that it can go on with. header: that of all shares."""
         wanted = header | {"tokens": share.tokens}
         del wanted["shards"]
-        return read_json_object(self.folder(number) / HEADER) == wanted
+        found = read_json_object(self.folder(number) / HEADER)
+        found.pop(MADE_ON, None)
+        return found == wanted
 
     def missing(self, batches: list[np.ndarray], count: int) -> list[int]:
         """The shares, of `count`, that are not done."""
@@ -149,6 +160,12 @@ class PassShards:
         logits.flush()
         done[copied] = 1
         done.flush()
+        header = read_json_object(partial / HEADER)
+        made_on = environments_in(header)
+        for shard in range(count):
+            places = environments_in(read_json_object(self.folder(shard) / HEADER))
+            made_on += [each for each in places if each not in made_on]
+        write_json(partial / HEADER, {**header, MADE_ON: made_on})
 
     def _finished(
         self, batches: list[np.ndarray], windows: Windows, count: int

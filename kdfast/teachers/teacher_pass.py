@@ -37,6 +37,7 @@ from kdfast.teachers.cache import (
     map_logits,
     map_progress,
     open_shared,
+    record_environment,
     start_folder,
 )
 from kdfast.teachers.pass_shards import PassShards, Share
@@ -241,6 +242,8 @@ def _fill(
         header = read_json_object(folder / HEADER)
     if ranks.any(not header):  # which waits until all have read what is left
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
+    if ranks.any(len(mine) > 0):
+        record_environment(folder, teacher.device, ranks)
     dtype = AUTOCAST[teacher.source.precision]
     if dtype is not None:
         teacher.model.cast_linear_layers(dtype)

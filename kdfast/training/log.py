@@ -38,13 +38,15 @@ class Speed:
 class TrainLog:
     """Appends to output_dir/train_log.jsonl; a resumed run drops the lines after its checkpoint.
 
-    steps: the steps that the run has behind it; evaluated: those before its last evaluation.
+    steps: the steps that the run has behind it; evaluated: those before its last evaluation. lost:
+    a sentence where lines of these steps are gone, or None.
     Raises UserError where the disk is full.
     """
 
     def __init__(self, output_dir: Path, steps: int, evaluated: int, tensorboard: bool):
         self.path = output_dir / LOG_FILE
         kept = read_log(output_dir, steps, evaluated)
+        self.lost = lost_steps(kept, steps)
         with writing(self.path):
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
             self.file = append(self.path)
@@ -107,8 +109,10 @@ class TrainLog:
 
 
 def read_log(output_dir: Path, steps: int, evaluated: int) -> list[dict]:
-    """The lines of the first `steps` steps of a run and of its evaluations up to `evaluated`, a
-    torn last line left out."""
+    """The lines of the first `steps` steps of a run and of its evaluations up to `evaluated`.
+
+    Damaged lines are left out, and `lost_steps` counts them.
+    """
     path = output_dir / LOG_FILE
     lines = []
     content = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
@@ -120,6 +124,18 @@ def read_log(output_dir: Path, steps: int, evaluated: int) -> list[dict]:
         except (ValueError, TypeError, AttributeError, RecursionError):
             continue  # torn, or not of this program
     return lines
+
+
+def lost_steps(lines: Sequence[dict], steps: int) -> str | None:
+    """A sentence where the log has no line of some of a run's first steps, or None."""
+    there = {step for line in lines if type(step := line.get("step")) is int and step >= 0}
+    if len(there) >= steps:
+        return None
+    first = next(step for step in range(len(there) + 1) if step not in there)
+    return (
+        f"{LOG_FILE} has no line of {steps - len(there)} of the first {steps} steps, the earliest "
+        f"being step {first}: they are lost or damaged, and curves go straight over them."
+    )
 
 
 class Clock:

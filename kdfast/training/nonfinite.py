@@ -26,8 +26,8 @@ from kdfast.training.step import StepReport, seed_generators
 
 OVERFLOWS_AT_MOST = 20  # in a row
 LOOKED_AT = 4  # windows, before weights are kept
-# A sound run skips a few steps at its start, until the loss scale fits, and one in 2,000 later. As
-# updates drive the learning rate, a run that skips half is not halfway down its schedule at its end.
+# A sound run skips a few steps at its start, until the loss scale fits, and one in 2,000 later.
+# Updates drive the learning rate: a run that skips half ends in the middle of its schedule.
 USED_AT_LEAST = 0.5  # of the steps
 EXAMINED_AT_MOST = 3  # steps, under --on_nonfinite skip
 NAMED_AT_MOST = 3  # terms, and questions of each

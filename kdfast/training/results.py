@@ -78,6 +78,8 @@ class Results(Callback):
         if run.ranks.is_first:
             tensorboard = config.output.report_to == "tensorboard"
             self.log = TrainLog(run.output, progress.steps, progress.evaluated, tensorboard)
+            if self.log.lost:
+                run.ranks.log(self.log.lost)
 
     def log_step(self, report: StepReport, indices: np.ndarray) -> None:
         """Count, log and show a step over the windows `indices`."""

@@ -8,8 +8,9 @@ import torch
 
 from kdfast.common.errors import UserError
 from kdfast.common.files import SUMS_FILE
-from kdfast.common.machine import code_key
+from kdfast.common.machine import changes, code_key, numeric_environment
 from kdfast.common.ranks import Ranks
+from kdfast.common.run import Run
 from kdfast.config import CHANGEABLE, CUTS, FIXED_ON_RESUME, TrainConfig
 from kdfast.data.windows import Windows
 from kdfast.models.hub import local_folder
@@ -21,6 +22,8 @@ from kdfast.tokenizers.template import tokenizer_key
 from kdfast.training import checkpoint
 from kdfast.training.assemble import Progress, Restored
 from kdfast.training.optimizer import ScaledAdamW
+
+HASHES = ("version of kdfast", "bits of the teacher's logits")  # of an environment
 
 
 def restarted(config: TrainConfig, output: Path, ranks: Ranks) -> TrainConfig:
@@ -129,9 +132,7 @@ class Resumed:
         lines = [f"Resumed from {self.folder} after step {steps}."]
         if self.changed:
             lines.append(f"Changed, as allowed: {', '.join(self.changed)}.")
-        before = self.identity["circumstances"]
-        other = [name for name, value in environment.items() if before.get(name) != value]
-        if other:
+        if other := changes(self.identity["circumstances"], environment, HASHES):
             lines.append(f"Not as before: {', '.join(other)}; so not to the same bits.")
         return lines
 
@@ -193,10 +194,15 @@ def keys_of(
     }
 
 
-def environment_of(ranks: Ranks) -> dict[str, Any]:
-    """What may differ between starts; results then differ by rounding."""
+def environment_of(run: Run, logits: str | None) -> dict[str, Any]:
+    """What may differ between starts; results then differ by rounding. All ranks call it.
+
+    logits: sum of what the teacher says, which may have been computed again elsewhere.
+    """
     return {
-        "number of ranks": ranks.count,
+        "number of ranks": run.ranks.count,
         "version of torch": torch.__version__,
         "version of kdfast": code_key(),
+        **numeric_environment(run.device, run.ranks),
+        "bits of the teacher's logits": logits,
     }

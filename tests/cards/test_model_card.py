@@ -124,6 +124,18 @@ def test_results_of_other_weights_are_left_out(finished):
     assert "other weights" in files.notes[0] and "cannot read" in files.notes[1]
 
 
+def test_steps_that_the_log_lacks_are_counted_in_notes_and_captions(finished):
+    log = finished.folder / "train_log.jsonl"
+    lines = log.read_text().splitlines()
+    assert '"step": 2' in lines[2]
+    log.write_text("\n".join([*lines[:2], lines[2][:-1], *lines[3:]]))
+    files = run_files.read_run(finished.folder)
+    (note,) = files.notes
+    assert "no line of 1 of the first 6 steps, the earliest being step 2" in note
+    captions = figures.save(files)
+    assert "no line of 1 of the first 6 steps" in captions["figures/loss.png"]
+
+
 def test_the_best_model_has_the_best_evaluation(finished):
     without_results(finished.folder)
     log = finished.folder / "train_log.jsonl"

@@ -127,6 +127,20 @@ def test_a_killed_pass_goes_on_with_its_own_cuts(pass_, monkeypatch):
     assert json.loads((pass_.home / "header.json").read_text())["max_tokens"] == 300
 
 
+def test_a_pass_that_goes_on_elsewhere_says_so_and_names_both_places(pass_, monkeypatch, capsys):
+    monkeypatch.setattr(teacher_pass, "SECONDS_BETWEEN_SAVES", 0.0)
+    for threads, told in ((7, ""), (7, ""), (8, "threads (7 -> 8)"), (7, "")):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        with pytest.raises(Killed):
+            pass_.fill(progress=killed_after(2))
+        said = capsys.readouterr().out
+        assert (told in said and "not to the bits" in said) if told else said == ""
+    pass_.fill()
+    header = json.loads((pass_.home / "header.json").read_text())
+    assert [each["threads"] for each in header["made_on"]] == ["7", "8"]
+    assert teacher.open_cache(pass_.cache, pass_.source, pass_.tokens) is not None
+
+
 def test_a_partial_folder_of_something_else_is_not_taken_over(pass_):
     partial = pass_.home.with_name(f"{pass_.source.key}.partial")
     partial.mkdir(parents=True)

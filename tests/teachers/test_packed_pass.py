@@ -92,3 +92,11 @@ def test_parts_go_on_as_the_first_began(pass_, packed):
     pass_.ran.clear()
     assert np.array_equal(pass_.join("parts"), whole) and not pass_.ran
     assert pass_.header("parts") == pass_.header("whole")
+
+
+def test_the_header_of_joined_parts_names_all_places(pass_, monkeypatch):
+    for number in range(2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda number=number: 7 + number)
+        pass_.share("parts", False, number)
+    pass_.join("parts")
+    assert [each["threads"] for each in pass_.header("parts")["made_on"]] == ["7", "8"]
