@@ -41,7 +41,7 @@ def check_type(config: PretrainedConfig, name: str, role: str) -> None:
         raise wrong_labels(config.num_labels, name, role)
 
 
-def wrong_labels(count: int, name: str, role: str) -> UserError:
+def wrong_labels(count: int | None, name: str, role: str) -> UserError:
     """The error for a model with other than two labels."""
     return UserError(
         f"{role} {name} has {count} labels, and a span head has 2: "
