@@ -249,7 +249,7 @@ def test_a_real_limit_of_memory(tmp_path):
         capture_output=True,
         text=True,
         timeout=300,
-        # Fixed, so that glibc gives back the address space of what is freed, which the limit counts.
+        # Fixed, so that glibc gives back the address space of what is freed; the limit counts it.
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**17)},
     )
     assert ended.stdout.split() == ["True"], ended.stderr[-2000:]
