@@ -96,7 +96,7 @@ class Killed(BaseException):
 
 def test_a_killed_part_of_the_pass_goes_on(parts, world, whole, monkeypatch):
     parts.run("parts")
-    save, saved, ran = teacher_pass._save_progress, [], []
+    save, saved, ran = teacher_pass.save_progress, [], []
 
     def killed(*arguments):
         save(*arguments)
@@ -106,7 +106,7 @@ def test_a_killed_part_of_the_pass_goes_on(parts, world, whole, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(teacher_pass, "SECONDS_BETWEEN_SAVES", 0.0)
-        patch.setattr(teacher_pass, "_save_progress", killed)
+        patch.setattr(teacher_pass, "save_progress", killed)
         with pytest.raises(Killed):
             parts.run("parts", shard="0/2", teacher=world.teacher)
     said = parts.refused("parts", join=True, teacher=world.teacher)

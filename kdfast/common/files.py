@@ -28,6 +28,11 @@ SUMS_FILE = "SHA256SUMS"
 NOT_A_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP}
 
 
+def is_damage(error: Exception) -> bool:
+    """Whether reading failed for what a file is or holds: what cannot be read now may be whole."""
+    return not isinstance(error, OSError) or error.errno in {*NOT_A_FILE, None}
+
+
 def is_plain_name(name: object) -> bool:
     """Whether `name`, which stood in a file, names one in a folder of its own: it is no path."""
     is_one = isinstance(name, str) and re.fullmatch(r"[^/\\\x00-\x1f\x7f]{1,200}", name)
@@ -46,6 +51,12 @@ def refuse_link(path: Path) -> None:
 def open_file(path: Path) -> BinaryIO:
     """Open a file to read, also through a link. Raises OSError for a pipe or a device."""
     return open(os.fspath(path), "rb", opener=_regular)  # numpy takes no Path for its name
+
+
+def read_bytes(path: Path) -> bytes:
+    """All of a file. Raises OSError, also for a pipe or a device."""
+    with open_file(path) as file:
+        return file.read()
 
 
 def open_in_place(path: Path) -> BinaryIO:
@@ -130,8 +141,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     Raises OSError where it cannot be read.
     """
     try:
-        with open_file(path) as file:
-            content = json.loads(file.read().decode())
+        content = json.loads(read_bytes(path).decode())
     except OSError as error:
         if error.errno not in NOT_A_FILE:
             raise
@@ -166,10 +176,8 @@ def fault_in(folder: Path, needed: tuple[str, ...], most_bytes: int | None = Non
         size = sum((folder / name).stat().st_size for name in needed)
         if most_bytes is not None and size > most_bytes:
             return None
-        with open_file(folder / SUMS_FILE) as file:
-            lines = file.read().decode().splitlines()
         sums = {}
-        for line in lines:
+        for line in read_bytes(folder / SUMS_FILE).decode().splitlines():
             match = re.fullmatch(r"([0-9a-f]{64})  (.+)", line)
             if match is None or not is_plain_name(match[2]):
                 return f"{SUMS_FILE} is damaged"

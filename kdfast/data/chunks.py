@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import json
 import uuid
-import zipfile
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from kdfast.common.errors import UserError
-from kdfast.common.files import new_file, open_file, read_json_object
+from kdfast.common.files import is_damage, new_file, open_file
 from kdfast.common.folders import sync
 from kdfast.data.cache import ARRAYS, narrowest
 from kdfast.data.tally import COUNTED, Tally
 
-SOURCE_FILE = "source.json"
+SOURCE_FILE = "source.npz"
 # Arrays of places and numbers, and what of the chunks before is added to them.
 _SHIFTS = {
     "window_start": "tokens",
@@ -95,8 +94,9 @@ class Joiner:
 class ChunkFolder:
     """Chunks on the disk, next to the cache that they will be, each whole or not there.
 
-    `source.json` is written by each process that has read the source to its end. It holds how many
-    chunks there are, what was counted while reading, and by how many the work was last shared.
+    `source.npz` is written by each process that has read the source to its end. It holds how many
+    chunks there are, what was counted while reading, and by how many the work was last shared. All
+    files name their folder, and a .npz has a sum of what is in it.
     """
 
     path: Path
@@ -111,32 +111,54 @@ class ChunkFolder:
 
     def save(self, number: int, chunk: Chunk) -> None:
         """Writes a chunk, aside and then renamed."""
-        facts = {"first": chunk.first, "counts": chunk.tally.counts, "ids": chunk.tally.first}
         arrays = {
             name: values.astype(narrowest(values, ARRAYS[name]))
             for name, values in chunk.arrays.items()
         }
-        with self._written(self.file(number)) as file:
-            np.savez(file, facts=np.frombuffer(json.dumps(facts).encode(), np.uint8), **arrays)  # type: ignore[arg-type]
+        self._write(self.file(number), {"first": chunk.first}, chunk.tally, arrays)
 
     def load(self, number: int) -> Chunk:
         """Reads a chunk. Raises UserError for one that is damaged."""
         path = self.file(number)
         try:
-            with open_file(path) as file, np.load(file, allow_pickle=False) as held:
-                facts = json.loads(held["facts"].tobytes())
-                arrays = {name: held[name] for name in ARRAYS}
+            facts, arrays = self._read(path, ARRAYS)
             return Chunk(facts["first"], arrays, Tally(facts["counts"], facts["ids"]))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except Exception as error:  # numpy and zipfile raise a dozen kinds
+            if not is_damage(error):
+                raise
             raise UserError(
                 f"{path}: a damaged part of features ({error}): delete it and make its part again"
             ) from None
 
     def finish(self, count: int, tally: Tally, shards: int) -> None:
         """Says how many chunks there are, and what was counted while the source was read."""
-        facts = {"chunks": count, "counts": tally.counts, "ids": tally.first}
-        with self._written(self.path / SOURCE_FILE) as file:
-            file.write(json.dumps(facts | {"shards": shards}).encode())
+        self._write(self.path / SOURCE_FILE, {"chunks": count, "shards": shards}, tally, {})
+
+    def _write(
+        self, path: Path, facts: dict[str, Any], tally: Tally, arrays: dict[str, np.ndarray]
+    ) -> None:
+        facts = {**facts, "folder": self.path.name, "counts": tally.counts, "ids": tally.first}
+        with self._written(path) as file:
+            np.savez(file, facts=np.frombuffer(json.dumps(facts).encode(), np.uint8), **arrays)  # type: ignore[arg-type]
+
+    def _read(
+        self, path: Path, names: Iterable[str]
+    ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Raises some exception where a file is damaged, or of another folder."""
+        with open_file(path) as file, np.load(file, allow_pickle=False) as held:
+            facts = json.loads(held["facts"].tobytes())
+            if facts.get("folder", self.path.name) != self.path.name:  # earlier versions: none
+                raise ValueError(f"it is of {facts['folder']}")
+            return facts, {name: held[name] for name in names}
+
+    def _source(self) -> dict[str, Any]:
+        """What the file of the source holds; nothing where there is none, or it is damaged."""
+        try:
+            return self._read(self.path / SOURCE_FILE, ())[0]
+        except Exception as error:  # as in load; the source is read once more then
+            if not is_damage(error):
+                raise
+            return {}
 
     @contextmanager
     def _written(self, path: Path) -> Iterator[BinaryIO]:
@@ -153,7 +175,7 @@ class ChunkFolder:
         """
         joiner = Joiner(tally)
         yield joiner.heads()
-        facts = read_json_object(self.path / SOURCE_FILE)
+        facts = self._source()
         for number in range(facts["chunks"]):
             chunk = self.load(number)
             if chunk.first != tally.counts["questions"]:
@@ -166,15 +188,15 @@ class ChunkFolder:
 
     def missing(self, shard: Shard = WHOLE) -> list[int] | None:
         """The chunks of a share that are not there; None where nobody knows yet how many."""
-        count = read_json_object(self.path / SOURCE_FILE).get("chunks")
-        if not isinstance(count, int):
+        count = self._source().get("chunks")
+        if count is None:
             return None
         mine = filter(shard.has, range(count))
         return [number for number in mine if not self.file(number).is_file()]
 
     def missing_shards(self) -> list[str] | None:
         """The shares, as --shard names them, of which a chunk is missing; None where all are."""
-        shards = read_json_object(self.path / SOURCE_FILE).get("shards")
+        shards = self._source().get("shards")
         missing = self.missing()  # by now another process may have joined and deleted them
         if shards is None or missing is None:
             return None

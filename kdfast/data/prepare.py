@@ -166,9 +166,10 @@ def _writing(cache_dir: Path | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        cause = ": ".join(str(part) for part in (error.strerror or error, error.filename) if part)
         raise UserError(
             f"--cache_dir {cache_dir}: features cannot be written there "
-            f"({error.strerror or error}): {remedy(error.errno) or 'give another folder'}"
+            f"({cause}): {remedy(error.errno) or 'give another folder'}"
         ) from None
 
 

@@ -22,6 +22,7 @@ from kdfast.common.errors import UserError, remedy
 from kdfast.common.files import (
     SUMS_FILE,
     fault_in,
+    is_damage,
     open_file,
     open_in_place,
     read_json_object,
@@ -41,7 +42,7 @@ VERIFIED_BYTES = 4 * 2**30  # a larger cache is not compared with its sums: that
 HEADER = "header.json"
 LOGITS = "logits.npy"
 RAW_LOGITS = "logits.bin"  # of earlier versions: the same values without the header of a .npy
-PROGRESS_FILE = "done.bin"
+PROGRESS_FILE = "sums.bin"
 MADE_ON = "made_on"  # in a header: the environments in which the pass ran
 
 
@@ -106,9 +107,9 @@ def open_cache(
     if fault is None:
         try:
             return map_logits(folder, tokens, "r")
-        except OSError:
-            raise
         except Exception as error:  # numpy raises many kinds for a damaged header
+            if not is_damage(error):
+                raise
             fault = str(error)
     raise UserError(
         f"Teacher cache {folder} is damaged ({fault}): delete that folder, and it is made again."
@@ -194,9 +195,9 @@ def map_logits(folder: Path, tokens: int, mode: Literal["r", "r+"]) -> np.memmap
 
 
 def map_progress(folder: Path, micro_batches: int) -> np.memmap:
-    """A byte for each micro-batch of a pass, 1 where it is done, to be changed."""
+    """uint32, of each micro-batch of a pass: the sum of its logits, 0 until it is done."""
     with open_in_place(folder / PROGRESS_FILE) as file:
-        return np.memmap(file, np.uint8, "r+", shape=(micro_batches,))
+        return np.memmap(file, np.uint32, "r+", shape=(micro_batches,))
 
 
 def start_folder(
@@ -211,7 +212,7 @@ def start_folder(
     array = {"descr": "<f2", "fortran_order": False, "shape": (tokens, 2)}
     np.lib.format.write_array_header_1_0(npy_header, array)
     reserve(partial / LOGITS, npy_header.tell() + tokens * 4, npy_header.getvalue())
-    reserve(partial / PROGRESS_FILE, micro_batches)
+    reserve(partial / PROGRESS_FILE, 4 * micro_batches)
     write_json(partial / HEADER, {**header_of(source, tokens), **more})
 
 

@@ -1,7 +1,7 @@
 """The pass of a teacher over its windows, which fills the cache of its logits.
 
-`done.bin` has a byte for each micro-batch, 1 once its logits are on the disk: a killed pass goes on
-where it stopped, with as many ranks as there are then.
+`sums.bin` has a sum of each micro-batch, once its logits are on the disk: a killed pass goes on
+where it stopped, with as many ranks as there are then, and what is damaged is done again.
 """
 
 import errno
@@ -40,7 +40,7 @@ from kdfast.teachers.cache import (
     record_environment,
     start_folder,
 )
-from kdfast.teachers.pass_shards import PassShards, Share
+from kdfast.teachers.pass_shards import PassShards, Share, save_progress, sum_of
 
 SECONDS_BETWEEN_SAVES = 10.0
 CUT = ("max_tokens", "packed")  # all that the cut into micro-batches depends on besides the windows
@@ -96,7 +96,7 @@ def fill_cache(
         _start(partial, teacher.source, windows, shards, teacher.cut)
 
     def fill(partial: Path) -> None:
-        share = Share.whole(_cuts(windows, read_json_object(partial / HEADER)), windows)
+        share = _whole(windows, read_json_object(partial / HEADER))
         _fill(partial, teacher, share, progress, ranks)
 
     logits = make_once(cache_dir, teacher.source, len(windows.input_ids), start, fill, ranks)
@@ -152,7 +152,7 @@ def _begin(
         stack.enter_context(lock(folder.with_suffix(".lock")))
         if shards.finished:  # so that the lock may be that of a deleted file
             return {}
-        if not shards.has_begun(shard.number, share, header):
+        if not shards.has_begun(shard.number, share, header, windows):
             cut = _cut_of(header)
             start_folder(folder, teacher.source, share.tokens, len(share.batches), **cut)
     except FileNotFoundError:
@@ -189,6 +189,8 @@ def join_shards(
 
     def start(partial: Path) -> None:
         _start(partial, source, windows, shards, {})
+        if not map_progress(partial, len(_cuts(windows, shards.header))).all():
+            raise UserError(f"A part in {shards.path} is damaged: make all parts once more.")
 
     logits: np.ndarray | None
     if ranks.any(ranks.is_first and missing_shards(cache_dir, source, windows) == []):
@@ -207,16 +209,14 @@ def _start(
 
     cut: how the pass is cut, unless it has begun.
     """
-    header, tokens, begun = (
-        read_json_object(partial / HEADER),
-        len(windows.input_ids),
-        shards.header,
-    )
-    needed = header_of(source, tokens)
+    header, begun = read_json_object(partial / HEADER), shards.header
+    tokens = len(windows.input_ids)
     if begun:
         cut = _cut_of(begun)
-    is_other = begun and _cut_of(header) != cut
-    if is_other or any(header.get(name) != value for name, value in needed.items()):
+    is_its = header_of(source, tokens).items() <= header.items() and "max_tokens" in header
+    if begun and _cut_of(header) != cut:
+        is_its = False
+    if not (is_its and _whole(windows, header).keep_sound(partial, header, windows)):
         start_folder(partial, source, tokens, len(_cuts(windows, cut)), **cut)
     if begun:
         shards.copy(partial, _cuts(windows, cut), windows, begun["shards"])
@@ -236,9 +236,9 @@ def _fill(
     windows, batches, header = teacher.windows, share.batches, {}
     with suppress(FileNotFoundError):
         logits = map_logits(folder, share.tokens, "r+")
-        done = map_progress(folder, len(batches))
-        mine = np.flatnonzero(done == 0)[ranks.rank :: ranks.count]
-        progress(sum(len(batches[number]) for number in np.flatnonzero(done)))
+        sums = map_progress(folder, len(batches))
+        mine = np.flatnonzero(sums == 0)[ranks.rank :: ranks.count]
+        progress(sum(len(batches[number]) for number in np.flatnonzero(sums)))
         header = read_json_object(folder / HEADER)
     if ranks.any(not header):  # which waits until all have read what is left
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
@@ -247,7 +247,8 @@ def _fill(
     dtype = AUTOCAST[teacher.source.precision]
     if dtype is not None:
         teacher.model.cast_linear_layers(dtype)
-    saved_at, unsaved = time.monotonic(), []
+    unsaved: dict[int, int] = {}
+    saved_at = time.monotonic()
     cuts = [batches[number] for number in mine]
     # As the pass has begun, whatever is asked for now.
     packed = header.get("packed", False)
@@ -260,20 +261,24 @@ def _fill(
             half = rows.astype(np.float16)
         _check_finite(half, windows, indices)
         logits[share.positions(windows, indices)] = half
-        unsaved.append(number)
+        unsaved[number] = sum_of(half, header)
         progress(len(indices) * ranks.count)
         heartbeat.report(f"micro-batch {number} of the teacher's pass")
         if time.monotonic() - saved_at > SECONDS_BETWEEN_SAVES:
-            _save_progress(logits, done, unsaved)
-            saved_at, unsaved = time.monotonic(), []
-    _save_progress(logits, done, unsaved)
+            save_progress(logits, sums, unsaved)
+            saved_at, unsaved = time.monotonic(), {}
+    save_progress(logits, sums, unsaved)
 
 
 def _cuts(windows: Windows, header: dict[str, Any]) -> list[np.ndarray]:
     """The micro-batches of the pass with this header, or of a new one with this `cut`."""
     packed = header.get("packed", False)
-    everything = np.arange(len(windows.lengths))
-    return cut_by_tokens(everything, windows.lengths, header["max_tokens"], packed)
+    return cut_by_tokens(np.arange(len(windows)), windows.lengths, header["max_tokens"], packed)
+
+
+def _whole(windows: Windows, header: dict[str, Any]) -> Share:
+    """All of the pass with this header."""
+    return Share.whole(_cuts(windows, header), windows)
 
 
 def _cut_of(header: dict[str, Any]) -> dict[str, Any]:
@@ -290,10 +295,3 @@ def _check_finite(half: np.ndarray, windows: Windows, indices: np.ndarray) -> No
             f"The teacher's logits are not finite in fp16 for question {question} "
             f"(window {window}): check the teacher's weights, or leave that question out."
         )
-
-
-def _save_progress(logits: np.memmap, done: np.memmap, batches: list[int]) -> None:
-    """Mark micro-batches as done, after their logits are on the disk."""
-    logits.flush()
-    done[batches] = 1
-    done.flush()

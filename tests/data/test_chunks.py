@@ -309,7 +309,7 @@ def test_shares_may_end_at_the_same_time(tmp_path):
 
     assert forks.run(4, rank) == [None] * 4
     assert chunks.missing() == list(range(7))
-    assert [path.name for path in tmp_path.iterdir()] == ["source.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["source.npz"]
 
 
 def test_a_share_of_a_share_is_a_share():

@@ -127,12 +127,38 @@ def test_a_killed_pass_goes_on_with_its_own_cuts(pass_, monkeypatch):
     assert json.loads((pass_.home / "header.json").read_text())["max_tokens"] == 300
 
 
+@pytest.mark.parametrize("name", ["header.json", "logits.npy", "sums.bin"])
+def test_a_killed_pass_does_again_what_is_damaged(pass_, monkeypatch, name):
+    whole = np.array(pass_.fill())
+    shutil.rmtree(pass_.home)
+    monkeypatch.setattr(teacher_pass, "SECONDS_BETWEEN_SAVES", 0.0)
+    with pytest.raises(Killed):
+        pass_.fill(progress=killed_after(4))
+    partial = pass_.home.with_name(f"{pass_.source.key}.partial")
+    kept = shutil.copytree(partial, pass_.cache / "kept")
+    good = (partial / name).read_bytes()
+    flipped = bytearray(good)
+    places = [2]
+    if name == "header.json":
+        places = [good.find(b"300")]  # max_tokens
+    elif name == "logits.npy":
+        places = range(128, len(good), 4)
+    for place in places:
+        flipped[place] ^= 1
+    for bad in (bytes(flipped), good[: len(good) // 2], b"", bytes(len(good))):
+        shutil.rmtree(pass_.home, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(kept, partial)
+        (partial / name).write_bytes(bad)
+        np.testing.assert_array_equal(pass_.fill(), whole)
+
+
 def test_a_pass_that_goes_on_elsewhere_says_so_and_names_both_places(pass_, monkeypatch, capsys):
     monkeypatch.setattr(teacher_pass, "SECONDS_BETWEEN_SAVES", 0.0)
     for threads, told in ((7, ""), (7, ""), (8, "threads (7 -> 8)"), (7, "")):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         with pytest.raises(Killed):
-            pass_.fill(progress=killed_after(2))
+            pass_.fill(progress=killed_after(3))
         said = capsys.readouterr().out
         assert (told in said and "not to the bits" in said) if told else said == ""
     pass_.fill()
@@ -265,7 +291,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(pass_, monkeypatch):
     monkeypatch.undo()
 
     monkeypatch.setattr(teacher_pass, "SECONDS_BETWEEN_SAVES", 0.0)
-    save = teacher_pass._save_progress
+    save = teacher_pass.save_progress
     saved = []
 
     def third_fails(*arguments):
@@ -274,7 +300,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(pass_, monkeypatch):
         saved.append(arguments)
         save(*arguments)
 
-    monkeypatch.setattr(teacher_pass, "_save_progress", third_fails)
+    monkeypatch.setattr(teacher_pass, "save_progress", third_fails)
     with pytest.raises(UserError, match=r"disk is full.*goes on from there"):
         pass_.fill()
     monkeypatch.undo()
