@@ -175,6 +175,7 @@ setup(
             "pytest-benchmark>=5.0",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
+            "markdown-it-py>=3.0",  # reads what the card's Markdown means
             "ruff>=0.12",
             "mypy>=1.15",
             "types-PyYAML>=6.0",

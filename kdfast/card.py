@@ -6,14 +6,14 @@ written more results.
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kdfast.common import program
 from kdfast.common.errors import UserError
-from kdfast.common.files import read_json_object, write_json
+from kdfast.common.files import read_json_object, write_json, write_text
 from kdfast.common.progress import print_line
 from kdfast.common.settings import flag
 from kdfast.config import TrainConfig
@@ -71,6 +71,53 @@ class CardConfig:
 
         model_card.check(self.language, self.push_to_hub)
 
+    def check_access(self) -> None:
+        """Raise UserError for a --push_to_hub that the hub would refuse, or has no network for."""
+        if self.push_to_hub:
+            from kdfast.cards.push import check_access
+
+            check_access(self.push_to_hub)
+
+
+@dataclass(frozen=True)
+class Card:
+    """The card of a run and what it is made of.
+
+    Attributes:
+        files: The run.
+        plots: Picture, relative to the run -> caption.
+        results: Files with results for the hub, relative to the run.
+        settings: What card.json holds: beside, language, license, repository.
+    """
+
+    files: "RunFiles"
+    plots: dict[str, str]
+    results: list[str]
+    settings: dict[str, Any]
+
+    def of_repository(self, repo_id: str) -> "Card":
+        """The same card for a model that is on the hub."""
+        return replace(self, settings=self.settings | {"repository": repo_id})
+
+    def text(self) -> str:
+        """What README.md holds."""
+        from kdfast.cards.model_card import card_of
+
+        wanted = (self.settings[name] for name in ("repository", "language", "license"))
+        return card_of(self.files, self.plots, *wanted)
+
+    def write(self) -> Path:
+        """Write README.md and card.json into the run's folder; returns the former."""
+        from kdfast.cards.model_card import CARD_FILE
+        from kdfast.models.save import writing
+        from kdfast.training.run_folder import CARD_SETTINGS
+
+        path = self.files.folder / CARD_FILE
+        with writing(path.parent):
+            write_text(path, self.text())
+            write_json(path.parent / CARD_SETTINGS, self.settings)
+        return path
+
 
 def main(argv: list[str] | None = None) -> int:
     """The program; see `program.run` for the exit status it returns."""
@@ -85,11 +132,12 @@ def parse(argv: list[str]) -> CardConfig:
 def start(config: CardConfig) -> None:
     """The work of the program."""
     config.check()
-    publish(config, print_line)
+    config.check_access()
+    push(publish(config, print_line), config.push_to_hub, print_line)
 
 
-def publish(config: CardConfig, log: Log) -> None:
-    """Write pictures, card and, if wanted, report; then, if wanted, upload the model."""
+def publish(config: CardConfig, log: Log) -> Card:
+    """Write pictures, results, card and, if wanted, report: all but what --push_to_hub does."""
     from kdfast.cards import figures, html, model_card
     from kdfast.cards.run_files import read_run
     from kdfast.models.save import writing
@@ -102,33 +150,52 @@ def publish(config: CardConfig, log: Log) -> None:
         log(f"{who} --validation_file for the report.")
         answer_validation(files, config.cache_dir)
         files = read_run(folder)
-    before = read_json_object(folder / CARD_SETTINGS)
+    held = read_json_object(folder / CARD_SETTINGS)
+    before = {name: each for name, each in held.items() if isinstance(each, str)}
+    beside = held.get("beside")
+    beside = [each for each in beside if isinstance(each, str)] if isinstance(beside, list) else []
     others = {}
     for name in config.beside or []:
         run = read_run(Path(name).expanduser())
         others[str(run.folder.resolve())] = run
-    for name in before.get("beside") or []:
+    for name in beside:
         try:
             others.setdefault(name, read_run(Path(name)))
         except UserError:
             log(f"{name}, which the card had, is left out: it is no run any more.")
-    language = config.language or before.get("language") or files.config.get("language")
-    license = config.license or before.get("license") or files.config.get("license")
-    repository = config.push_to_hub or before.get("repository")
+    settings = {
+        "beside": list(others),
+        "language": config.language or before.get("language") or files.config.get("language"),
+        "license": config.license or before.get("license") or files.config.get("license"),
+        "repository": before.get("repository"),
+    }
     for note in [note for each in (files, *others.values()) for note in each.notes]:
         log(note)
     if not find_spec("matplotlib"):
         log("Pictures are left out, as matplotlib is absent: pip install matplotlib.")
-    kept = {"language": language, "license": license, "repository": repository}
     with writing(folder):
         plots = figures.save(files, list(others.values())) if find_spec("matplotlib") else {}
-        path = model_card.write_card(files, plots, repository, language, license)
-        write_json(folder / CARD_SETTINGS, {"beside": list(others), **kept})
-    log(f"The card is {path}.")
+        results = model_card.write_results(files)
+    card = Card(files, plots, results, settings)
+    log(f"The card is {card.write()}.")
     if config.report:
         log(f"The report is {html.write(files, plots)}: open it in a browser.")
-    if config.push_to_hub:
-        log(f"The model is at {model_card.push(folder, config.push_to_hub)}.")
+    return card
+
+
+def push(card: Card, repo_id: str | None, log: Log) -> None:
+    """Upload the model with its card, which names the repository from then on.
+
+    Where the hub refuses, a UserError says so, and the card in the run's folder stays as it is.
+    """
+    if not repo_id:
+        return
+    from kdfast.cards.push import push
+
+    uploaded = card.of_repository(repo_id)
+    address = push(card.files.folder, repo_id, uploaded.text(), [*card.plots, *card.results])
+    uploaded.write()
+    log(f"The model is at {address}.")
 
 
 def answer_validation(files: "RunFiles", cache_dir: str) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from kdfast import recipes
-from kdfast.card import CardConfig, publish
+from kdfast.card import CardConfig, publish, push
 from kdfast.common.device import as_current, pick_device
 from kdfast.common.machine import code_key, describe_machine
 from kdfast.common.precision import enable_determinism, resolve
@@ -131,7 +131,10 @@ def train(
     ranks, stop = ranks or Ranks(), stop or StopSignals()
     check(config)
     inputs.validation_set(config)  # a metric that lacks its language is refused at once
-    CardConfig.of_run(config).check()
+    card = CardConfig.of_run(config)
+    card.check()
+    if ranks.is_first:
+        card.check_access()
     if config.model.stage != "both":
         return train_stage(config, ranks, stop)
     with stages.held(config, ranks) as (layers_run, predictions_run):
@@ -246,7 +249,8 @@ def distil(
     ranks.log(f"The {what} is in {output}; run.json there holds settings, versions and figures.")
     if ranks.is_first and config.model.stage == "predictions":
         with results.telling_where():
-            publish(CardConfig.of_run(config), ranks.log)
+            card = publish(CardConfig.of_run(config), ranks.log)
+        push(card, config.output.push_to_hub, ranks.log)
     return record
 
 

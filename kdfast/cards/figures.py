@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from kdfast.cards.render import plain
 from kdfast.cards.run_files import Evaluated, Record, RunFiles, short
 from kdfast.common.files import refuse_link, write_bytes
 from kdfast.common.folders import remove, subfolder
@@ -24,6 +25,7 @@ FOLDER = "figures"
 BLUE, ORANGE, GREEN, GREY = "#2a6fbb", "#d9730d", "#2e8b57", "#8a8f98"
 PALE_GREY, PALE_BLUE, PALE_ORANGE = "#d5d8dc", "#a9c8ea", "#f2c396"
 WIDTH = 7.2  # inches
+LONGEST_NAME = 40  # characters
 AGREEMENT = {
     "both right": GREEN,
     "only this model": PALE_BLUE,
@@ -43,6 +45,13 @@ def save(files: RunFiles, others: Sequence[RunFiles] = ()) -> dict[str, str]:
     Returns:
         Picture, relative to the run -> caption.
     """
+    import matplotlib
+
+    with matplotlib.rc_context({"text.parse_math": False}):  # a "$" in a name begins no formula
+        return _save(files, others)
+
+
+def _save(files: RunFiles, others: Sequence[RunFiles]) -> dict[str, str]:
     lost = lost_steps(files.steps, files.run["steps"])
     drawn = {
         "loss": (
@@ -114,7 +123,8 @@ def agreement(files: RunFiles) -> "Figure | None":
         questions = files.questions(result)
         for other in files.models(result)[1:]:
             if questions:
-                bars[f"{result['name']}\nagainst {_label(other)}"] = agreement_shares(questions)
+                label = f"{_text(result['name'])}\nagainst {_label(other)}"
+                bars[label] = agreement_shares(questions)
     if not bars:
         return None
     figure, (axes,) = _figure(height=1.4 + 0.55 * len(bars))
@@ -177,7 +187,7 @@ def tradeoff(files: RunFiles, others: Sequence[RunFiles] = ()) -> "Figure | None
         text = f"{label}, {point.parameters / 1e6:.1f} M"
         axes.annotate(text, place, (0, 13), textcoords="offset points", ha="center")
     axes.set_xlabel("median latency of one question, ms")
-    axes.set_ylabel(f"F1 on {data}")
+    axes.set_ylabel(f"F1 on {_text(data)}")
     axes.margins(0.25, 0.25)
     axes.set_xlim(left=0)
     return figure
@@ -195,7 +205,7 @@ def points(like: Record, runs: Sequence[RunFiles]) -> dict[str, Point]:
             weights = each.model["weights_sha256"]
             if weights not in seen and _conditions(result) == _conditions(like):
                 seen.add(weights)
-                found[_label(each) if number else f"{run.name} ({role})"] = Point(
+                found[_label(each) if number else f"{_text(run.name)} ({role})"] = Point(
                     latency=each.model["latency"]["median_ms"],
                     f1=each.figures["metrics"]["f1"],
                     parameters=each.model["parameters"],
@@ -212,8 +222,14 @@ def _conditions(result: Record) -> list[Any]:
 
 def _label(other: Evaluated) -> str:
     """The other model of a result: its name and, if it taught, its role."""
-    name = short(other.model["name"])
+    name = _text(short(other.model["name"]))
     return f"{name} (teacher)" if other.name == "teacher" else name
+
+
+def _text(name: str) -> str:
+    """A name in a picture: of a length that leaves room for the rest."""
+    name = plain(name)
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
 
 
 def _running_mean(values: np.ndarray) -> np.ndarray:

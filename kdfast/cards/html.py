@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from kdfast.cards.render import TEMPLATES, render
 from kdfast.cards.run_files import Record, RunFiles
-from kdfast.common.files import write_bytes
+from kdfast.common.files import write_text
 from kdfast.data.examples import Example, Place, locate
 from kdfast.data.read import read_examples
 
@@ -59,8 +59,7 @@ def write(files: RunFiles, plots: Mapping[str, str]) -> Path:
         script_sha256=base64_of(hashlib.sha256(script.encode()).digest()),
     )
     path = files.folder / REPORT_FILE
-    # A lone surrogate, which JSON can hold, has no UTF-8.
-    write_bytes(path, page.encode("utf-8", "xmlcharrefreplace"))
+    write_text(path, page)
     return path
 
 

@@ -1,37 +1,31 @@
-"""The model card: README.md with front matter, .eval_results/, and their way to the hub."""
+"""The model card: README.md with front matter, and .eval_results/."""
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
 import yaml
 from huggingface_hub import (
     EvalResult,
     EvalResultEntry,
-    HfApi,
     ModelCardData,
     eval_result_entries_to_yaml,
 )
-from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from markupsafe import Markup
 
-from kdfast.cards.render import cell, render
+from kdfast.cards.render import each_text, markdown, plain, render
 from kdfast.cards.run_files import Record, RunFiles, Source, short
 from kdfast.common.errors import UserError
 from kdfast.common.files import refuse_link, write_text
 from kdfast.common.folders import remove, subfolder
 from kdfast.evaluation import tables
 from kdfast.evaluation.suites import own_set
-from kdfast.models.load import first_line
 
 CARD_FILE = "README.md"
 RESULTS_FOLDER = ".eval_results"
-# What goes to the hub: not run.json and eval/, which name folders of the machine.
-PUSHED = ["config.json", "*.safetensors", "tokenizer*", "special_tokens_map.json", "vocab*"]
-PUSHED += ["merges.txt", "spm.model", "sentencepiece*", "spiece.model", CARD_FILE]
-PUSHED += [f"{RESULTS_FOLDER}/*.yaml", "figures/*.png"]
-NOT_PUSHED = ["checkpoint-*/**", "best/**", "last/**", "eval/**", "tensorboard/**"]
 METRICS = {"exact": ("exact_match", "Exact Match"), "f1": ("f1", "F1")}
 ISO_639_1 = (
     "aa ab ae af ak am an ar as av ay az ba be bg bh bi bm bn bo br bs ca ce ch co cr cs cu cv cy "
@@ -51,24 +45,21 @@ def check(language: str | None, repo_id: str | None) -> None:
                 f"--language {language}: {each!r} is no ISO 639 code: give such as en or de,es."
             )
     if repo_id is not None:
-        try:
+        with suppress(HFValidationError):
             validate_repo_id(repo_id)
-        except HFValidationError as error:
-            raise UserError(
-                f"--push_to_hub {repo_id} is no repository's id: give USER/NAME."
-            ) from error
+            if "/" in repo_id:
+                return
+        raise UserError(f"--push_to_hub {repo_id} is no repository's id: give USER/NAME.")
 
 
-def write_card(
+def card_of(
     files: RunFiles,
     plots: Mapping[str, str],
     repo_id: str | None = None,
     language: str | None = None,
     license: str | None = None,
-) -> Path:
-    """Write README.md and .eval_results/ into the run's folder.
-
-    What is not known is left out.
+) -> str:
+    """The text of README.md. What is not known is left out.
 
     Args:
         files: The run.
@@ -76,9 +67,6 @@ def write_card(
         repo_id: Where the model is to be found; None for the folder.
         language: Codes of languages, divided by commas; None for that of a known hub dataset.
         license: The model's license.
-
-    Returns:
-        The card's path.
     """
     title = repo_id or files.name
     train_data = files.source(files.config["train_file"])
@@ -88,26 +76,27 @@ def write_card(
     validation_file = files.config["validation_file"]
     # Latency is that of the first result with another model, or else of the first.
     by_comparison = sorted(files.results, key=lambda each: "compared" not in each)
-    text = render(
+    return render(
         "model_card.md",
-        metadata=front_matter(files, title, languages, license).to_yaml(),
-        title=cell(title),
+        metadata=Markup(as_yaml(front_matter(files, title, languages, license).to_dict()).strip()),
+        title=title,
         files=files,
         languages=languages,
         license=license,
         train_data=train_data.name,
         validation_data=validation_file and files.source(validation_file).name,
         measured=next(iter(by_comparison), None),
-        table=tables.table([each | {"name": cell(each["name"])} for each in files.results]),
+        table=Markup(tables.table(each_text(files.results, markdown))),
         scored_by=tables.scored_by,
         short=short,
         plots=plots,
         loaded_as=repo_id or str(files.folder),
     )
-    path = files.folder / CARD_FILE
-    write_text(path, text)
-    write_results(files)
-    return path
+
+
+def as_yaml(content: Any) -> str:
+    """`content` as YAML, every text in one line and visible."""
+    return yaml.safe_dump(each_text(content, plain), sort_keys=False, allow_unicode=True)
 
 
 def front_matter(
@@ -171,16 +160,20 @@ def _entries(
     ]
 
 
-def write_results(files: RunFiles) -> None:
+def write_results(files: RunFiles) -> list[str]:
     """.eval_results/SET.yaml of every set that was read from the hub: its F1, EM in the notes.
 
     The form is that of huggingface.co/docs/hub/eval-results, a file a set. task_id is the set's
     config: the hub shows a result where the dataset declares a task of that id.
+
+    Returns:
+        The files' names, relative to the run's folder.
     """
     folder = files.folder / RESULTS_FOLDER
     refuse_link(folder)
     for path in folder.glob("*.yaml"):
         remove(path)
+    written = []
     for result in files.results:
         source = Source.of_result(result)
         if not source.on_hub:
@@ -193,36 +186,7 @@ def write_results(files: RunFiles) -> None:
             "kdfast.evaluate",
         )
         subfolder(folder)
-        text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
-        write_text(folder / f"{result['name']}.yaml", text)
-
-
-def push(folder: Path, repo_id: str) -> str:
-    """Upload model, card, results and pictures; a repository that is not there is made, private.
-
-    Returns:
-        The address of the model's page.
-
-    Raises:
-        UserError: There is no card yet, or the hub refuses.
-    """
-    if not (folder / CARD_FILE).is_file():
-        raise UserError(f"{folder} has no {CARD_FILE}: write the card before --push_to_hub.")
-    try:
-        api: Any = HfApi()
-        api.create_repo(repo_id, private=True, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            allow_patterns=PUSHED,
-            ignore_patterns=NOT_PUSHED,
-            commit_message="Model and card by kdfast",
-        )
-    # HTTPError is the base of the hub's own errors, and what a network that is down raises.
-    except (HTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
-        raise UserError(
-            f"--push_to_hub {repo_id}: the hub did not take it ({type(error).__name__}: "
-            f"{first_line(error)}). The model is whole in {folder}: see to `hf auth login` and "
-            f"the network, then python -m kdfast.card --model_dir {folder} --push_to_hub {repo_id}."
-        ) from error
-    return str(commit.repo_url)
+        name = f"{RESULTS_FOLDER}/{result['name']}.yaml"
+        write_text(files.folder / name, as_yaml(eval_result_entries_to_yaml([entry])))
+        written.append(name)
+    return written

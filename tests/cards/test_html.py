@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from kdfast.cards import html, run_files
+from kdfast.cards import html, render, run_files
 from kdfast.data.examples import Answer, Example
 from tests.browser import Browser
 from tests.programs import edit
@@ -91,8 +91,8 @@ def test_nothing_comes_from_outside(finished):
 
 def test_hostile_text_stays_text(hostile):
     page = Page(written(hostile).read_text())
-    assert sorted(page.contexts) == sorted(hostile.contexts)
-    assert sorted(page.questions) == sorted(f"{text}?" for text in HOSTILE)
+    assert sorted(page.contexts) == sorted(map(render.shown_in_html, hostile.contexts))
+    assert sorted(page.questions) == sorted(render.shown_in_html(f"{text}?") for text in HOSTILE)
     assert [tag for tag, _ in page.tags].count("script") == 1
     assert [tag for tag, _ in page.tags].count("img") == 1  # the picture
     assert all(
@@ -107,7 +107,7 @@ def test_a_lone_surrogate(finished):
     lines = json.loads(path.read_text())
     next(iter(lines.values()))["answer"] = "\ud83d"
     path.write_text(json.dumps(lines))
-    assert "&#55357;" in written(finished).read_text("utf-8")
+    assert "\\ud83d" in written(finished).read_text("utf-8")
 
 
 def test_no_questions_without_answers_to_them(finished):
@@ -183,7 +183,7 @@ def test_in_a_browser(hostile, tmp_path):
         evaluate = browser.evaluate
         assert evaluate("document.title").startswith("finished: report")  # no hostile text ran
         contexts = evaluate("[...document.querySelectorAll('.context')].map(e => e.textContent)")
-        assert sorted(contexts) == sorted(hostile.contexts)
+        assert sorted(contexts) == sorted(map(render.shown_in_html, hostile.contexts))
         assert evaluate("document.querySelector('img').naturalWidth") > 500
         style = "getComputedStyle(document.querySelector('mark.own')).backgroundColor"
         assert evaluate(style) == "rgb(169, 200, 234)"
@@ -196,7 +196,8 @@ def test_in_a_browser(hostile, tmp_path):
             count = evaluate("form.elements.count.value")
             found = evaluate(f"{visible}.map(e => e.querySelector('h3').textContent)")
             assert count == f"{len(found)} of 5 shown"
-            return {HOSTILE.index(each[:-1]) for each in found}
+            asked = [render.shown_in_html(f"{text}?") for text in HOSTILE]
+            return {asked.index(each) for each in found}
 
         assert shown() == {0, 1, 2, 3, 4}
         assert shown(kind="answerable") == {1, 3}

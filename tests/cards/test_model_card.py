@@ -8,12 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
-from huggingface_hub.errors import HTTPError
-from huggingface_hub.utils import filter_repo_objects
 
 from kdfast import card as program
 from kdfast.cards import figures, model_card, run_files
-from kdfast.common.errors import UserError
 from tests.programs import edit
 
 SET = "dev"
@@ -21,7 +18,9 @@ SET = "dev"
 
 def write(folder: Path, **arguments) -> tuple[dict, str]:
     """The card's front matter and its body."""
-    loaded = ModelCard.load(model_card.write_card(run_files.read_run(folder), {}, **arguments))
+    files = run_files.read_run(folder)
+    model_card.write_results(files)
+    loaded = ModelCard(model_card.card_of(files, {}, **arguments))
     return loaded.data.to_dict(), loaded.text
 
 
@@ -247,68 +246,6 @@ def test_the_usage_block_runs(finished, capsys):
     block = re.search("```python\n(.*?)```", write(finished.folder)[1], re.S)[1]
     exec(block, {})
     assert re.fullmatch(r".* [01]\.\d+(e-\d+)?", capsys.readouterr().out.strip())
-
-
-class Hub:
-    """Stands in for HfApi: notes the calls, and fails with `error`."""
-
-    def __init__(self, error=None):
-        self.calls, self.error = [], error
-
-    def create_repo(self, repo_id, *, private, exist_ok):
-        if self.error:
-            raise self.error
-        self.calls.append(("create_repo", repo_id, private, exist_ok))
-
-    def upload_folder(self, *, repo_id, folder_path, allow_patterns, ignore_patterns, **_):
-        self.calls.append(("upload_folder", repo_id))
-        self.card = (folder_path / "README.md").read_text()
-        every = [
-            path.relative_to(folder_path).as_posix()
-            for path in folder_path.rglob("*")
-            if path.is_file()
-        ]
-        self.files = set(
-            filter_repo_objects(
-                every, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
-            )
-        )
-        return type("Commit", (), {"repo_url": f"https://huggingface.co/{repo_id}"})
-
-
-def test_a_push_uploads_the_model_with_its_card(finished, monkeypatch, capsys):
-    hub = Hub()
-    monkeypatch.setattr(model_card, "HfApi", lambda: hub)
-    assert program.main(["--model_dir", str(finished.folder)]) == 0
-    assert hub.calls == []  # off by default
-    (finished.folder / "README.md").unlink()
-    flags = ["--model_dir", str(finished.folder), "--push_to_hub", "me/reader"]
-    assert program.main(flags) == 0
-    assert hub.calls == [("create_repo", "me/reader", True, True), ("upload_folder", "me/reader")]
-    assert "huggingface.co/me/reader" in capsys.readouterr().out
-    assert "# me/reader" in hub.card and str(finished.folder) not in hub.card
-    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= hub.files
-    assert "figures/loss.png" in hub.files
-    assert not [name for name in hub.files if re.match("checkpoint|best|eval|run|train|rep", name)]
-
-
-def test_no_push_without_a_card(finished, monkeypatch):
-    hub = Hub()
-    monkeypatch.setattr(model_card, "HfApi", lambda: hub)
-    (finished.folder / "README.md").unlink()
-    with pytest.raises(UserError, match="write the card"):
-        model_card.push(finished.folder, "me/reader")
-    assert hub.calls == []
-
-
-@pytest.mark.parametrize("error", [HTTPError("no route"), OSError("")])
-def test_a_hub_that_refuses(finished, monkeypatch, capsys, error):
-    monkeypatch.setattr(model_card, "HfApi", lambda: Hub(error))
-    flags = ["--model_dir", str(finished.folder), "--push_to_hub", "me/reader"]
-    assert program.main(flags) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: --push_to_hub me/reader: the hub did not take it")
-    assert "The model is whole" in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize(
