@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdfast.common import program
 from kdfast.common.errors import UserError
-from kdfast.common.files import read_json_object, write_json, write_text
+from kdfast.common.files import read_record, write_json, write_text
 from kdfast.common.progress import print_line
 from kdfast.common.settings import flag
 from kdfast.config import TrainConfig
@@ -150,7 +150,7 @@ def publish(config: CardConfig, log: Log) -> Card:
         log(f"{who} --validation_file for the report.")
         answer_validation(files, config.cache_dir)
         files = read_run(folder)
-    held = read_json_object(folder / CARD_SETTINGS)
+    held = read_record(folder / CARD_SETTINGS)
     before = {name: each for name, each in held.items() if isinstance(each, str)}
     beside = held.get("beside")
     beside = [each for each in beside if isinstance(each, str)] if isinstance(beside, list) else []

@@ -303,6 +303,10 @@ def test_the_windows_that_a_model_was_trained_with(world):
     shutil.copytree(world.first, world.path / "first" / "best")
     (world.path / "first" / "best" / "run.json").unlink()
     assert used(model=world.path / "first" / "best") == [150, 20, 40]
+    (world.path / "first" / "run.json").write_text('{"config"')
+    status, _, err = world.run("--data", world.plain)
+    assert status == 2 and "run.json is damaged" in err
+    Path(world.first, "run.json").write_text(json.dumps({"config": trained}))
     # What was not given gives way to what the model reads, and to flags.
     short = readers.save(world.path / "short", max_position_embeddings=90)
     assert used(model=short) == [90, 64, 11]

@@ -149,20 +149,6 @@ def test_best_f1_is_not_compared_over_two_sets(world, whole):
         assert record["best_f1"] == (best or record["metrics"]["f1"])
 
 
-def test_a_damaged_cache_is_named(world, whole, capsys):
-    for name in ("logits.npy", "input_ids.npy", "start_positions.npy"):
-        paths = list((world.path / "cache").rglob(name))
-        for each in paths:
-            flip(each, 1)
-        assert world.run(overwrite=True) == 2
-        line = said(capsys)
-        assert "damaged" in line and f"{name} is not what was written" in line
-        for each in paths:
-            flip(each, 1)
-    assert log_of(world.output) == whole
-    assert world.run(overwrite=True) == 0
-
-
 def test_a_large_cache_is_taken_as_it_is(world, whole, monkeypatch):
     monkeypatch.setattr(cache, "VERIFIED_BYTES", 10)
     flip(next((world.path / "cache").rglob("logits.npy")))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kdfast.common.errors import UserError
-from kdfast.common.files import is_plain_name, read_json_object
+from kdfast.common.files import is_plain_name, read_json_object, read_record
 from kdfast.models.save import RUN_FILE
 from kdfast.teachers.cache import weights_key
 from kdfast.training.log import lost_steps, read_log
@@ -164,7 +164,7 @@ def read_run(folder: Path) -> RunFiles:
     Raises:
         UserError: It is no folder of a finished run, or of one that answers nothing.
     """
-    run = read_json_object(folder / RUN_FILE)
+    run = read_record(folder / RUN_FILE)
     if "config" not in run:
         raise UserError(f"{folder} holds no {RUN_FILE}: name the folder of a finished run.")
     if run["config"].get("stage") == "layers":

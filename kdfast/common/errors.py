@@ -47,6 +47,11 @@ _REMEDIES = {
 }
 
 
+def cause_of(error: OSError) -> str:
+    """What the system says, and of which file."""
+    return ": ".join(str(part) for part in (error.strerror or error, error.filename) if part)
+
+
 def remedy(number: int | None) -> str | None:
     """What helps against an errno that says nothing of the file; None for the others."""
     return next((text for text, numbers in _REMEDIES.items() if number in numbers), None)

@@ -151,6 +151,17 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """As read_json_object, but raises UserError where the file is there and holds no object."""
+    record = read_json_object(path)
+    if not record and os.path.lexists(path):
+        raise UserError(
+            f"{path} is damaged, or not of kdfast: put back the one that was there, or delete it "
+            "to go on without what it says."
+        )
+    return record
+
+
 def sha256_of(path: Path) -> str:
     """sha256 of a file's bytes, in hex. Raises OSError."""
     digest = hashlib.sha256()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from kdfast.common import heartbeat
-from kdfast.common.errors import UserError, remedy
+from kdfast.common.errors import UserError, cause_of, remedy
 from kdfast.common.files import fault_in, write_json, write_sums
 from kdfast.common.folders import fresh_folder, remove, rename, subfolder, sync
 from kdfast.common.locks import lock
@@ -166,10 +166,9 @@ def _writing(cache_dir: Path | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        cause = ": ".join(str(part) for part in (error.strerror or error, error.filename) if part)
         raise UserError(
             f"--cache_dir {cache_dir}: features cannot be written there "
-            f"({cause}): {remedy(error.errno) or 'give another folder'}"
+            f"({cause_of(error)}): {remedy(error.errno) or 'give another folder'}"
         ) from None
 
 

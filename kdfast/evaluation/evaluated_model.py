@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from kdfast.common.device import place
-from kdfast.common.files import read_json_object
+from kdfast.common.files import read_record
 from kdfast.common.precision import resolve
 from kdfast.common.run import Run
 from kdfast.common.settings import LARGEST
@@ -175,7 +175,7 @@ class EvaluatedModel:
         """The window settings; logged where neither flags nor the defaults decide."""
         is_part = folder.name in ("best", "last") or folder.name.startswith("checkpoint-")
         run = (folder.parent if is_part else folder) / RUN_FILE
-        trained = read_json_object(run).get("config")
+        trained = read_record(run).get("config")
         trained = trained if isinstance(trained, dict) else {}
         longest = longest_input(loaded, self.name)
         special = Template.learn(loaded.tokenizer).size

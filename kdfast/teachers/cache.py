@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from kdfast.common import heartbeat
-from kdfast.common.errors import UserError, remedy
+from kdfast.common.errors import UserError, cause_of, remedy
 from kdfast.common.files import (
     SUMS_FILE,
     fault_in,
@@ -268,6 +268,6 @@ def disk_error(partial: Path, error: OSError) -> UserError:
             "space, and the pass goes on from there, or give a --cache_dir on another disk."
         )
     return UserError(
-        f"The teacher's logits cannot be written to {partial} ({error.strerror}): "
+        f"The teacher's logits cannot be written to {partial} ({cause_of(error)}): "
         f"{remedy(error.errno) or 'give a --cache_dir that is writable'}."
     )

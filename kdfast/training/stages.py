@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kdfast.common.errors import UserError
-from kdfast.common.files import read_json_object
+from kdfast.common.files import read_record
 from kdfast.common.folders import check_no_links
 from kdfast.common.ranks import Ranks
 from kdfast.common.settings import LARGEST
@@ -86,7 +86,7 @@ def earlier(config: TrainConfig) -> dict[str, Any] | None:
     the folder of such a run."""
     if not config.model.student:
         return None
-    record = read_json_object(Path(config.model.student).expanduser() / RUN_FILE)
+    record = read_record(Path(config.model.student).expanduser() / RUN_FILE)
     found = record.get("config")
     if not isinstance(found, dict):
         return None

@@ -311,9 +311,14 @@ def test_later_cards_keep_what_a_card_was_given(finished, tmp_path, monkeypatch,
     assert program.main(flags) == 0
     assert shown == [[]] and f"{other}, which the card had" in capsys.readouterr().out
     assert program.main([*flags, "--beside", str(other)]) == 2  # now it is a mistake
-    for damaged in ("[]", "{"):
-        (finished.folder / "card.json").write_text(damaged)
-        assert program.main(flags) == 0
+    (finished.folder / "card.json").unlink()
+    for name in ("card.json", "run.json"):
+        for damaged in ("[]", "{", ""):
+            (finished.folder / name).write_text(damaged)
+            capsys.readouterr()
+            assert program.main(flags) == 2
+            assert f"{name} is damaged" in capsys.readouterr().err
+        (finished.folder / "card.json").unlink(missing_ok=True)
 
 
 def write_again(folder: Path) -> tuple[dict, str]:
