@@ -153,7 +153,7 @@ def _older(path: Path, other: Path) -> None:
     if folder.name in ("out", "best", "eval"):
         (folder / SUMS_FILE).unlink(missing_ok=True)
     elif has_sums:
-        files = {each.name for each in folder.iterdir()} - {SUMS_FILE}
+        files = {each.name for each in folder.iterdir() if each.is_file()} - {SUMS_FILE}
         write_sums(folder, sorted(files))
 
 
