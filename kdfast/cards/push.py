@@ -103,6 +103,11 @@ def model_files(folder: Path) -> list[str]:
         shards = read_json_object(folder / INDEX).get("weight_map")
         named = {str(each) for each in shards.values()} if isinstance(shards, dict) else set()
         weights = [INDEX, *sorted(filter(SHARD.fullmatch, named))]
+        if len(weights) != 1 + max(1, len(named)):
+            raise UserError(
+                f"{folder} holds no {WEIGHTS}, and its {INDEX} names no shards, or other files "
+                "than shards: nothing is uploaded; restore the weights, or train again."
+            )
     return ["config.json", *weights, *(each for each in TOKENIZER if (folder / each).exists())]
 
 

@@ -53,9 +53,20 @@ def open_file(path: Path) -> BinaryIO:
     return open(os.fspath(path), "rb", opener=_regular)  # numpy takes no Path for its name
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError inside that names no file, as those of a read or fsync, names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def read_bytes(path: Path) -> bytes:
     """All of a file. Raises OSError, also for a pipe or a device."""
-    with open_file(path) as file:
+    with naming(path), open_file(path) as file:
         return file.read()
 
 
@@ -93,7 +104,7 @@ def new_file(path: Path, aside: str = "new") -> Iterator[BinaryIO]:
     refuse_link(path)
     temporary = path.with_name(f".{path.name}.{aside}")
     try:
-        with create(temporary) as file:
+        with naming(path), create(temporary) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -165,7 +176,7 @@ def read_record(path: Path) -> dict[str, Any]:
 def sha256_of(path: Path) -> str:
     """sha256 of a file's bytes, in hex. Raises OSError."""
     digest = hashlib.sha256()
-    with open_file(path) as file:
+    with naming(path), open_file(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -213,7 +224,7 @@ def reserve(path: Path, size: int, start: bytes = b"") -> None:
 
     Raises OSError where the disk is too small: a mapped write would end in a bus error instead.
     """
-    with create(path) as file:
+    with naming(path), create(path) as file:
         _take_room(file, size)
         file.seek(0)
         file.write(start)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kdfast.common.errors import UserError
-from kdfast.common.files import create, refuse_link, spool
+from kdfast.common.files import create, naming, refuse_link, spool
 
 # Of a folder, on some network file systems and FUSE: a rename there is as safe as it gets.
 NO_SYNC = {errno.EINVAL, errno.EPERM, errno.EACCES, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP}
@@ -124,7 +124,8 @@ def sync(path: Path) -> None:
         return
     handle = os.open(path, os.O_RDWR if is_windows else os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with naming(path):
+            os.fsync(handle)
     except OSError as error:
         if not is_folder or error.errno not in NO_SYNC:
             raise

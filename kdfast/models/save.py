@@ -221,10 +221,11 @@ def _write_error(path: Path, number: int | None, reason: str) -> UserError:
     if number in (errno.ENOSPC, errno.EDQUOT):
         # path is the run's folder, or something in it.
         checkpoints = [*list_checkpoints(path), *list_checkpoints(path.parent)]
+        is_finished = (path / RUN_FILE).exists()  # its card is written
         advice = ""
-        if checkpoints:
+        if checkpoints and not is_finished:
             name = checkpoints[-1].name
             advice = f" and go on with --resume_from_checkpoint last, which is {name}"
         return UserError(f"The disk is full while {path} is written: free some space{advice}.")
-    advice = remedy(number) or "choose another --output_dir"
+    advice = remedy(number) or "see to its rights, or choose another folder"
     return UserError(f"{path} cannot be written ({reason}): {advice}.")

@@ -24,6 +24,7 @@ from kdfast.models.save import (
     fault_of_model,
     list_checkpoints,
     save_model,
+    set_aside,
     writing,
 )
 from kdfast.models.span_model import SpanModel
@@ -73,7 +74,7 @@ def save_checkpoint(
         remove(target)
         rename(partial, target)  # for good, before others are deleted
         for old in list_checkpoints(output_dir)[:-limit]:
-            remove(old)
+            set_aside(old)  # or a kill could leave a part of it under its own name
     remove_leftovers(output_dir)
     return target
 

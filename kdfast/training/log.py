@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kdfast.common.files import append, write_text
+from kdfast.common.files import append, read_bytes, write_text
 from kdfast.common.folders import subfolder
 from kdfast.models.save import writing
 from kdfast.training.flops import Work
@@ -115,7 +115,7 @@ def read_log(output_dir: Path, steps: int, evaluated: int) -> list[dict]:
     """
     path = output_dir / LOG_FILE
     lines = []
-    content = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    content = read_bytes(path).decode(errors="replace") if path.is_file() else ""
     for text in content.splitlines():
         try:
             line = json.loads(text)

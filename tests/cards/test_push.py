@@ -114,9 +114,13 @@ def test_results_and_a_model_in_parts_go_up(finished, server):
     shards = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
     (finished.folder / push.WEIGHTS).rename(finished.folder / shards[0])
     (finished.folder / shards[1]).write_text("the rest")
-    where = dict(zip("abcd", [*shards, "../secret.safetensors", "notes.txt"], strict=True))
-    (finished.folder / push.INDEX).write_text(json.dumps({"weight_map": where}))
+    index = finished.folder / push.INDEX
+    index.write_text(json.dumps({"weight_map": dict(zip("ab", shards, strict=True))}))
     assert push.model_files(finished.folder)[:4] == ["config.json", push.INDEX, *shards]
+    for names in ([], ["../secret.safetensors"], [*shards, "notes.txt"]):
+        index.write_text(json.dumps({"weight_map": {name: name for name in names}}))
+        with pytest.raises(UserError, match="nothing is uploaded"):
+            push.model_files(finished.folder)
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "deberta-v2", "xlm-roberta"])

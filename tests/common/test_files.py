@@ -192,6 +192,29 @@ def test_what_is_absent_or_no_file_is_a_fault(folder):
         assert files.fault_in(folder, ("a.json",))
 
 
+def test_an_error_of_reading_or_syncing_names_its_file(folder, monkeypatch):
+    """The system gives a name where it opens a file, and none afterwards."""
+    (folder / "there").write_text("{}")
+
+    def refused(*given):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", refused)
+    for fails, path in (
+        (lambda: files.write_text(folder / "new", ""), folder / "new"),
+        (lambda: files.reserve(folder / "new", 1), folder / "new"),
+        (lambda: folders.sync(folder / "there"), folder / "there"),
+    ):
+        with pytest.raises(OSError) as caught:
+            fails()
+        assert caught.value.filename == str(path)
+    monkeypatch.setattr(files, "open_file", refused)
+    for read in (files.read_bytes, files.read_json_object, files.sha256_of):
+        with pytest.raises(OSError) as caught:
+            read(folder / "there")
+        assert caught.value.filename == str(folder / "there")
+
+
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.EACCES, errno.EPERM, errno.EIO])
 def test_a_folder_that_cannot_be_synced(folder, monkeypatch, code):
     (folder / "file").touch()

@@ -101,6 +101,29 @@ def test_only_the_last_ones_are_kept(setup, tmp_path):
     assert checkpoint.find_checkpoint("last", tmp_path)[0].name == "checkpoint-11"
 
 
+def test_one_that_is_being_deleted_is_none_any_more(setup, tmp_path, monkeypatch):
+    run = setup()
+    for steps in (2, 9):
+        save(run, tmp_path, steps)
+
+    def killed(path):
+        if path.name != "checkpoint-2.old":
+            return
+        (path / checkpoint.STATE_FILE).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "remove", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save(run, tmp_path, 10)
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)][-2:] == [
+        "checkpoint-9",
+        "checkpoint-10",
+    ]
+    checkpoint.remove_leftovers(tmp_path)
+    assert len(list(tmp_path.glob("checkpoint*"))) == 2
+
+
 def test_a_checkpoint_holds_no_pickle(setup, tmp_path):
     run = setup()
     train(run, 0, 1)
