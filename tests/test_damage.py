@@ -39,7 +39,7 @@ TABLE = {
         "out/checkpoint-4/optimizer.safetensors": CHECKPOINT,
         "out/checkpoint-4/trainer_state.json": CHECKPOINT,
         "out/checkpoint-4/SHA256SUMS": CHECKPOINT,
-        "out/checkpoint-4/best/model.safetensors": CHECKPOINT,
+        "out/checkpoint-4/best/model.safetensors": CHECKPOINT | {"older": NOTICED},
         # Two runs of one student have the same.
         "out/checkpoint-4/config.json": CHECKPOINT | {"swapped": SAME},
         "out/checkpoint-4/tokenizer.json": CHECKPOINT | {"swapped": SAME},
