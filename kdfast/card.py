@@ -138,7 +138,7 @@ def start(config: CardConfig) -> None:
 
 def publish(config: CardConfig, log: Log) -> Card:
     """Write pictures, results, card and, if wanted, report: all but what --push_to_hub does."""
-    from kdfast.cards import figures, html, model_card
+    from kdfast.cards import figures, forms, html, model_card
     from kdfast.cards.run_files import read_run
     from kdfast.models.save import writing
     from kdfast.training.run_folder import CARD_SETTINGS
@@ -150,15 +150,12 @@ def publish(config: CardConfig, log: Log) -> Card:
         log(f"{who} --validation_file for the report.")
         answer_validation(files, config.cache_dir)
         files = read_run(folder)
-    held = read_record(folder / CARD_SETTINGS)
-    before = {name: each for name, each in held.items() if isinstance(each, str)}
-    beside = held.get("beside")
-    beside = [each for each in beside if isinstance(each, str)] if isinstance(beside, list) else []
+    before = read_record(folder / CARD_SETTINGS, forms.CARD)
     others = {}
     for name in config.beside or []:
         run = read_run(Path(name).expanduser())
         others[str(run.folder.resolve())] = run
-    for name in beside:
+    for name in before.get("beside", []):
         try:
             others.setdefault(name, read_run(Path(name)))
         except UserError:

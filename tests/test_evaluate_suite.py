@@ -313,7 +313,10 @@ def test_the_windows_that_a_model_was_trained_with(world):
     assert used("--max_seq_length", "100") == [100, 20, 40]
     trained["max_seq_length"] = "long"
     Path(short, "run.json").write_text(json.dumps({"config": trained}))
-    assert used(model=short) == [90, 20, 40]
+    status, _, err = world.run("--data", world.plain, model=short)
+    assert status == 2 and "run.json is damaged" in err and "config.max_seq_length" in err
+    Path(short, "run.json").write_text('{"model": 1}')  # of another program
+    assert used(model=short) == [90, 64, 11]
 
 
 def test_the_line_on_windows(world, capfd):

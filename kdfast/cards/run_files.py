@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kdfast.cards.forms import EVALUATION, STEP, questions_form, result_form, run_form
 from kdfast.common.errors import UserError
 from kdfast.common.files import is_plain_name, read_json_object, read_record
 from kdfast.models.save import RUN_FILE
@@ -146,7 +147,8 @@ class RunFiles:
 
     def questions(self, result: Record) -> dict[str, Record]:
         """Question id -> what the model made of it, and what the other one under "compared"."""
-        return read_json_object(self.folder / EVAL_FOLDER / f"{result['name']}{QUESTIONS_END}")
+        path = self.folder / EVAL_FOLDER / f"{result['name']}{QUESTIONS_END}"
+        return read_record(path, questions_form(is_compared="compared" in result))
 
     def models(self, result: Record) -> list[Evaluated]:
         """This model and, if `result` compares it with one, the other: "teacher", or its name."""
@@ -162,10 +164,11 @@ def read_run(folder: Path) -> RunFiles:
     """Read the result files below `folder`.
 
     Raises:
-        UserError: It is no folder of a finished run, or of one that answers nothing.
+        UserError: It is no folder of a finished run, or of one that answers nothing, or run.json
+            is damaged.
     """
-    run = read_record(folder / RUN_FILE)
-    if "config" not in run:
+    run = read_record(folder / RUN_FILE, run_form)
+    if not run:
         raise UserError(f"{folder} holds no {RUN_FILE}: name the folder of a finished run.")
     if run["config"].get("stage") == "layers":
         raise UserError(
@@ -173,7 +176,7 @@ def read_run(folder: Path) -> RunFiles:
             "--stage predictions, and name the folder of that run."
         )
     lines = read_log(folder, run["steps"], run["steps"])
-    steps = [line for line in lines if "step" in line]
+    steps = [line for line in lines if STEP(line) is None]
     own, results, notes = weights_key(folder), [], []
     if lost := lost_steps(steps, run["steps"]):
         notes.append(f"{folder}: {lost}")
@@ -183,6 +186,8 @@ def read_run(folder: Path) -> RunFiles:
             notes.append(f"{found} is left out, as this version cannot read it.")
         elif not is_plain_name(result.get("name")):
             notes.append(f"{found} is left out, as it names itself by a path.")
+        elif fault := result_form(result):
+            notes.append(f"{found} is left out, as it is damaged (see its {fault}).")
         elif result["model"]["weights_sha256"] != own:
             notes.append(f"{found} is left out, as it is of other weights than those in {folder}.")
         else:
@@ -191,7 +196,7 @@ def read_run(folder: Path) -> RunFiles:
         folder=folder,
         run=run,
         steps=steps,
-        evaluations=[line for line in lines if "evaluated_after" in line],
+        evaluations=[line for line in lines if EVALUATION(line) is None],
         results=results,
         notes=notes,
     )

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TextIO, cast
 
 from kdfast.common.errors import UserError
+from kdfast.common.forms import Form
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -162,15 +163,17 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """As read_json_object, but raises UserError where the file is there and holds no object."""
-    record = read_json_object(path)
-    if not record and os.path.lexists(path):
+def read_record(path: Path, form: Form) -> dict[str, Any]:
+    """As read_json_object, but raises UserError where the file is there and has not this form."""
+    found = read_json_object(path)
+    is_there = bool(found) or os.path.lexists(path)
+    if is_there and (fault := form(found) if found else "") is not None:
+        see = f" (see its {fault})" if fault else ""
         raise UserError(
-            f"{path} is damaged, or not of kdfast: put back the one that was there, or delete it "
-            "to go on without what it says."
+            f"{path} is damaged, or not of kdfast{see}: put back the one that was there, or delete "
+            "it to go on without what it says."
         )
-    return record
+    return found
 
 
 def sha256_of(path: Path) -> str:

@@ -1,7 +1,7 @@
 """A model under evaluation: how it is loaded, its answers to a set, and its speed."""
 
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from kdfast.common.device import place
 from kdfast.common.files import read_record
+from kdfast.common.forms import optional, record, whole
 from kdfast.common.precision import resolve
 from kdfast.common.run import Run
 from kdfast.common.settings import LARGEST
@@ -30,6 +31,9 @@ from kdfast.tokenizers.template import Template
 # Questions that are asked one at a time for the latency: first unmeasured ones, then measured.
 WARM_UP = 8
 PASSES = 40
+# What is read of a run.json next to a model.
+WINDOWS = {each.name: optional(whole(1, LARGEST)) for each in fields(WindowSettings)}
+RUN_FORM = record({"config": record(WINDOWS, *WINDOWS)}, "config")
 
 
 @dataclass(frozen=True)
@@ -61,14 +65,13 @@ class AnswerSettings:
         What was not given is lowered to what the model can use.
 
         Args:
-            trained: Those that it was trained with, by name, unchecked.
+            trained: Those that it was trained with, by name.
             longest: The most tokens that it reads.
             special: How many of them its tokenizer adds to a question and a context.
         """
         found = {}
         for name, default in asdict(WindowSettings()).items():
-            given, own = getattr(self, name), trained.get(name)
-            found[name] = given or (own if type(own) is int and 0 < own <= LARGEST else default)
+            found[name] = getattr(self, name) or trained.get(name) or default
         if self.max_seq_length is None:
             found["max_seq_length"] = min(found["max_seq_length"], longest)
         room = found["max_seq_length"] - special
@@ -175,8 +178,7 @@ class EvaluatedModel:
         """The window settings; logged where neither flags nor the defaults decide."""
         is_part = folder.name in ("best", "last") or folder.name.startswith("checkpoint-")
         run = (folder.parent if is_part else folder) / RUN_FILE
-        trained = read_record(run).get("config")
-        trained = trained if isinstance(trained, dict) else {}
+        trained = read_record(run, RUN_FORM).get("config", {})
         longest = longest_input(loaded, self.name)
         special = Template.learn(loaded.tokenizer).size
         found = self.settings.windows_for(trained, longest, special)

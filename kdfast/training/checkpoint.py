@@ -5,9 +5,9 @@ tells a whole one from one that is torn or was changed.
 """
 
 import re
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from kdfast.common import heartbeat
 from kdfast.common.errors import UserError
 from kdfast.common.files import fault_in, read_json_object, write_json, write_sums, write_tensors
 from kdfast.common.folders import even_modes, link_files, remove, rename, sync_folder
+from kdfast.common.forms import boolean, list_of, number, optional, record, text, where, whole
 from kdfast.data.batches import MicroBatchPolicy
 from kdfast.models.save import (
     MODEL_FILE,
@@ -90,7 +91,7 @@ def remove_leftovers(output_dir: Path) -> None:
 def read_state(folder: Path) -> dict[str, Any]:
     """The state file of a checkpoint. Raises UserError where there is none of this format."""
     state = read_json_object(folder / STATE_FILE)
-    if fault := fault_of_state(state):
+    if fault := STATE(state):
         raise UserError(
             f"--resume_from_checkpoint {folder} holds no {STATE_FILE} of format {FORMAT} "
             f"(see its {fault}): name a checkpoint-STEP folder of this program."
@@ -218,74 +219,36 @@ def _restore_trained(
             optimizer.adamw.state[parameter][key] = value.to(parameter.device, copy=True)
 
 
-def fault_of_state(state: dict[str, Any]) -> str | None:
-    """Which entry is not as save_checkpoint writes it; None where all are."""
-    for name, is_good in ENTRIES.items():
-        if name not in state or not is_good(state[name]):
-            return name
-    return None
-
-
-def _whole(least: int, most: int = 2**62) -> Callable[[Any], bool]:
-    return lambda value: type(value) is int and least <= value <= most
-
-
-def _number(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value < 1e30  # False for NaN
-
-
-def _optional(is_good: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or is_good(value)
-
-
-def _record(entries: dict[str, Callable[[Any], bool]], *added: str) -> Callable[[Any], bool]:
-    """An object that has these entries and no other; those `added` later it may lack."""
-
-    def is_good(value: Any) -> bool:
-        return (
-            isinstance(value, dict)
-            and value.keys() | set(added) == entries.keys()
-            and all(entries[name](each) for name, each in value.items())
-        )
-
-    return is_good
-
-
-def _list(is_good: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list) and all(map(is_good, value))
-
-
-CUTS: dict[str, Callable[[Any], bool]] = dict.fromkeys(
-    (each.name for each in fields(MicroBatchPolicy)), _number
-)
-CUTS |= {"max_tokens": _whole(1, 2**24), "parts": _optional(_whole(1, 2**24))}
-CUTS |= {"packed": lambda value: isinstance(value, bool)}
+_closed = partial(record, others=False)
+CUTS = dict.fromkeys((each.name for each in fields(MicroBatchPolicy)), number(0))
+CUTS |= {"max_tokens": whole(1, 2**24), "parts": optional(whole(1, 2**24)), "packed": boolean}
 # torch's names of a GradScaler's state.
 SCALER = {
-    "scale": lambda value: _number(value) and value > 0,
-    "growth_factor": lambda value: _number(value) and value > 1,
-    "backoff_factor": lambda value: _number(value) and 0 < value < 1,
-    "growth_interval": _whole(1, 2**31),
-    "_growth_tracker": _whole(0, 2**31),
+    "scale": where(lambda value: number(0)(value) is None and value > 0),
+    "growth_factor": where(lambda value: number(1)(value) is None and value > 1),
+    "backoff_factor": where(lambda value: number(0)(value) is None and 0 < value < 1),
+    "growth_interval": whole(1, 2**31),
+    "_growth_tracker": whole(0, 2**31),
 }
 PROGRESS = {
-    "steps": _whole(0),
-    "evaluated": _whole(0),
-    "best_f1": _optional(_number),
-    "best_steps": _optional(_whole(0)),
-    "best_digest": _optional(lambda value: isinstance(value, str)),
-    "validation": _optional(lambda value: isinstance(value, str)),
-    "rule": _optional(_record(CUTS, "packed")),
-    "clock": lambda value: _list(_number)(value) and len(value) in (0, 5),
-    "starts": _list(_whole(0)),
+    "steps": whole(),
+    "evaluated": whole(),
+    "best_f1": optional(number(0)),
+    "best_steps": optional(whole()),
+    "best_digest": optional(text),
+    "validation": optional(text),
+    "rule": optional(_closed(CUTS, "packed")),
+    "clock": where(lambda value: list_of(number(0))(value) is None and len(value) in (0, 5)),
+    "starts": list_of(whole()),
 }
-ENTRIES: dict[str, Callable[[Any], bool]] = {
-    "format": lambda value: type(value) is int and value == FORMAT,
-    "identity": lambda value: (
-        isinstance(value, dict) and isinstance(value.get("circumstances", {}), dict)
-    ),
-    "progress": _record(PROGRESS, "best_steps", "best_digest"),
-    "updates": _whole(0),
-    "overflows": _whole(0),
-    "scaler": _optional(_record(SCALER)),
-}
+# Of trainer_state.json, as save_checkpoint writes it.
+STATE = record(
+    {
+        "format": where(lambda value: type(value) is int and value == FORMAT),
+        "identity": record({"circumstances": record({})}, "circumstances"),
+        "progress": _closed(PROGRESS, "best_steps", "best_digest"),
+        "updates": whole(),
+        "overflows": whole(),
+        "scaler": optional(_closed(SCALER)),
+    }
+)

@@ -6,9 +6,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from kdfast.common.errors import UserError
 from kdfast.common.files import read_record
 from kdfast.common.folders import check_no_links
+from kdfast.common.forms import record
 from kdfast.common.ranks import Ranks
 from kdfast.common.settings import LARGEST
 from kdfast.config import SETTINGS, TrainConfig
@@ -86,14 +86,13 @@ def earlier(config: TrainConfig) -> dict[str, Any] | None:
     the folder of such a run."""
     if not config.model.student:
         return None
-    record = read_record(Path(config.model.student).expanduser() / RUN_FILE)
-    found = record.get("config")
-    if not isinstance(found, dict):
-        return None
+    form = record({"config": record({})}, "config")
+    run = read_record(Path(config.model.student).expanduser() / RUN_FILE, form)
+    found = run.get("config", {})
     try:  # without the settings of other versions
         before = TrainConfig(**{k: v for k, v in found.items() if k in SETTINGS})
         check(before)
-    except (TypeError, UserError):  # of no run, or of another version
+    except (TypeError, AttributeError, ValueError):  # of no run, or of another version
         return None
     return found if before.model.stage == "layers" else None
 

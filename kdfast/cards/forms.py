@@ -1,0 +1,144 @@
+"""What the card needs of run.json, card.json and eval/: what these hold besides may be anything.
+
+Entries that earlier versions do not write may be absent.
+"""
+
+from typing import Any
+
+from kdfast.common.forms import (
+    Form,
+    boolean,
+    list_of,
+    mapping,
+    number,
+    optional,
+    record,
+    text,
+    where,
+    whole,
+)
+
+FROM = {"teacher": optional(list_of(text)), "student": optional(text)}
+FROM |= {"student_layers": optional(text), "train_file": text, "learning_rate": number()}
+LAYERS_STAGE = FROM | {"attention_loss": text}
+CONFIG: dict[str, Form] = {
+    **FROM,
+    **dict.fromkeys(("distillation_loss", "convention", "stage"), text),
+    **dict.fromkeys(("validation_file", "mixed_precision", "language", "license"), optional(text)),
+    **dict.fromkeys(("max_seq_length", "max_query_length", "doc_stride"), whole()),
+    **dict.fromkeys(("max_answer_length", "n_best_size", "train_batch_size", "seed"), whole()),
+    **dict.fromkeys(("num_train_epochs", "warmup_ratio", "embeds_dropout_prob"), number()),
+    **dict.fromkeys(("temperature", "distillation_loss_weight", "weight_decay"), number()),
+    **dict.fromkeys(("max_steps", "max_grad_norm"), number()),
+    "load_best_model_at_end": boolean,
+}
+FIGURES: dict[str, Form] = {"exact": number(), "f1": number(), "total": whole()}
+PARTS = ("HasAns_f1", "NoAns_f1", "best_f1")  # of figures, where there are such questions
+METRICS = record(FIGURES | dict.fromkeys(PARTS, number()), *PARTS)
+HARDWARE = record({"cpu": text, "cpu_threads": whole(), "gpu": optional(text)})
+RULE = {"metric": text, "language": optional(text)}  # absent: SQuAD's
+RUN: dict[str, Form] = {
+    "config": record(CONFIG, "stage", "language", "license"),
+    **dict.fromkeys(("steps", "updates", "train_windows", "student_parameters"), whole()),
+    **RULE,
+    "ranks": whole(1),
+    "precision": text,
+    "hardware": HARDWARE,
+    "versions": mapping(optional(text)),
+    "layers_stage": optional(record(LAYERS_STAGE)),
+    "local_paths": list_of(text),
+    "train_speed": optional(
+        record(
+            dict.fromkeys(
+                ("windows_per_second", "tokens_per_second", "padding_share", "matmul_share"),
+                number(),
+            )
+        )
+    ),
+    "metrics": optional(METRICS),
+    "best_f1": optional(number()),
+}
+_RUN = record(RUN, *RULE, "ranks", "layers_stage", "local_paths", "train_speed")
+
+
+def run_form(value: Any) -> str | None:
+    """The form of run.json."""
+    if (fault := _RUN(value)) is not None:
+        return fault
+    if "kdfast" not in value["versions"]:
+        return "versions.kdfast"
+    config, first = value["config"], value.get("layers_stage")
+    for name, each in (("layers_stage", first), ("config", config)):
+        if each and not each["teacher"] and not each["student"]:
+            return f"{name}.teacher"
+    needs_teacher = (first, config if config["distillation_loss_weight"] else None)
+    if any(each and not each["teacher"] for each in needs_teacher):
+        return "config.teacher"
+    return "config.validation_file" if value["metrics"] and not config["validation_file"] else None
+
+
+# train_log.jsonl
+STEP = record(
+    {"step": whole(), "lr": number(), "soft": optional(number()), "hard": optional(number())}
+)
+EVALUATION = record({"evaluated_after": whole(), **FIGURES})
+
+# eval/NAME.eval.json
+INTERVAL = where(lambda value: list_of(number())(value) is None and len(value) == 2)
+INTERVALS = record(dict.fromkeys((*FIGURES, *PARTS), INTERVAL), *FIGURES, *PARTS)
+MODEL = record(
+    {
+        "name": text,
+        "parameters": whole(1),
+        "weights_sha256": text,
+        "latency": record({"data": text, "median_ms": number(), "p80_ms": number()}),
+    }
+)
+DIFFERENCE = record({"mean": number(), "interval": INTERVAL, "p": number()})
+COMPARED = record(
+    {
+        "metrics": METRICS,
+        "windows_per_second": number(),
+        "difference": record({"exact": DIFFERENCE, "f1": DIFFERENCE}),
+    }
+)
+RESULT: dict[str, Form] = {
+    "name": text,
+    **dict.fromkeys(("dataset", "config", "split", "revision", "file"), optional(text)),
+    **RULE,
+    "model": MODEL,
+    "compared_with": optional(MODEL),
+    "settings": record({"precision": text}),
+    "bootstrap": record({"level": number()}),
+    "hardware": HARDWARE,
+    "metrics": METRICS,
+    "intervals": INTERVALS,
+    "null_threshold": optional(number()),
+    "windows_per_second": number(),
+    "worst_forms": record({"metrics": METRICS, "intervals": INTERVALS}),
+    "compared": COMPARED,
+}
+_RESULT = record(RESULT, *RULE, "worst_forms", "compared")
+
+
+def result_form(value: Any) -> str | None:
+    """The form of an evaluation's result of one set."""
+    if (fault := _RESULT(value)) is not None:
+        return fault
+    if "compared" in value and not value["compared_with"]:
+        return "compared_with"
+    return None if value["dataset"] or value["file"] else "file"
+
+
+# eval/NAME.questions.json
+ANSWER: dict[str, Form] = {"answer": text, "exact": number(), "f1": number()}
+
+
+def questions_form(is_compared: bool) -> Form:
+    """The form of what an evaluation made of each question; is_compared: so did another model."""
+    return mapping(record(ANSWER | ({"compared": record(ANSWER)} if is_compared else {})))
+
+
+KEPT = {"beside": list_of(text)}
+KEPT |= dict.fromkeys(("language", "license", "repository"), optional(text))
+CARD = record(KEPT, *KEPT)  # of card.json
