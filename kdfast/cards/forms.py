@@ -14,6 +14,7 @@ from kdfast.common.forms import (
     optional,
     record,
     text,
+    unicode,
     where,
     whole,
 )
@@ -24,7 +25,8 @@ LAYERS_STAGE = FROM | {"attention_loss": text}
 CONFIG: dict[str, Form] = {
     **FROM,
     **dict.fromkeys(("distillation_loss", "convention", "stage"), text),
-    **dict.fromkeys(("validation_file", "mixed_precision", "language", "license"), optional(text)),
+    **dict.fromkeys(("validation_file", "mixed_precision"), optional(text)),
+    **dict.fromkeys(("language", "license"), optional(unicode)),
     **dict.fromkeys(("max_seq_length", "max_query_length", "doc_stride"), whole()),
     **dict.fromkeys(("max_answer_length", "n_best_size", "train_batch_size", "seed"), whole()),
     **dict.fromkeys(("num_train_epochs", "warmup_ratio", "embeds_dropout_prob"), number()),
@@ -103,7 +105,7 @@ COMPARED = record(
     }
 )
 RESULT: dict[str, Form] = {
-    "name": text,
+    "name": unicode,
     **dict.fromkeys(("dataset", "config", "split", "revision", "file"), optional(text)),
     **RULE,
     "model": MODEL,
@@ -139,6 +141,6 @@ def questions_form(is_compared: bool) -> Form:
     return mapping(record(ANSWER | ({"compared": record(ANSWER)} if is_compared else {})))
 
 
-KEPT = {"beside": list_of(text)}
-KEPT |= dict.fromkeys(("language", "license", "repository"), optional(text))
+KEPT = {"beside": list_of(unicode)}
+KEPT |= dict.fromkeys(("language", "license", "repository"), optional(unicode))
 CARD = record(KEPT, *KEPT)  # of card.json

@@ -65,10 +65,11 @@ def record(entries: dict[str, Form], *added: str, others: bool = True) -> Form:
     return fault_of
 
 
-def _is_text(value: Any) -> bool:
-    # JSON can spell half of a character, which no file name and no file in UTF-8 can hold.
+def _is_unicode(value: Any) -> bool:
     return isinstance(value, str) and not any("\ud800" <= each <= "\udfff" for each in value)
 
 
-text = where(_is_text)
+text = where(lambda value: isinstance(value, str))
+# JSON can spell half of a character, which no file can hold or be named by.
+unicode = where(_is_unicode)
 boolean = where(lambda value: isinstance(value, bool))
