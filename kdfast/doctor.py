@@ -21,7 +21,7 @@ import torch
 import kdfast
 from kdfast import fused_kd_loss
 from kdfast.common import program
-from kdfast.common.errors import UserError
+from kdfast.common.errors import UserError, first_line
 from kdfast.common.machine import cpu_name
 from kdfast.common.progress import print_line
 from kdfast.common.ranks import Ranks
@@ -218,8 +218,7 @@ def trial(name: str, device: str) -> str:
             loss = fused_kd_loss(logits, teacher.to(where), targets, targets, backend=backend)
             slope = torch.autograd.grad(loss, logits)[0]
         except Exception as error:
-            first_line = str(error).splitlines()[0] if str(error) else ""
-            return f"fails: {type(error).__name__}: {first_line}"
+            return f"fails: {type(error).__name__}: {first_line(error)}"
         results.append(torch.cat([loss.detach()[None], slope.flatten()]).cpu())
     difference = (results[0] - results[1]).abs().max().item()
     if difference > 1e-5 or difference != difference:

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdfast import card, prepare
+from kdfast import card, evaluate, predict, prepare
 from kdfast.common.files import SUMS_FILE, write_sums
 from kdfast.config import WindowSettings
 from kdfast.data.cache import FORMAT, cache_folder
@@ -31,7 +31,7 @@ from tests import corpora, forks
 from tests.programs import World, edit, log_of
 
 SECONDS_AT_MOST = 60
-SAME, NOTICED, REFUSED = "same bits", "noticed", "refused"
+SAME, NOTICED, REFUSED, READ = "same bits", "noticed", "refused", "read as it is"
 STEPS = {"save_steps": 2, "eval_steps": 2, "save_total_limit": 5, "license": "mit"}
 STEPS |= {"load_best_model_at_end": True}
 
@@ -47,16 +47,40 @@ def _train(world: World, place: Path, cache: str = "cache", output: str = "new",
     return world.run(**STEPS, output_dir=place / output, cache_dir=place / cache, **more)
 
 
+def _evaluate(world: World, place: Path) -> int:
+    flags = _flags(model=place / "done", cache_dir=place / "cache", output_dir=place / "new")
+    return evaluate.main([*flags, "--data", world.validation_file])
+
+
+def _predict(world: World, place: Path) -> int:
+    flags = _flags(model=place / "done", data=world.validation_file, output=place / "new.jsonl")
+    return predict.main(flags)
+
+
+def _card(world: World, place: Path) -> int:
+    return card.main(_flags(model_dir=place / "done"))
+
+
 PROGRAMS: dict[str, Callable[..., int]] = {
     "resume": partial(_train, output="out", resume_from_checkpoint="last"),
     "train": _train,
     "train halfway": partial(_train, cache="halfway"),
     "train shards": partial(_train, cache="shards"),
+    "evaluate": _evaluate,
+    "predict": _predict,
+    "card": _card,
 }
+
+
+READERS = ("evaluate", "predict")  # of a finished model
 
 
 def _result(program: str, place: Path) -> object:
     """What a program has made: equal bits, or not."""
+    if program in READERS:
+        return None
+    if program == "card":
+        return (place / "done" / "README.md").read_text().replace(str(place), "")
     output = place / ("out" if program == "resume" else "new")
     record = json.loads((output / "run.json").read_text())
     models = [_digest(output / name / "model.safetensors") for name in (".", "best", "last")]
@@ -69,15 +93,20 @@ def _result(program: str, place: Path) -> object:
 def make_ground(home: Path, questions: int, seed: int) -> None:
     """A run's folder and caches, and what runs that were killed have left.
 
-    out: as a kill after checkpoint-4 of 6 steps leaves it, but for what a run ends with. cache: of
-    that run. halfway: a cache with chunks of the features, and with a teacher's pass that was
-    killed. shards: one with the first of two parts of that pass.
+    out: as a kill after checkpoint-4 of 6 steps leaves it, but for what a run ends with. done: the
+    whole run's folder, evaluated. cache: of that run. halfway: a cache with chunks of the features,
+    and with a teacher's pass that was killed. shards: one with the first of two parts of that pass.
     """
     home.mkdir(parents=True)
     world = World(home)
     world.train_file = corpora.write(home / "train.json", questions)
     (home / "world").write_bytes(pickle.dumps(world))
     assert world.run(**STEPS, seed=seed) == 0
+    done = shutil.copytree(home / "out", home / "done")
+    for checkpoint in done.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    flags = _flags(model=done, cache_dir=home / "cache", output_dir=done / "eval")
+    assert evaluate.main([*flags, "--data", world.validation_file]) == 0
     shutil.rmtree(home / "out" / "checkpoint-6")
 
     tokenizer = load_tokenizer(Path(world.student), "--student")
@@ -142,6 +171,10 @@ def _older(path: Path, other: Path) -> None:
     if folder.parent.name == "features":
         folder.rename(folder.with_name(f"{folder.name.partition('-')[0]}-{FORMAT - 1}"))
         return
+    if path.name == "sums.bin":  # of a version that had a byte for each micro-batch
+        path.with_name("done.bin").write_bytes(b"\1" * (path.stat().st_size // 4))
+        path.unlink()
+        return
     versioned = path
     if folder.name.startswith("checkpoint-"):
         versioned = folder / "trainer_state.json"
@@ -150,7 +183,7 @@ def _older(path: Path, other: Path) -> None:
         path.unlink()
     elif versioned.suffix == ".json" and "format" in (content := json.loads(versioned.read_text())):
         edit(folder, versioned.name, format=content["format"] - 1)
-    if folder.name in ("out", "best", "eval"):
+    if folder.name in ("done", "best"):
         (folder / SUMS_FILE).unlink(missing_ok=True)
     elif has_sums:
         files = {each.name for each in folder.iterdir() if each.is_file()} - {SUMS_FILE}
@@ -182,14 +215,15 @@ def end_of(ground: Path, home: Path, program: str, name: str = "", way: str = ""
     """
     place, outside = home / "place", home / "outside"
     outside.mkdir()
-    for folder in ("out", "cache", "halfway", "shards"):
+    for folder in ("out", "done", "cache", "halfway", "shards"):
         shutil.copytree(ground / "first" / folder, place / folder)
     path = place
     if name:
         path, other = (_in(each, name) for each in (ground / "first", ground / "other"))
         path = place / path.relative_to(ground / "first")
         for each in (path, other):
-            each.touch()  # a lock is there only while a run is
+            if not each.exists():  # a lock, which is there only while a run is
+                each.write_bytes(b"of another program")
         shutil.copy(path if way == "link" else other, outside / path.name)
         WAYS[way](path, outside / path.name)
     before, kept = _contents(place), _contents(outside)
@@ -218,6 +252,8 @@ def end_of(ground: Path, home: Path, program: str, name: str = "", way: str = ""
     usual, usual_lines = json.loads((ground / f"{program}.json").read_text())
     added = [line for line in lines if line not in usual_lines]
     is_told = any(each in line for each in names for line in added)
+    if program in READERS or (program == "card" and result != usual):
+        return NOTICED if is_told else READ
     if result != usual:
         return f"wrong: {result} instead of {usual}; {added}"
     return NOTICED if is_told else SAME

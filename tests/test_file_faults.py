@@ -107,8 +107,9 @@ def test_faults(sweep, program, kind):
     """Eight places of each kind; one call that fails, or all from there on."""
     status, seen, said = sweep.ask(program, kind)
     assert status == 0, said
+    if not seen:
+        pytest.skip(f"{program} makes no such call")
     for number in range(8):
         first = 1 + number * (seen - 1) // 7
-        if first <= seen:
-            code = KINDS[kind][number % len(KINDS[kind])]
-            sweep.check(program, kind, first, ALL if number % 4 < 2 else first, code)
+        code = KINDS[kind][number % len(KINDS[kind])]
+        sweep.check(program, kind, first, ALL if number % 4 < 2 else first, code)

@@ -85,7 +85,7 @@ def push(folder: Path, repo_id: str, card: str, shown: Iterable[str]) -> str:
             [*files, CommitOperationAdd(CARD_FILE, card.encode())],
             commit_message="Model and card by kdfast",
         )
-    except Exception as error:  # any: the model is worth more than knowing them all
+    except Exception as error:  # whatever it is, the user must hear where the model is
         reason, remedy = _explain(error)
         place = shlex.quote(str(folder))
         raise UserError(

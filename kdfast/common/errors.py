@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises, and what a terminal may be given of its text."""
+"""UserError, which a user's mistake raises; causes and remedies; what a terminal may be given."""
 
 import errno
 import json
@@ -11,7 +11,7 @@ LONGEST = 1500  # characters
 def printable(text: str, kept: str = "") -> str:
     """`text`, which may come from a hostile file, with what a terminal would not print escaped.
 
-    That are control characters, among them those that move the cursor, change the direction of
+    These are control characters, among them those that move the cursor, change the direction of
     writing or take no room, and lone surrogates. Escapes are those of JSON, so that a text that is
     JSON still says the same. kept: characters that stay.
     """
@@ -63,7 +63,8 @@ def of_system(error: OSError | MemoryError) -> UserError:
         return UserError("This machine has too little free memory: free some, and retry.")
     what = error.strerror or first_line(error)
     where = f"{error.filename}: " if error.filename is not None else ""
-    return UserError(f"{where}{what}: {remedy(error.errno) or 'check it, and its rights'}.")
+    hint = remedy(error.errno) or "check that it is there, and that you may use it"
+    return UserError(f"{where}{what}: {hint}.")
 
 
 def unknown_name(role: str, name: str, known: Sequence[str]) -> UserError:
@@ -72,8 +73,8 @@ def unknown_name(role: str, name: str, known: Sequence[str]) -> UserError:
     role: what holds the name, such as "--recipe".
     """
     nearest = get_close_matches(name, known, n=1)
-    remedy = f"did you mean {nearest[0]}?" if nearest else f"give one of {', '.join(known)}."
-    return UserError(f"{role} {name} is not known: {remedy}")
+    hint = f"did you mean {nearest[0]}?" if nearest else f"give one of {', '.join(known)}."
+    return UserError(f"{role} {name} is not known: {hint}")
 
 
 def first_line(error: BaseException) -> str:

@@ -62,10 +62,10 @@ def _take(path: Path) -> int | None:
     while True:
         with suppress(FileNotFoundError):
             if not stat.S_ISREG(path.lstat().st_mode):
-                raise UserError(f"Lock file {path} is a link, or no file: remove it.")
+                raise UserError(f"Lock file {path} is not a plain file: remove it.")
         handle = os.open(path, FLAGS, 0o666)
         try:
-            if not _is_locked(handle, path):
+            if not _try_to_lock(handle, path):
                 os.close(handle)
                 return None
             # Its last holder may have deleted it meanwhile, so that others lock a new one.
@@ -78,8 +78,8 @@ def _take(path: Path) -> int | None:
         os.close(handle)
 
 
-def _is_locked(handle: int, path: Path) -> bool:
-    """Lock the open file, unless another process has it locked."""
+def _try_to_lock(handle: int, path: Path) -> bool:
+    """Lock the open file. False where another process has it, True where no locks exist."""
     try:
         return lock_descriptor(handle, blocking=False)
     except OSError as error:

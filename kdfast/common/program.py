@@ -76,7 +76,7 @@ def run(
             return MISTAKE
         except Unwritable as error:
             if error.errno == errno.EPIPE:  # its reader has enough
-                return 128 + 13  # SIGPIPE, which Windows has not
+                return 128 + 13  # SIGPIPE, which Windows lacks
             print(f"error: standard output cannot be written ({error}).", file=sys.stderr)
             return MISTAKE
         except KeyboardInterrupt as interrupt:

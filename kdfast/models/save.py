@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from kdfast.common import heartbeat
-from kdfast.common.errors import UserError, remedy
+from kdfast.common.errors import UserError, first_line, remedy
 from kdfast.common.files import SUMS_FILE, fault_in, sha256_of, write_sums, write_tensors
 from kdfast.common.folders import (
     copy_files,
@@ -24,7 +24,7 @@ from kdfast.common.folders import (
     sync_folder,
 )
 from kdfast.models.checks import nonfinite_weight, vocabulary_size
-from kdfast.models.load import Loaded, first_line, load_reader
+from kdfast.models.load import Loaded, load_reader
 from kdfast.models.span_model import SpanModel
 from kdfast.tokenizers.template import same_tokens
 

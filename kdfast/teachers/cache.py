@@ -25,6 +25,7 @@ from kdfast.common.files import (
     is_damage,
     open_file,
     open_in_place,
+    read_bytes,
     read_json_object,
     refuse_link,
     reserve,
@@ -227,8 +228,8 @@ def header_of(source: Identity, tokens: int) -> dict[str, Any]:
 def logits_sum(cache_dir: Path, source: Identity) -> str | None:
     """sha256 of a finished cache's logits: made again elsewhere, they differ in the last bits."""
     folder = cache_dir / "teacher" / source.key
-    with suppress(OSError, ValueError):
-        for line in (folder / SUMS_FILE).read_text(encoding="utf-8").splitlines():
+    with suppress(FileNotFoundError, ValueError):
+        for line in read_bytes(folder / SUMS_FILE).decode().splitlines():
             if line.endswith(f"  {_files(folder)[1]}"):
                 return line.split()[0]
     return None

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdfast.common.errors import UserError
+from kdfast.common.errors import UserError, first_line
 from kdfast.common.folders import remove
 from kdfast.common.progress import training_bar
 from kdfast.config import TrainConfig
 from kdfast.data.windows import Windows
 from kdfast.evaluation import scoring
-from kdfast.models.load import Loaded, first_line
+from kdfast.models.load import Loaded
 from kdfast.models.save import (
     fault_of_model,
     keep_weights,

@@ -23,7 +23,10 @@ from kdfast.training import checkpoint
 from kdfast.training.assemble import Progress, Restored
 from kdfast.training.optimizer import ScaledAdamW
 
-HASHES = ("version of kdfast", "bits of the teacher's logits")  # of an environment
+HASHES = (
+    "version of kdfast",
+    "bits of the teacher's logits",
+)  # entries of environment_of that say nothing to a user
 
 
 def restarted(config: TrainConfig, output: Path, ranks: Ranks) -> TrainConfig:
@@ -132,7 +135,7 @@ class Resumed:
         lines = [f"Resumed from {self.folder} after step {steps}."]
         if self.changed:
             lines.append(f"Changed, as allowed: {', '.join(self.changed)}.")
-        if other := changes(self.identity["circumstances"], environment, HASHES):
+        if other := changes(self.identity.get("circumstances", {}), environment, HASHES):
             lines.append(f"Not as before: {', '.join(other)}; so not to the same bits.")
         return lines
 

@@ -38,7 +38,8 @@ def test_what_the_system_refuses_has_the_file_the_cause_and_a_remedy(tmp_path):
         r"a\u001b: Too many open files: raise the limit of open files (ulimit -n)."
     )
     assert sentence(errno.ESTALE).endswith("handle: see to the disk or network mount, and retry.")
-    assert sentence(errno.EACCES, "a") == "a: Permission denied: check it, and its rights."
+    remedy = "check that it is there, and that you may use it."
+    assert sentence(errno.EACCES, "a") == f"a: Permission denied: {remedy}"
     assert sentence(errno.EROFS, "a").startswith("a: Read-only file system: ")
     assert str(of_system(OSError("Of a library\nand more"))).startswith("Of a library: ")
     assert "free memory" in str(of_system(MemoryError()))

@@ -82,7 +82,7 @@ def test_what_is_no_plain_file_is_refused_and_left_alone(tmp_path, plant):
     before = target.read_text() if target.exists() else None
     for take in lock, locked:
         with (
-            pytest.raises(UserError, match=r"key\.lock is a link, or no file: remove it"),
+            pytest.raises(UserError, match=r"key\.lock is not a plain file: remove it"),
             take(path),
         ):
             pass
