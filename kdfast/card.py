@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdfast.common import program
 from kdfast.common.errors import UserError
-from kdfast.common.files import read_record, write_json, write_text
+from kdfast.common.files import read_record, refuse_link, write_json, write_text
 from kdfast.common.progress import print_line
 from kdfast.common.settings import flag
 from kdfast.config import TrainConfig
@@ -112,10 +112,10 @@ class Card:
         from kdfast.models.save import writing
         from kdfast.training.run_folder import CARD_SETTINGS
 
-        path = self.files.folder / CARD_FILE
+        path, settings = (self.files.folder / name for name in (CARD_FILE, CARD_SETTINGS))
         with writing(path.parent):
             write_text(path, self.text())
-            write_json(path.parent / CARD_SETTINGS, self.settings)
+            write_json(settings, self.settings)
         return path
 
 
@@ -150,6 +150,7 @@ def publish(config: CardConfig, log: Log) -> Card:
         log(f"{who} --validation_file for the report.")
         answer_validation(files, config.cache_dir)
         files = read_run(folder)
+    refuse_link(folder / CARD_SETTINGS)  # before the rest is written
     before = read_record(folder / CARD_SETTINGS, forms.CARD)
     others = {}
     for name in config.beside or []:

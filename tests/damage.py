@@ -155,8 +155,8 @@ def _write(path: Path, content: bytes) -> None:
 
 def _flip(path: Path, other: Path) -> None:
     content = bytearray(path.read_bytes())
-    if content:
-        content[len(content) * 2 // 3] ^= 1
+    if content:  # of JSON the last brace, or the end would depend on where a value stands
+        content[-2 if path.suffix in (".json", ".jsonl") else len(content) * 2 // 3] ^= 1
     _write(path, bytes(content))
 
 

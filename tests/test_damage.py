@@ -35,7 +35,7 @@ UNFINISHED = row(SAME, unreadable=REFUSED)
 LOCK = row(SAME, folder=REFUSED, link=REFUSED, pipe=REFUSED, unreadable=REFUSED)
 
 # Any program's model may stand there: what can be read is read.
-MODEL = row(REFUSED, flipped=READ, swapped=READ, link=READ, older=READ)
+MODEL = row(REFUSED, swapped=READ, link=READ, older=READ)
 CARD = row(NOTICED, unreadable=REFUSED)
 
 TABLE = {
@@ -76,24 +76,23 @@ TABLE = {
         "shards/teacher/PASS.shards/0/sums.bin": UNFINISHED,
     },
     "evaluate": {
-        "done/model.safetensors": MODEL,
-        "done/config.json": MODEL | {"flipped": REFUSED},
+        "done/model.safetensors": MODEL | {"flipped": READ},
+        "done/config.json": MODEL,
         "done/tokenizer.json": MODEL,
         "done/tokenizer_config.json": MODEL | {"folder": READ, "deleted": READ},
         "done/run.json": MODEL | {"deleted": READ},  # without it windows are of the usual size
     },
     "predict": {
-        "done/model.safetensors": MODEL,
-        "done/config.json": MODEL | {"flipped": REFUSED},
+        "done/model.safetensors": MODEL | {"flipped": READ},
+        "done/config.json": MODEL,
         "done/tokenizer.json": MODEL,
         "done/tokenizer_config.json": MODEL | {"folder": READ, "deleted": READ},
     },
     "card": {
         "done/model.safetensors": CARD
         | {"folder": REFUSED, "link": SAME, "pipe": REFUSED, "older": SAME},
-        "done/run.json": MODEL | {"flipped": SAME, "link": SAME, "older": SAME},
-        "done/card.json": MODEL
-        | {"swapped": SAME, "link": REFUSED, "older": SAME, "deleted": SAME},
+        "done/run.json": MODEL | {"link": SAME, "older": SAME},
+        "done/card.json": row(REFUSED, swapped=SAME, older=SAME, deleted=SAME),
         "done/train_log.jsonl": CARD | {"swapped": SAME, "link": SAME, "older": SAME},
         "done/eval/dev.eval.json": CARD | {"link": SAME, "deleted": READ},
         "done/eval/dev.questions.json": row(SAME),  # of the report

@@ -113,7 +113,7 @@ def test_a_cache_whose_lock_is_a_link_is_not_made(tmp_path):
     made.unlink()
     made.with_suffix("").rename(tmp_path / "features" / "away")
     link(made, tmp_path / "bashrc")
-    with pytest.raises(UserError, match=f"{made.name} is a link"):
+    with pytest.raises(UserError, match=f"{made.name} is not a plain file"):
         make_windows(tmp_path)
     assert (tmp_path / "bashrc").read_text() == "mine"
 
