@@ -93,7 +93,8 @@ TABLE = {
         | {"folder": REFUSED, "link": SAME, "pipe": REFUSED, "older": SAME},
         "done/run.json": MODEL | {"link": SAME, "older": SAME},
         "done/card.json": row(REFUSED, swapped=SAME, older=SAME, deleted=SAME),
-        "done/train_log.jsonl": CARD | {"swapped": SAME, "link": SAME, "older": SAME},
+        "done/train_log.jsonl": CARD  # the line that is flipped is of an evaluation
+        | {"flipped": SAME, "swapped": SAME, "link": SAME, "older": SAME},
         "done/eval/dev.eval.json": CARD | {"link": SAME, "deleted": READ},
         "done/eval/dev.questions.json": row(SAME),  # of the report
         "done/README.md": row(SAME, folder=REFUSED, link=REFUSED),
