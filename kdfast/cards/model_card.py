@@ -19,13 +19,14 @@ from markupsafe import Markup
 from kdfast.cards.render import each_text, markdown, plain, render
 from kdfast.cards.run_files import Record, RunFiles, Source, short
 from kdfast.common.errors import UserError
-from kdfast.common.files import refuse_link, write_text
+from kdfast.common.files import read_bytes, refuse_link, write_text
 from kdfast.common.folders import remove, subfolder
 from kdfast.evaluation import tables
 from kdfast.evaluation.suites import own_set
 
 CARD_FILE = "README.md"
 RESULTS_FOLDER = ".eval_results"
+PROGRAM = "kdfast.evaluate"  # in the notes of each result
 METRICS = {"exact": ("exact_match", "Exact Match"), "f1": ("f1", "F1")}
 ISO_639_1 = (
     "aa ab ae af ak am an ar as av ay az ba be bg bh bi bm bn bo br bs ca ce ch co cr cs cu cv cy "
@@ -172,7 +173,8 @@ def write_results(files: RunFiles) -> list[str]:
     folder = files.folder / RESULTS_FOLDER
     refuse_link(folder)
     for path in folder.glob("*.yaml"):
-        remove(path)
+        if path.is_file() and PROGRAM.encode() in read_bytes(path):  # one of an earlier card
+            remove(path)
     written = []
     for result in files.results:
         source = Source.of_result(result)
@@ -182,8 +184,7 @@ def write_results(files: RunFiles) -> list[str]:
             dataset_id=source.name,
             task_id=source.config or "default",
             value=round(result["metrics"]["f1"], 4),
-            notes=f"F1{_rule(result)}; exact match {result['metrics']['exact']:.4f}; "
-            "kdfast.evaluate",
+            notes=f"F1{_rule(result)}; exact match {result['metrics']['exact']:.4f}; {PROGRAM}",
         )
         subfolder(folder)
         name = f"{RESULTS_FOLDER}/{result['name']}.yaml"

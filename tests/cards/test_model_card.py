@@ -178,6 +178,13 @@ def test_hub_names_stand_in_the_front_matter(finished):
     assert f"{result['metrics']['exact']:.4f}" in newer.notes
     assert write(finished.folder, language="de,es")[0]["language"] == ["de", "es"]
 
+    # A set that was evaluated no more goes; what others put there stays.
+    (finished.folder / ".eval_results" / "mine.yaml").write_text("of mine")
+    (finished.folder / f"eval/{SET}.eval.json").unlink()
+    write(finished.folder)
+    left = [path.name for path in (finished.folder / ".eval_results").iterdir()]
+    assert left == ["mine.yaml"]
+
 
 def test_a_local_copy_is_not_the_hubs_set(finished):
     """A set of a suite that was read from a file: it may be any file."""
