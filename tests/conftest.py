@@ -1,10 +1,15 @@
 import collections
+import os
 import shutil
 import types
 from functools import partial
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+# As `make test` does, before torch is imported: what forks compute is compared with this process,
+# and equal bits need equal threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A test states its examples per hundred of these. `make quick` takes the profile few; `pytest
 # --hypothesis-profile many` tries 50 times as many as usual, other ones each time.
