@@ -1,8 +1,9 @@
 """Files: read without waiting for a pipe; written exclusively, whole, and never through a link.
 
-With folders.py this is the one module that writes. What is written lies in a folder that the user
-named, and that folder may come from somebody else: a link in it may lead anywhere. So a name is
-never opened to write where something else may have it: it is removed first, and then made.
+Only this module, folders.py and locks.py make, write, rename and delete files. What is written lies
+in a folder that the user named, and that folder may come from somebody else: a link in it may lead
+anywhere. So `create` removes what has the name first, and what must be opened as it is (`append`,
+`open_in_place`) is refused where it is a link.
 """
 
 import errno
@@ -154,11 +155,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(read_bytes(path).decode())
-    except OSError as error:
-        if error.errno not in NOT_A_FILE:
+    except (OSError, ValueError, RecursionError) as error:
+        if not is_damage(error):
             raise
-        return {}
-    except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -214,7 +213,7 @@ def fault_in(folder: Path, needed: tuple[str, ...], most_bytes: int | None = Non
             if sha256_of(folder / name) != digest:
                 return f"{name} is not what was written"
     except OSError as error:
-        if error.errno not in NOT_A_FILE:
+        if not is_damage(error):
             raise
         return f"{Path(error.filename or folder).name}: {error.strerror}"
     except ValueError:

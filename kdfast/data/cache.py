@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kdfast.common.errors import UserError
-from kdfast.common.files import NOT_A_FILE, create, open_file
+from kdfast.common.files import create, is_damage, open_file
 
 FORMAT = 5  # of the files, and part of their folder's name: raise it when one of them changes
 HEADER = "header.json"
@@ -152,7 +152,7 @@ def open_array(folder: Path, name: str, kinds: Kinds) -> np.ndarray:
         open_file(path).close()
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError as error:
-        if error.errno not in NOT_A_FILE:
+        if not is_damage(error):
             raise
         raise damaged(folder, f"{path.name}: {error.strerror}") from None
     except Exception:  # numpy raises a dozen kinds for a made-up header
