@@ -133,15 +133,14 @@ def start(config: CardConfig) -> None:
     """The work of the program."""
     config.check()
     config.check_access()
-    push(publish(config, print_line), config.push_to_hub, print_line)
+    upload(write_card(config, print_line), config.push_to_hub, print_line)
 
 
-def publish(config: CardConfig, log: Log) -> Card:
+def write_card(config: CardConfig, log: Log) -> Card:
     """Write pictures, results, card and, if wanted, report: all but what --push_to_hub does."""
-    from kdfast.cards import figures, forms, html, model_card
+    from kdfast.cards import figures, html, model_card
     from kdfast.cards.run_files import read_run
     from kdfast.models.save import writing
-    from kdfast.training.run_folder import CARD_SETTINGS
 
     folder = Path(config.model_dir).expanduser()
     files = read_run(folder)
@@ -150,8 +149,32 @@ def publish(config: CardConfig, log: Log) -> Card:
         log(f"{who} --validation_file for the report.")
         answer_validation(files, config.cache_dir)
         files = read_run(folder)
-    refuse_link(folder / CARD_SETTINGS)  # before the rest is written
-    before = read_record(folder / CARD_SETTINGS, forms.CARD)
+    settings, others = card_settings(config, files, log)
+    for note in [note for each in (files, *others) for note in each.notes]:
+        log(note)
+    if not find_spec("matplotlib"):
+        log("Pictures are left out, as matplotlib is absent: pip install matplotlib.")
+    with writing(folder):
+        plots = figures.save(files, others) if find_spec("matplotlib") else {}
+        results = model_card.write_results(files)
+    card = Card(files, plots, results, settings)
+    log(f"The card is {card.write()}.")
+    if config.report:
+        log(f"The report is {html.write(files, plots)}: open it in a browser.")
+    return card
+
+
+def card_settings(
+    config: CardConfig, files: "RunFiles", log: Log
+) -> tuple[dict[str, Any], list["RunFiles"]]:
+    """What card.json is to hold, from the flags, an earlier card and the run; the runs beside."""
+    from kdfast.cards import forms
+    from kdfast.cards.run_files import read_run
+    from kdfast.training.run_folder import CARD_SETTINGS
+
+    path = files.folder / CARD_SETTINGS
+    refuse_link(path)  # before the rest is written
+    before = read_record(path, forms.CARD)
     others = {}
     for name in config.beside or []:
         run = read_run(Path(name).expanduser())
@@ -167,21 +190,10 @@ def publish(config: CardConfig, log: Log) -> Card:
         "license": config.license or before.get("license") or files.config.get("license"),
         "repository": before.get("repository"),
     }
-    for note in [note for each in (files, *others.values()) for note in each.notes]:
-        log(note)
-    if not find_spec("matplotlib"):
-        log("Pictures are left out, as matplotlib is absent: pip install matplotlib.")
-    with writing(folder):
-        plots = figures.save(files, list(others.values())) if find_spec("matplotlib") else {}
-        results = model_card.write_results(files)
-    card = Card(files, plots, results, settings)
-    log(f"The card is {card.write()}.")
-    if config.report:
-        log(f"The report is {html.write(files, plots)}: open it in a browser.")
-    return card
+    return settings, list(others.values())
 
 
-def push(card: Card, repo_id: str | None, log: Log) -> None:
+def upload(card: Card, repo_id: str | None, log: Log) -> None:
     """Upload the model with its card, which names the repository from then on.
 
     Where the hub refuses, a UserError says so, and the card in the run's folder stays as it is.

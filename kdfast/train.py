@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from kdfast import recipes
-from kdfast.card import CardConfig, publish, push
+from kdfast.card import CardConfig, upload, write_card
 from kdfast.common.device import as_current, pick_device
 from kdfast.common.machine import code_key, describe_machine
 from kdfast.common.precision import enable_determinism, resolve
@@ -249,8 +249,8 @@ def distil(
     ranks.log(f"The {what} is in {output}; run.json there holds settings, versions and figures.")
     if ranks.is_first and config.model.stage == "predictions":
         with results.telling_where():
-            card = publish(CardConfig.of_run(config), ranks.log)
-        push(card, config.output.push_to_hub, ranks.log)
+            card = write_card(CardConfig.of_run(config), ranks.log)
+        upload(card, config.output.push_to_hub, ranks.log)
     return record
 
 

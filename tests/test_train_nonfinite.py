@@ -92,7 +92,7 @@ def test_a_run_most_of_whose_steps_were_skipped_ends_in_a_checkpoint(world, caps
     assert world.run(on_nonfinite="skip", validation_file=None) == 2
     said = sentence(capsys)
     assert f"{told} of 6 steps reached the weights" in said
-    assert "checkpoint-6 is whole" in said
+    assert "checkpoint-6 is kept" in said
     assert not (world.output / "model.safetensors").exists()
     log = [line for line in log_of(world.output) if "step" in line]
     assert sum(line["skipped"] for line in log) == skipped and len(log) == 6
@@ -129,7 +129,7 @@ def test_a_last_step_that_is_too_large_leaves_checkpoint_and_best(world, capsys,
     monkeypatch.setattr(ScaledAdamW, "count", breaks)
     flags = {"eval_steps": 2, "save_steps": 1, "save_total_limit": 1}
     assert world.run(**flags, load_best_model_at_end=True) == 2
-    assert "checkpoint-5 and best/ are whole" in sentence(capsys)
+    assert "checkpoint-5 and best/ are kept" in sentence(capsys)
     assert not (world.output / "model.safetensors").exists()
 
 

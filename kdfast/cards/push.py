@@ -20,9 +20,9 @@ from huggingface_hub.errors import (
 from kdfast.cards.model_card import CARD_FILE
 from kdfast.common.errors import UserError, first_line
 from kdfast.common.files import read_json_object
+from kdfast.models.checks import INDEX, MODEL_FILE
 
-# What save_pretrained writes of a model and its tokenizer.
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+# What save_pretrained writes of the weights in several files, and of a tokenizer.
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 TOKENIZER = [
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -98,14 +98,14 @@ def push(folder: Path, repo_id: str, card: str, shown: Iterable[str]) -> str:
 
 def model_files(folder: Path) -> list[str]:
     """The names of the model's files in `folder`: configuration, weights, tokenizer."""
-    weights = [WEIGHTS]
-    if not (folder / WEIGHTS).exists():
+    weights = [MODEL_FILE]
+    if not (folder / MODEL_FILE).exists():
         shards = read_json_object(folder / INDEX).get("weight_map")
         named = {str(each) for each in shards.values()} if isinstance(shards, dict) else set()
         weights = [INDEX, *sorted(filter(SHARD.fullmatch, named))]
         if len(weights) != 1 + max(1, len(named)):
             raise UserError(
-                f"{folder} holds no {WEIGHTS}, and its {INDEX} names no shards, or other files "
+                f"{folder} holds no {MODEL_FILE}, and its {INDEX} names no shards, or other files "
                 "than shards: nothing is uploaded; restore the weights, or train again."
             )
     return ["config.json", *weights, *(each for each in TOKENIZER if (folder / each).exists())]

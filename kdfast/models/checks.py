@@ -14,7 +14,8 @@ from kdfast.common.errors import UserError
 from kdfast.common.files import is_plain_name, read_json_object
 from kdfast.data.windows import Windows
 
-INDEX = "model.safetensors.index.json"  # of weights in several files
+MODEL_FILE = "model.safetensors"
+INDEX = f"{MODEL_FILE}.index.json"  # of weights in several files
 # Model types whose span head is a Linear `qa_outputs` over the base model's last hidden states
 # and whose first token stands for "no answer". Each has a test.
 SUPPORTED = (

@@ -18,11 +18,10 @@ from huggingface_hub import snapshot_download
 from kdfast.common.errors import UserError
 from kdfast.common.files import open_file, read_json_object, write_bytes, write_tensors
 from kdfast.common.folders import even_modes, fresh_folder, rename, scratch_folder, sync_folder
-from kdfast.models.checks import nonfinite_weight
+from kdfast.models.checks import MODEL_FILE, nonfinite_weight
 from kdfast.models.hub import HUB_ERRORS, MODEL_FILES, PICKLES
 
 INDEX = "pytorch_model.bin.index.json"
-WEIGHTS = "model.safetensors"
 SAFE_TORCH = (2, 6)  # weights_only of earlier ones can be made to run code (CVE-2025-32434)
 
 
@@ -62,7 +61,7 @@ def convert(name: str, output_dir: str | None = None) -> Path:
     try:
         with scratch_folder(parent) as scratch:
             made = fresh_folder(scratch / "model")
-            _in_a_process(parts, made / WEIGHTS)
+            _in_a_process(parts, made / MODEL_FILE)
             if not in_place:
                 for path in (path for pattern in MODEL_FILES for path in folder.glob(pattern)):
                     if path.name != INDEX:
@@ -71,14 +70,15 @@ def convert(name: str, output_dir: str | None = None) -> Path:
             even_modes(made)
             sync_folder(made)
             if in_place:
-                rename(made / WEIGHTS, target / WEIGHTS)
+                rename(made / MODEL_FILE, target / MODEL_FILE)
             else:
                 rename(made, target)
     except OSError as error:
         raise UserError(
-            f"{target / WEIGHTS} cannot be written ({error.strerror}): name another --output_dir."
+            f"{target / MODEL_FILE} cannot be written ({error.strerror}): "
+            "name another --output_dir."
         ) from error
-    return target / WEIGHTS
+    return target / MODEL_FILE
 
 
 def pickles_in(folder: Path, name: str) -> list[Path]:

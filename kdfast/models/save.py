@@ -23,13 +23,12 @@ from kdfast.common.folders import (
     rename,
     sync_folder,
 )
-from kdfast.models.checks import nonfinite_weight, vocabulary_size
+from kdfast.models.checks import MODEL_FILE, nonfinite_weight, vocabulary_size
 from kdfast.models.load import Loaded, load_reader
 from kdfast.models.span_model import SpanModel
 from kdfast.tokenizers.template import same_tokens
 
 CONFIG_FILE = "config.json"
-MODEL_FILE = "model.safetensors"
 REHEARSAL = ".rehearsal"  # the folder of rehearse_saving, within the run's
 RUN_FILE = "run.json"  # of a training run, next to its model
 WEIGHTS_FILE = "student-weights.safetensors"  # of keep_weights
@@ -66,7 +65,7 @@ def kept_models(output_dir: Path) -> str:
     names += ["best/"] if (output_dir / "best").is_dir() else []
     if not names:
         return ""
-    return f"; {' and '.join(names)} {'is' if len(names) == 1 else 'are'} whole"
+    return f"; {' and '.join(names)} {'is' if len(names) == 1 else 'are'} kept"
 
 
 def check_weights(model: SpanModel, output_dir: Path) -> None:

@@ -20,8 +20,8 @@ from kdfast.common.files import fault_in, read_json_object, write_json, write_su
 from kdfast.common.folders import even_modes, link_files, remove, rename, sync_folder
 from kdfast.common.forms import boolean, list_of, number, optional, record, text, where, whole
 from kdfast.data.batches import MicroBatchPolicy
+from kdfast.models.checks import MODEL_FILE
 from kdfast.models.save import (
-    MODEL_FILE,
     fault_of_model,
     list_checkpoints,
     save_model,

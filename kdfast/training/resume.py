@@ -13,9 +13,10 @@ from kdfast.common.ranks import Ranks
 from kdfast.common.run import Run
 from kdfast.config import CHANGEABLE, CUTS, FIXED_ON_RESUME, TrainConfig
 from kdfast.data.windows import Windows
+from kdfast.models.checks import MODEL_FILE
 from kdfast.models.hub import local_folder
 from kdfast.models.load import Loaded
-from kdfast.models.save import MODEL_FILE, fault_of_model, link_model, list_checkpoints, set_aside
+from kdfast.models.save import fault_of_model, link_model, list_checkpoints, set_aside
 from kdfast.models.span_model import SpanModel
 from kdfast.teachers import cache
 from kdfast.tokenizers.template import tokenizer_key

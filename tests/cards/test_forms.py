@@ -38,7 +38,7 @@ def publish(finished, monkeypatch):
 
     def call():
         logged = []
-        return program.publish(settings, logged.append).text(), " ".join(logged)
+        return program.write_card(settings, logged.append).text(), " ".join(logged)
 
     return call
 

@@ -112,7 +112,7 @@ def test_results_and_a_model_in_parts_go_up(finished, server):
         *(*MODEL, *SHOWN, "README.md", ".eval_results/dev.yaml")
     }
     shards = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
-    (finished.folder / push.WEIGHTS).rename(finished.folder / shards[0])
+    (finished.folder / push.MODEL_FILE).rename(finished.folder / shards[0])
     (finished.folder / shards[1]).write_text("the rest")
     index = finished.folder / push.INDEX
     index.write_text(json.dumps({"weight_map": dict(zip("ab", shards, strict=True))}))
