@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from kdfast.common.precision import AUTOCAST
 from kdfast.common.run import Run
 from kdfast.config import TrainConfig
+from kdfast.data.batches import Share
 from kdfast.data.windows import Windows
 from kdfast.models.span_model import SpanModel
 from kdfast.models.window_loader import flat_positions
@@ -199,7 +200,9 @@ class Kdfast(Callback):
             settings_of(problem, packing),
             Run(device=problem.device, precision=problem.precision),
             student,
-            TrainingData(problem.windows, problem.teacher_logits, np.arange(len(problem.windows))),
+            TrainingData(
+                problem.windows, problem.teacher_logits, [Share(np.arange(len(problem.windows)))]
+            ),
         )
         self.model = student.reader
         self.timeline = Timeline() if problem.device.type == "cpu" else None

@@ -1,7 +1,6 @@
-"""Every setting of a training run, in groups. Each field is a flag of `kdfast.train`.
+"""Every setting of a training run, in groups, and all of them together.
 
-Names follow Hugging Face and Haystack; the defaults are the published recipe's. An empty text or
-list is a setting that was not given.
+config_inputs.py has the groups that say what a run learns from, and is evaluated on.
 """
 
 from dataclasses import MISSING, dataclass, fields
@@ -10,145 +9,14 @@ from typing import Any, ClassVar, Literal
 
 from kdfast.common.errors import UserError
 from kdfast.common.settings import flag
-
-
-@dataclass(frozen=True)
-class ModelSettings:
-    """Who teaches whom, and what."""
-
-    _argument_group_name: ClassVar[str] = "what is learnt"
-    recipe: str = flag(
-        "",
-        "Settings of a published model; flags override them. `list` names all recipes.",
-        resume="free",
-    )
-    teacher: list[str] = flag(
-        [],
-        "Folder or hub id of the teacher, a model fine-tuned for question answering. Of several "
-        "the softened distributions are averaged. In stage predictions any may have a tokenizer "
-        "of its own.",
-        resume="free",
-    )
-    teacher_weights: list[float] = flag(
-        [], "Weight of each teacher in the average; their sum is 1. Default: all the same."
-    )
-    stage: Literal["predictions", "layers", "both"] = flag(
-        "predictions",
-        "What is learnt: the teacher's answers; its hidden states (and --attention_loss), before "
-        "the answers; or one after the other, in layers/ and predictions/ of --output_dir.",
-    )
-    attention_loss: Literal["none", "probabilities", "relations"] = flag(
-        "none",
-        "Stage layers: learn attention too, as probabilities of every layer, which needs equal "
-        "numbers of heads, or as relations within the last one.",
-    )
-    layers_teacher: str = flag(
-        "", "Stage both: the teacher of stage layers. Default: the first --teacher."
-    )
-    layers_train_file: str = flag(
-        "", "Stage both: the data of stage layers. Default: --train_file."
-    )
-    layers_num_train_epochs: float | None = flag(
-        None,
-        "Stage both: the epochs of stage layers. Default: --num_train_epochs.",
-        above=0,
-        most=10**6,
-    )
-    layers_learning_rate: float | None = flag(
-        None, "Stage both: the peak rate of stage layers. Default: --learning_rate.", above=0
-    )
-    student: str = flag(
-        "",
-        "Folder or hub id of the student. Default: made from the first --teacher by "
-        "--student_layers.",
-        resume="free",
-    )
-    student_layers: str = flag("", "Layers that the student keeps, counted from 0, such as 1,3,5.")
-
-    def __post_init__(self) -> None:
-        if isinstance(self.teacher, str):  # one name, as a recipe may have it
-            object.__setattr__(self, "teacher", [self.teacher] if self.teacher else [])
-
-    @property
-    def student_source(self) -> str:
-        """The model that the student is made of: --student, else the first teacher."""
-        return self.student or self.teacher[0]
-
-    def kept_layers(self) -> list[int] | None:
-        """The layers of --student_layers, or None. Raises UserError where they are no list."""
-        if not self.student_layers:
-            return None
-        try:
-            layers = [int(part) for part in self.student_layers.split(",")]
-        except ValueError:
-            layers = []
-        if not layers or layers != sorted(set(layers)) or layers[0] < 0:
-            raise UserError(
-                f"--student_layers is {self.student_layers!r}: "
-                "give rising layer numbers counted from 0, such as 1,3,5."
-            )
-        return layers
-
-
-@dataclass(frozen=True)
-class DataSettings:
-    """What is read, and where prepared data is kept."""
-
-    _argument_group_name: ClassVar[str] = "data"
-    train_file: str = flag(
-        "",
-        "File in SQuAD's or another format (docs/data.md), or a hub dataset "
-        "id[@revision][:config[:split]].",
-        resume="free",
-    )
-    validation_file: str = flag(
-        "", "The same for evaluation. Default: no evaluation.", resume="free"
-    )
-    cache_dir: str = flag(
-        "~/.cache/kdfast", "Folder for prepared features and teacher logits.", resume="free"
-    )
-
-    @property
-    def cache_path(self) -> Path:
-        return Path(self.cache_dir).expanduser()
-
-
-@dataclass(frozen=True)
-class WindowSettings:
-    """How a question and its context become windows, all in tokens.
-
-    In the Reader, as in transformers' pipeline, doc_stride is the overlap of two windows.
-    """
-
-    _argument_group_name: ClassVar[str] = "windows"
-    max_seq_length: int = flag(384, "Tokens in a window, special tokens included.", above=0)
-    max_query_length: int = flag(64, "Tokens of the question that are kept.", above=0)
-    doc_stride: int = flag(
-        128, "Context tokens from the start of a window to that of the next.", above=0
-    )
-
-
-@dataclass(frozen=True)
-class LossSettings:
-    """Arguments of `kdfast.fused_kd_loss`."""
-
-    _argument_group_name: ClassVar[str] = "loss"
-    temperature: float = flag(
-        1.5,
-        "Softens teacher and student; the soft loss is multiplied by its square.",
-        above=0,
-        most=10**6,
-    )
-    distillation_loss_weight: float = flag(
-        0.75,
-        "Weight of the soft loss; the gold spans get the rest. 0 trains on gold spans alone.",
-        least=0,
-        most=1,
-    )
-    distillation_loss: Literal["kl_div", "mse"] = flag("kl_div", "The soft loss.")
-    convention: Literal["haystack", "hf"] = flag(
-        "haystack", "kl_div summed over start and end (haystack) or averaged (hf)."
-    )
+from kdfast.config_inputs import (
+    DataSettings,
+    EvaluationSettings,
+    LossSettings,
+    MixtureSettings,
+    ModelSettings,
+    WindowSettings,
+)
 
 
 @dataclass(frozen=True)
@@ -248,33 +116,6 @@ class SpeedSettings:
 
 
 @dataclass(frozen=True)
-class EvaluationSettings:
-    """How --validation_file is evaluated."""
-
-    _argument_group_name: ClassVar[str] = "evaluation"
-    eval_steps: int | None = flag(
-        None, "Evaluate every so many steps. Default: at the end only.", above=0, resume="free"
-    )
-    load_best_model_at_end: bool = flag(
-        False,
-        "Put the model with the best f1 into --output_dir, and the last one into last/.",
-        resume="free",
-    )
-    metric: Literal["squad", "mlqa", "cmrc", "korquad"] | None = flag(
-        None,
-        "Benchmark whose rule scores --validation_file; best/ goes by its F1. mlqa takes "
-        "--language. Default: that of the hub dataset, else squad. korquad is F1 over characters.",
-        resume="free",
-    )
-    max_answer_length: int = flag(
-        30, "Tokens in the longest answer that evaluation considers.", above=0, resume="free"
-    )
-    n_best_size: int = flag(
-        20, "Answers per question that evaluation keeps.", above=0, most=1000, resume="free"
-    )
-
-
-@dataclass(frozen=True)
 class OutputSettings:
     """What a run writes."""
 
@@ -329,26 +170,11 @@ class OutputSettings:
     def folder(self) -> Path:
         return Path(self.output_dir).expanduser()
 
-    def allowed_changes(self) -> set[str]:
-        """The flags of --allow_changes. Raises UserError for one that may not change."""
-        names = {name.strip().lstrip("-") for name in self.allow_changes.split(",")} - {""}
-        free = set(SETTINGS) - set(FIXED_ON_RESUME)
-        if given := sorted(names & free):
-            raise UserError(
-                f"--allow_changes names {', '.join(given)}, which may change without it: leave "
-                "that out."
-            )
-        if wrong := sorted(names - CHANGEABLE):
-            raise UserError(
-                f"--allow_changes names {', '.join(wrong)}, which may not change within a run: "
-                f"those that may are {', '.join(sorted(CHANGEABLE))}."
-            )
-        return names
-
 
 GROUPS: dict[str, type] = {
     "model": ModelSettings,
     "data": DataSettings,
+    "mixture": MixtureSettings,
     "windows": WindowSettings,
     "loss": LossSettings,
     "optimization": OptimizationSettings,
@@ -365,6 +191,8 @@ _EMPTY = {
     for each in fields(group)
     if each.default == "" or each.default_factory is not MISSING
 }
+# Lists that files of earlier versions, which knew one name, have as a text.
+_FILES = {"train_file", "layers_train_file"}
 _RESUME = {
     each.name: each.metadata["help"].resume for kind in GROUPS.values() for each in fields(kind)
 }
@@ -389,6 +217,7 @@ class TrainConfig:
 
     model: ModelSettings
     data: DataSettings
+    mixture: MixtureSettings
     windows: WindowSettings
     loss: LossSettings
     optimization: OptimizationSettings
@@ -407,9 +236,31 @@ class TrainConfig:
             }
             object.__setattr__(self, name, group(**own))
 
+    def allowed_changes(self) -> set[str]:
+        """The flags of --allow_changes. Raises UserError for one that may not change."""
+        names = {name.strip().lstrip("-") for name in self.output.allow_changes.split(",")} - {""}
+        free = set(SETTINGS) - set(FIXED_ON_RESUME)
+        if given := sorted(names & free):
+            raise UserError(
+                f"--allow_changes names {', '.join(given)}, which may change without it: leave "
+                "that out."
+            )
+        if wrong := sorted(names - CHANGEABLE):
+            raise UserError(
+                f"--allow_changes names {', '.join(wrong)}, which may not change within a run: "
+                f"those that may are {', '.join(sorted(CHANGEABLE))}."
+            )
+        return names
+
     def flat(self) -> dict[str, Any]:
-        """Setting -> value, as run.json and YAML have them; None for what was not given."""
+        """Setting -> value, as run.json and YAML have them; None for what was not given.
+
+        A list of one file is that file's name.
+        """
         values = {name: getattr(getattr(self, group), name) for name, group in SETTINGS.items()}
+        for name in _FILES & values.keys():
+            if len(values[name]) == 1:
+                (values[name],) = values[name]
         return {
             name: value if value or name not in _EMPTY else None for name, value in values.items()
         }

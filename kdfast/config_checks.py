@@ -1,5 +1,6 @@
 """Which settings of a run go together."""
 
+import re
 from importlib.util import find_spec
 from typing import Any
 
@@ -23,6 +24,8 @@ OF_ANSWERS = {name for name, group in SETTINGS.items() if group in ("loss", "eva
     "report",
     "push_to_hub",
 }
+# What goes with --train_file, and not with --layers_train_file.
+OF_TRAIN_FILES = {"train_weights", "train_languages"}
 
 
 def check(config: TrainConfig) -> None:
@@ -32,9 +35,10 @@ def check(config: TrainConfig) -> None:
     _check_presence(config)
     _check_stage(config)
     _check_contradictions(config)
+    check_files(config)
     check_teachers(config)
     config.model.kept_layers()
-    config.output.allowed_changes()
+    config.allowed_changes()
 
 
 def of_stage(settings: dict[str, Any], stage: str) -> dict[str, Any]:
@@ -44,7 +48,8 @@ def of_stage(settings: dict[str, Any], stage: str) -> dict[str, Any]:
         return settings
     own = {LAYERS_FLAGS[name]: settings.pop(name) for name in LAYERS_FLAGS if name in settings}
     if stage == "layers":
-        kept = {name: value for name, value in settings.items() if name not in OF_ANSWERS}
+        unused = OF_ANSWERS | (OF_TRAIN_FILES if "train_file" in own else set())
+        kept = {name: value for name, value in settings.items() if name not in unused}
         return kept | own
     settings.pop("attention_loss", None)
     return settings
@@ -141,6 +146,35 @@ def _check_stage(config: TrainConfig) -> None:
                 f"--{name} is of no use in {stage}, which trains no span head: leave it out, "
                 "or give --stage both."
             )
+
+
+def check_files(config: TrainConfig) -> None:
+    """Raise UserError for an empty name, and for weights or languages that are not one a file."""
+    data, mixture = config.data, config.mixture
+    for name, files in (
+        ("train_file", data.train_file),
+        ("layers_train_file", config.model.layers_train_file),
+    ):
+        if "" in files:
+            raise UserError(f"--{name} is given an empty name: name a file or hub id.")
+    count = len(data.train_file)
+    for name, given in (
+        ("train_weights", mixture.train_weights),
+        ("train_languages", mixture.train_languages),
+    ):
+        if given and len(given) != count:
+            text = " ".join(map(str, given))
+            raise UserError(
+                f"--{name} {text} are {len(given)} for {count} --train_file: give one for each."
+            )
+    if not all(0 < weight <= 1000 for weight in mixture.train_weights):
+        raise UserError(
+            f"--train_weights {' '.join(map(str, mixture.train_weights))}: give numbers above 0, "
+            "1000 at most."
+        )
+    for code in mixture.train_languages:
+        if not re.fullmatch("[a-z]{2,3}", code):
+            raise UserError(f"--train_languages {code}: give codes such as en ja, one a file.")
 
 
 def check_teachers(config: TrainConfig) -> None:

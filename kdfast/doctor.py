@@ -92,6 +92,7 @@ def check_invariance(config: TrainConfig) -> None:
     from kdfast.teachers.layers import layer_teacher_key
     from kdfast.training import inputs, invariance
     from kdfast.training.assemble import TrainingData, assemble
+    from kdfast.training.train_files import TrainFiles
 
     check(config.replace(output_dir="."))  # nothing is written there
     if config.model.stage == "both":
@@ -100,12 +101,12 @@ def check_invariance(config: TrainConfig) -> None:
         run = train.start_run(config, ranks, stop)
         train.log_config(config, run)
         student = inputs.load_student(config, ranks)
-        windows = inputs.prepare_for(config, student, config.data.train_file, "train", ranks)
+        files = TrainFiles.prepare_for(config, student, ranks)
         if config.model.stage == "layers":
             layer_teacher_key(config, student)
-        targets = inputs.find_targets(config, windows, student.tokenizer, run)
-        logits = inputs.teacher_logits(config, targets, windows, run)
-        data = TrainingData(windows, logits, inputs.trained_windows(config, windows, ranks))
+        targets = files.find_targets(config, student.tokenizer, run)
+        logits = files.teacher_logits(config, targets, run)
+        data = TrainingData(files.windows, logits, files.shares(config, ranks))
         invariance.report(assemble(config, run, student.model, data), train.train_loop)
 
 

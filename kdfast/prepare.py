@@ -73,15 +73,15 @@ def start(settings: PrepareConfig) -> None:
 def prepare(wanted: Preparation) -> None:
     """Features, and the teachers' passes where there are teachers."""
     config, run = wanted.config, wanted.run
-    windows = None
-    if config.data.train_file:
-        windows = prepare_features(wanted, config.data.train_file, "train")
+    read = [(each, prepare_features(wanted, each, "train")) for each in config.data.train_file]
     if config.data.validation_file:
         prepare_features(wanted, config.data.validation_file, "validation")
     for name in config.model.teacher:
-        assert windows is not None
-        one = targets.find_teacher(config, name, windows, wanted.tokenizer, run)
-        prepare_pass(wanted, one)
+        for source, windows in read:
+            assert windows is not None
+            student = targets.Read(source, windows)
+            one = targets.find_teacher(config, name, student, wanted.tokenizer, run)
+            prepare_pass(wanted, one)
 
 
 def prepare_features(wanted: Preparation, source: str, split: str) -> Windows | None:

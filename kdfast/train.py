@@ -30,7 +30,6 @@ from kdfast.config_checks import check
 from kdfast.demo import demo
 from kdfast.models.save import rehearse_saving
 from kdfast.teachers import layers
-from kdfast.teachers.cache import logits_sum
 from kdfast.training import inputs, resume, stages
 from kdfast.training.assemble import Training, TrainingData, assemble
 from kdfast.training.checkpoint import list_checkpoints
@@ -45,6 +44,7 @@ from kdfast.training.run_folder import (
     write_run,
 )
 from kdfast.training.step import Callback, StepSums, read_step, seed_generators
+from kdfast.training.train_files import TrainFiles
 
 
 def train_loop(training: Training, callback: Callback, steps: int | None = None) -> None:
@@ -181,23 +181,22 @@ def distil(
     student = inputs.load_student(config, ranks)
     if ranks.is_first:
         rehearse_saving(output, student, config.model.student_source)
-    windows = inputs.prepare_for(config, student, config.data.train_file, "train", ranks)
+    files = TrainFiles.prepare_for(config, student, ranks)
     validation = inputs.load_validation(config, student, ranks)
-    targets = inputs.find_targets(config, windows, student.tokenizer, run)
+    targets = files.find_targets(config, student.tokenizer, run)
     taught_by = targets.weights if targets else None
     if config.model.stage == "layers":
         taught_by = [layers.layer_teacher_key(config, student)]
     cache_key = targets.key if targets else None
-    keys = resume.keys_of(config, student, windows, taught_by, cache_key)
+    keys = resume.keys_of(config, student, files.key, taught_by, cache_key)
     ranks.assert_same_on_all_ranks(keys)
     if resumed:
         resumed.check(keys)
-    logits = inputs.teacher_logits(config, targets, windows, run)
-    made = logits_sum(config.data.cache_path, targets.source) if targets else None
+    logits = files.teacher_logits(config, targets, run)
+    made = targets.logits_sum(config) if targets else None
     environment = resume.environment_of(run, made)
     identity = {**settings, **keys, "circumstances": environment}
-    chosen = inputs.trained_windows(config, windows, ranks)
-    data = TrainingData(windows, logits, chosen)
+    data = TrainingData(files.windows, logits, files.shares(config, ranks))
 
     set_key = validation.key if validation else None
     restore = partial(resumed.restore, set_key) if resumed else None
@@ -211,7 +210,7 @@ def distil(
     if config.output.overwrite and ranks.is_first:  # all that the run needs has proved good
         remove_run(output)
     run.stop.can_resume = run.stop.can_resume or bool(list_checkpoints(output))
-    results = Results(config, training, student, windows, validation, identity)
+    results = Results(config, training, student, data.windows, validation, identity)
     ranks.log(f"{total} steps of {config.optimization.train_batch_size} windows.")
     with results.bar, run.stop.deferred(), results.telling_where():
         train_loop(training, results)
@@ -233,8 +232,8 @@ def distil(
         "ranks": ranks.count,
         **describe_machine(run.device),
         "student_parameters": sum(each.numel() for each in training.student.parameters()),
-        "train_windows": len(chosen),
-        "questions": inputs.question_counts(windows, chosen),
+        "train_windows": sum(len(share.windows) for share in data.shares),
+        "questions": files.counts(data.shares),
         "teacher_cache": cache_key,
         "layers_stage": stages.earlier(config),
         "local_paths": local_paths(config),

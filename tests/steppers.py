@@ -8,6 +8,7 @@ import torch
 
 from kdfast.common.run import Run
 from kdfast.config import TrainConfig, WindowSettings
+from kdfast.data.batches import Share
 from kdfast.data.prepare import prepare_windows
 from kdfast.models import load, window_loader
 from kdfast.train import train_loop
@@ -95,7 +96,7 @@ def make(
     model = loaded.model.to(dtype)
     draw = np.random.default_rng(5)
     logits = draw.normal(0, 3, (len(windows.input_ids), 2)).astype(np.float16)
-    data = TrainingData(windows, logits if teacher else None, np.arange(len(windows)))
+    data = TrainingData(windows, logits if teacher else None, [Share(np.arange(len(windows)))])
     run = Run(precision=precision, output=path / "out")
     training = assemble(config, run, model, data)
     training.model.to(dtype)

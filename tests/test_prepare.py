@@ -10,7 +10,7 @@ from kdfast.common.errors import UserError
 from kdfast.data import windowing
 from kdfast.data.chunks import Shard
 from kdfast.teachers import pass_shards, targets, teacher_pass
-from tests import forks, readers
+from tests import corpora, forks, readers
 from tests.data.test_chunks import files_of
 from tests.programs import log_of
 
@@ -311,3 +311,19 @@ def test_first_come_first_served(tmp_path):
     assert others == [first] * 3
     names = {path.name for path in (tmp_path / "teacher").iterdir()}
     assert names == {f"{source.key}.shards" for source in sources}
+
+
+def test_every_train_file_is_prepared_for_training(parts, world, monkeypatch):
+    """With a pass over each; training on both then finds all that it needs."""
+    other = corpora.write(world.path / "other.json", 7)
+    both = {"train_file": [world.train_file, other], "teacher": world.teacher}
+    for teacher in (None, world.teacher):
+        for shard in ("0/2", "1/2"):
+            parts.run("parts", **both | {"teacher": teacher}, shard=shard)
+    parts.run("one", **both)
+    assert parts.files("parts") == parts.files("one")
+    assert sum(name.startswith("teacher/") for name in parts.files("one")) == 2 * 3
+    monkeypatch.setattr(targets, "load_reader", None)
+    monkeypatch.setattr(windowing.WindowBuilder, "chunks", None)
+    both["train_weights"] = [1, 0.5]
+    assert world.run(**both, cache_dir=world.path / "one", output_dir=world.path / "o") == 0

@@ -119,7 +119,7 @@ def test_flags_override():
         config.optimization.train_batch_size,
     ) == (
         2.0,
-        "mine.json",
+        ["mine.json"],
         56,
     )
     assert config.model.recipe == name and "recipe" not in FIXED_ON_RESUME

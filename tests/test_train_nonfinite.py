@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForQuestionAnswering
 
 from kdfast.common.files import write_sums
-from kdfast.data.batches import TrainingOrder
+from kdfast.data.batches import Share, TrainingOrder
 from kdfast.training.optimizer import ScaledAdamW
 from tests.programs import log_of, ranks_of
 
@@ -85,7 +85,7 @@ def test_skip_leaves_the_step_out(spoilt, capsys):
 @pytest.mark.parametrize(("skipped", "told"), [(6, "None"), (4, "Only 2")])
 def test_a_run_most_of_whose_steps_were_skipped_ends_in_a_checkpoint(world, capsys, skipped, told):
     assert world.run(max_steps=1, validation_file=None, output_dir=world.path / "clean") == 0
-    order = TrainingOrder(np.arange(40), 8, 42)
+    order = TrainingOrder([Share(np.arange(40))], 8, 42)
     second_epoch = order.step(5)
     windows = [next(w for w in order.step(n) if w not in second_epoch) for n in range(4)]
     spoil(world, windows if skipped == 4 else ())

@@ -303,6 +303,7 @@ def test_a_gpus_default_is_chosen_for_each_teacher_and_logged(world, monkeypatch
         **LENGTHS, teacher=several, train_file=world.train_file, cache_dir=str(world.path / "cache")
     )
     tokenizer = load_tokenizer(Path(world.student), "it")
-    found = inputs.find_targets(config, student_windows(world), tokenizer, Run())
+    windows = student_windows(world)
+    found = inputs.find_targets(config, world.train_file, windows, tokenizer, Run())
     assert [each.source.precision for each in found.teachers] == ["no", "fp16"]
     assert "--mixed_precision is no, not fp16: deberta does not" in capsys.readouterr().out

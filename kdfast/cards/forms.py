@@ -19,8 +19,10 @@ from kdfast.common.forms import (
     whole,
 )
 
+# One file, or several.
+FILES = where(lambda value: text(value) is None or (bool(value) and list_of(text)(value) is None))
 FROM = {"teacher": optional(list_of(text)), "student": optional(text)}
-FROM |= {"student_layers": optional(text), "train_file": text, "learning_rate": number()}
+FROM |= {"student_layers": optional(text), "train_file": FILES, "learning_rate": number()}
 LAYERS_STAGE = FROM | {"attention_loss": text}
 CONFIG: dict[str, Form] = {
     **FROM,
@@ -33,16 +35,19 @@ CONFIG: dict[str, Form] = {
     **dict.fromkeys(("temperature", "distillation_loss_weight", "weight_decay"), number()),
     **dict.fromkeys(("max_steps", "max_grad_norm"), number()),
     "load_best_model_at_end": boolean,
+    "train_languages": optional(list_of(unicode)),
 }
 FIGURES: dict[str, Form] = {"exact": number(), "f1": number(), "total": whole()}
 PARTS = ("HasAns_f1", "NoAns_f1", "best_f1")  # of figures, where there are such questions
 METRICS = record(FIGURES | dict.fromkeys(PARTS, number()), *PARTS)
 HARDWARE = record({"cpu": text, "cpu_threads": whole(), "gpu": optional(text)})
 RULE = {"metric": text, "language": optional(text)}  # absent: SQuAD's
+TRAIN_FILE = {"file": text, "language": optional(unicode), "weight": number(), "trained": whole()}
 RUN: dict[str, Form] = {
-    "config": record(CONFIG, "stage", "language", "license"),
+    "config": record(CONFIG, "stage", "language", "license", "train_languages"),
     **dict.fromkeys(("steps", "updates", "train_windows", "student_parameters"), whole()),
     **RULE,
+    "questions": record({"files": list_of(record(TRAIN_FILE))}, "files"),
     "ranks": whole(1),
     "precision": text,
     "hardware": HARDWARE,
@@ -60,7 +65,7 @@ RUN: dict[str, Form] = {
     "metrics": optional(METRICS),
     "best_f1": optional(number()),
 }
-_RUN = record(RUN, *RULE, "ranks", "layers_stage", "local_paths", "train_speed")
+_RUN = record(RUN, *RULE, "questions", "ranks", "layers_stage", "local_paths", "train_speed")
 
 
 def run_form(value: Any) -> str | None:

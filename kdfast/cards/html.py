@@ -48,7 +48,7 @@ def write(files: RunFiles, plots: Mapping[str, str]) -> Path:
         files=files,
         figures={name: figures["metrics"] for name, _, figures in models}
         or {"this model": files.metrics()},
-        validation_data=source and files.source(source).name,
+        validation_data=source and files.sources(source)[0].name,
         pictures={
             text: base64_of((files.folder / name).read_bytes()) for name, text in plots.items()
         },

@@ -66,14 +66,13 @@ def card_of(
         files: The run.
         plots: Picture, relative to the folder -> caption.
         repo_id: Where the model is to be found; None for the folder.
-        language: Codes of languages, divided by commas; None for that of a known hub dataset.
+        language: Codes of languages, divided by commas; None for those of --train_languages or of
+            known hub datasets.
         license: The model's license.
     """
     title = repo_id or files.name
-    train_data = files.source(files.config["train_file"])
-    known = own_set(files.config["train_file"]).language if train_data.on_hub else None
-    codes = language or known
-    languages = codes.split(",") if codes else []
+    train_data = files.sources(files.config["train_file"])
+    languages = language.split(",") if language else known_languages(files)
     validation_file = files.config["validation_file"]
     # Latency is that of the first result with another model, or else of the first.
     by_comparison = sorted(files.results, key=lambda each: "compared" not in each)
@@ -84,8 +83,8 @@ def card_of(
         files=files,
         languages=languages,
         license=license,
-        train_data=train_data.name,
-        validation_data=validation_file and files.source(validation_file).name,
+        train_data=[each.name for each in train_data],
+        validation_data=validation_file and files.sources(validation_file)[0].name,
         measured=next(iter(by_comparison), None),
         table=Markup(tables.table(each_text(files.results, markdown))),
         scored_by=tables.scored_by,
@@ -93,6 +92,19 @@ def card_of(
         plots=plots,
         loaded_as=repo_id or str(files.folder),
     )
+
+
+def known_languages(files: RunFiles) -> list[str]:
+    """The languages of the training data, as --train_languages or the hub's sets have them."""
+    named = files.config["train_file"]
+    found = files.config.get("train_languages") or [
+        own_set(text).language
+        for text, each in zip(
+            [named] if isinstance(named, str) else named, files.sources(named), strict=True
+        )
+        if each.on_hub
+    ]
+    return list(dict.fromkeys(each for each in found if each))
 
 
 def as_yaml(content: Any) -> str:
@@ -104,7 +116,7 @@ def front_matter(
     files: RunFiles, title: str, languages: list[str], license: str | None
 ) -> ModelCardData:
     """The card's metadata, as the hub reads it."""
-    data = files.source(files.config["train_file"])
+    on_hub = [each.name for each in files.sources(files.config["train_file"]) if each.on_hub]
     found = eval_results(files)
     return ModelCardData(
         language=languages[0] if len(languages) == 1 else languages or None,
@@ -112,7 +124,7 @@ def front_matter(
         library_name="transformers",
         pipeline_tag="question-answering",
         tags=["extractive-qa", "kdfast", *(["distillation"] if files.teachers else [])],
-        datasets=[data.name] if data.on_hub else None,
+        datasets=on_hub or None,
         base_model=None if files.is_local(files.origin) else files.origin,
         metrics=[metric for metric, _ in METRICS.values()] if found else None,
         model_name=title,
@@ -131,7 +143,7 @@ def eval_results(files: RunFiles) -> list[EvalResult]:
             found += _entries(source, result["name"], worst, f"{rule}, worst forms")
     validated = files.metrics()
     if validated and not files.result_of_validation():
-        source = files.source(files.config["validation_file"])
+        (source,) = files.sources(files.config["validation_file"])
         found += _entries(source, source.name, validated, _rule(files.run))
     return found
 

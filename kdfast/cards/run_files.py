@@ -124,9 +124,10 @@ class RunFiles:
         """A hub id as it is, a path without its folders."""
         return base_name(name) if self.is_local(name) else name
 
-    def source(self, text: str) -> Source:
-        """The data that a flag of the run named."""
-        return Source.of(text, self.run.get("local_paths", ()))
+    def sources(self, files: str | list[str]) -> list[Source]:
+        """The data that a flag of the run named: a file, or several."""
+        names = [files] if isinstance(files, str) else files
+        return [Source.of(each, self.run.get("local_paths", ())) for each in names]
 
     def metrics(self) -> dict[str, float] | None:
         """Of the weights in `folder` on --validation_file; None where they were not evaluated."""
@@ -139,7 +140,7 @@ class RunFiles:
         named = self.config["validation_file"]
         if named is None:
             return None
-        wanted = self.source(named)
+        (wanted,) = self.sources(named)
         for each in self.results:
             if each["file"] == named or (wanted.on_hub and Source.of_result(each) == wanted):
                 return each

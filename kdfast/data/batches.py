@@ -1,24 +1,52 @@
 """The order of training: which windows a step takes, and the micro-batches inside the step."""
 
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
 
+@dataclass(frozen=True)
+class Share:
+    """The windows of a file, int array (n,), and how often an epoch draws them: `weight` times."""
+
+    windows: np.ndarray
+    weight: float = 1.0
+
+    @property
+    def count(self) -> int:
+        """How many windows an epoch draws."""
+        return max(1, round(self.weight * len(self.windows)))
+
+    def drawn(self, epoch: int, *key: int) -> np.ndarray:
+        """Those of an epoch: the next `count` of an endless row of shuffles, keyed by `key`.
+
+        So that none is drawn again before all others have been.
+        """
+        begin, length = epoch * self.count, len(self.windows)
+        first, last = begin // length, (begin + self.count - 1) // length
+        row = [
+            # The closing 1 keeps it apart from the key of an epoch's order.
+            np.random.default_rng([*key, number, 1]).permutation(self.windows)
+            for number in range(first, last + 1)
+        ]
+        return np.concatenate(row)[begin - first * length :][: self.count]
+
+
 class TrainingOrder:
     """Steps of `batch_size` windows from a new shuffle each epoch, keyed by (seed, epoch).
 
-    windows: int array, the windows that take part. The last step of an epoch may be short.
+    shares: the windows that take part. The last step of an epoch may be short.
     A step is a pure function of its number, so that a run can start anywhere.
     """
 
-    def __init__(self, windows: np.ndarray, batch_size: int, seed: int):
-        self.windows = windows
+    def __init__(self, shares: Sequence[Share], batch_size: int, seed: int):
+        self.shares = shares
         self.batch_size = batch_size
         self.seed = seed
-        self.steps_per_epoch = -(-len(windows) // batch_size)
+        self.steps_per_epoch = -(-sum(share.count for share in shares) // batch_size)
         self._shuffled: tuple[int, np.ndarray] | None = None
 
     def step(self, step: int) -> np.ndarray:
@@ -26,9 +54,14 @@ class TrainingOrder:
         epoch, place = divmod(step, self.steps_per_epoch)
         if self._shuffled is None or self._shuffled[0] != epoch:
             draw = np.random.default_rng([self.seed, epoch])
-            self._shuffled = (epoch, draw.permutation(self.windows))
+            self._shuffled = (epoch, draw.permutation(self._drawn(epoch)))
         start = place * self.batch_size
         return self._shuffled[1][start : start + self.batch_size]
+
+    def _drawn(self, epoch: int) -> np.ndarray:
+        """The windows of an epoch. Sorted, so that how they were drawn decides nothing more."""
+        drawn = [share.drawn(epoch, self.seed, n) for n, share in enumerate(self.shares)]
+        return np.sort(np.concatenate(drawn))
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,8 @@ class MappedFile(NamedTuple):
     @classmethod
     def of(cls, value: Any) -> Any:
         """The file of an array that was mapped and is all there; any other value itself."""
+        if isinstance(value, list):
+            return [cls.of(each) for each in value]
         root = value
         while isinstance(root, np.ndarray) and isinstance(root.base, np.ndarray):
             root = root.base
@@ -60,6 +62,13 @@ class MappedFile(NamedTuple):
         if not is_map or value.nbytes != root.nbytes:
             return value
         return cls(str(root.filename), value.dtype.str, root.offset, value.shape)
+
+    @classmethod
+    def opened(cls, value: Any) -> Any:
+        """What `of` was given."""
+        if isinstance(value, list):
+            return [cls.opened(each) for each in value]
+        return value.open() if isinstance(value, cls) else value
 
     def open(self) -> np.ndarray:
         return np.memmap(self.path, self.dtype, "r", self.offset, self.shape).view(np.ndarray)
@@ -73,7 +82,7 @@ class PickledByPath:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
-            setattr(self, name, value.open() if isinstance(value, MappedFile) else value)
+            setattr(self, name, MappedFile.opened(value))
 
 
 def narrowest(values: np.ndarray, kinds: Kinds) -> type[np.generic]:

@@ -19,7 +19,7 @@ from kdfast.data.cache import PickledByPath
 from kdfast.data.windows import Windows
 from kdfast.models.hub import local_folder
 from kdfast.tokenizers.load import FolderTokenizer, load_tokenizer
-from kdfast.training import inputs
+from kdfast.training.train_files import TrainFiles
 
 TEACHER_COLUMNS = ("teacher_logits", "teacher_window")
 Row = dict[str, Any]
@@ -95,18 +95,18 @@ def kd_dataset(config: TrainConfig) -> KDDataset:
         )
     if not config.data.train_file:
         raise UserError("kd_dataset needs a train_file: name one.")
+    if config.mixture.train_weights:
+        raise UserError("kd_dataset leaves the order to the Trainer: leave train_weights out.")
     check_teachers(config)
     run = Run(pick_device(int(os.environ.get("LOCAL_RANK", "0"))))  # as the Trainer chooses
     tokenizer = kd_tokenizer(config)
-    windows = inputs.prepare(config, tokenizer, config.data.train_file, "train", run.ranks)
-    targets = inputs.find_targets(config, windows, tokenizer, run)
+    files = TrainFiles.prepare(config, tokenizer, run.ranks)
+    targets = files.find_targets(config, tokenizer, run)
     assert targets is not None
-    logits = inputs.teacher_logits(config, targets, windows, run)
-    assert logits is not None
-    chosen = inputs.trained_windows(config, windows, run.ranks)
-    return KDDataset(
-        windows, chosen, logits, config.loss.temperature if targets.is_derived else None
-    )
+    logits = files.teacher_logits(config, targets, run)
+    chosen = np.concatenate([share.windows for share in files.shares(config, run.ranks)])
+    temperature = config.loss.temperature if targets.is_derived else None
+    return KDDataset(files.windows, chosen, logits, temperature)
 
 
 def kd_tokenizer(config: TrainConfig) -> FolderTokenizer:

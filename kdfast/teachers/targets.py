@@ -8,6 +8,7 @@ student's tokens. Rank 0 prints what the user should know.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -60,16 +61,23 @@ class Teacher:
         return probabilities
 
 
+class Read(NamedTuple):
+    """A file, and the windows of it that the student reads."""
+
+    source: str
+    windows: Windows
+
+
 def find_teacher(
     config: TrainConfig,
     name: str,
-    windows: Windows,
+    student: Read,
     own_tokenizer: PreTrainedTokenizerFast,
     run: Run,
 ) -> Teacher:
     """The teacher `name` and the windows it reads, which are made where they are not there.
 
-    windows: the student's. The teacher has a precision of its own: what its type can.
+    The teacher has a precision of its own: what its type can.
     """
     folder = local_folder(name, "--teacher")
     own_config = load_config(folder, name, "--teacher")
@@ -77,7 +85,7 @@ def find_teacher(
     kind = resolve(asked, run.device, [own_config.model_type], ranks.log)
     tokenizer = load_tokenizer(folder, "--teacher")
     key = tokenizer_key(tokenizer)
-    weights = cache.weights_key(folder)
+    weights, windows = cache.weights_key(folder), student.windows
     if same_tokens(tokenizer, own_tokenizer):
         source = cache.Source(weights, key, windows.key, kind)
         windows = windows.with_token_types(Template.learn(tokenizer).uses_token_types)
@@ -86,7 +94,7 @@ def find_teacher(
     length = trained_length(own_config)
     read = rewindow(
         windows,
-        config.data.train_file,
+        student.source,
         tokenizer,
         replace(config.windows, max_seq_length=length),
         cache_dir=config.data.cache_path,

@@ -13,7 +13,7 @@ from kdfast.common import heartbeat
 from kdfast.common.device import place
 from kdfast.common.run import Run
 from kdfast.config import OptimizationSettings, TrainConfig
-from kdfast.data.batches import MicroBatchPolicy, TrainingOrder
+from kdfast.data.batches import MicroBatchPolicy, Share, TrainingOrder
 from kdfast.data.windows import Windows
 from kdfast.models.dropout import speed_up_dropout
 from kdfast.models.packing import wants_packing
@@ -67,12 +67,12 @@ class TrainingData:
     Attributes:
         windows: All that were prepared.
         teacher_logits: fp16 (tokens, 2), flat as windows.input_ids, or None.
-        chosen: int (n,), the windows that take part.
+        shares: The windows that take part, of each file.
     """
 
     windows: Windows
     teacher_logits: np.ndarray | None
-    chosen: np.ndarray
+    shares: list[Share]
 
 
 @dataclass
@@ -237,7 +237,7 @@ def assemble(
     if not speed.gradient_checkpointing and config.model.stage != "layers":  # which excludes it
         remedies += ", --gradient_checkpointing,"
     order = TrainingOrder(
-        data.chosen, config.optimization.train_batch_size, config.optimization.seed
+        data.shares, config.optimization.train_batch_size, config.optimization.seed
     )
     return Training(
         run=run,

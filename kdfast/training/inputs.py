@@ -4,17 +4,14 @@ Rank 0 prints what the user should know.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from kdfast.common.errors import UserError
 from kdfast.common.ranks import Ranks
 from kdfast.common.run import Run
 from kdfast.config import TrainConfig
-from kdfast.data import read, tally
-from kdfast.data.cache import UNLABELLED
+from kdfast.data import read
 from kdfast.data.prepare import prepare_windows
 from kdfast.data.windows import Windows
 from kdfast.evaluation import metrics, scoring, suites
@@ -90,37 +87,32 @@ def prepare(
         cache_dir=config.data.cache_path,
         ranks=ranks,
     )
+    where = f"{source}: " if split == "train" and len(config.data.train_file) > 1 else ""
     for note in windows.notes(training=split == "train"):
-        ranks.log(note)
+        ranks.log(f"{where}{note}")
     return windows
 
 
-def prepare_for(
-    config: TrainConfig, student: Loaded, source: str, split: str, ranks: Ranks
-) -> Windows:
-    """As `prepare`; raises UserError for windows that the student cannot read."""
-    windows = prepare(config, student.tokenizer, source, split, ranks)
+def check_student_reads(config: TrainConfig, student: Loaded, windows: Windows) -> None:
+    """Raise UserError for windows that the student cannot read."""
     longest = config.windows.max_seq_length
     check_windows(student.model.reader, windows, longest, config.data.cache_path)
-    return windows
 
 
 def find_targets(
     config: TrainConfig,
+    source: str,
     windows: Windows,
     tokenizer: PreTrainedTokenizerFast,
     run: Run,
-) -> TeacherTargets | None:
-    """The teachers whose logits the student learns from; None if the soft loss is off.
+) -> TeacherTargets:
+    """The teachers whose logits the student learns from.
 
-    windows, tokenizer: the student's.
+    source: the file. windows, tokenizer: the student's.
     """
-    if not config.learns_answers:
-        if config.model.teacher and config.model.stage == "predictions":
-            run.ranks.log("--distillation_loss_weight is 0: the teacher's logits are not computed.")
-        return None
     found = [
-        targets.find_teacher(config, name, windows, tokenizer, run) for name in config.model.teacher
+        targets.find_teacher(config, name, targets.Read(source, windows), tokenizer, run)
+        for name in config.model.teacher
     ]
     if len(found) == 1 and found[0].aligner is None:
         return TeacherTargets(found, found[0].source)
@@ -134,18 +126,13 @@ def find_targets(
 
 
 def teacher_logits(
-    config: TrainConfig,
-    taught: TeacherTargets | None,
-    windows: Windows,
-    run: Run,
-) -> np.ndarray | None:
+    config: TrainConfig, taught: TeacherTargets, windows: Windows, run: Run
+) -> np.ndarray:
     """The logits of `taught`, from its cache, which is made where it is not there.
 
     Those of one teacher with the student's tokenizer as they are, else a derived cache. A teacher
     is loaded only where its own logits are not there.
     """
-    if taught is None:
-        return None
     mixture = taught.source
     if not isinstance(mixture, Mixture):
         return targets.own_logits(config, taught.teachers[0], run)
@@ -162,28 +149,6 @@ def teacher_logits(
     return logits
 
 
-def trained_windows(config: TrainConfig, windows: Windows, ranks: Ranks) -> np.ndarray:
-    """The windows that teach something: unlabelled ones only where there is a teacher."""
-    keep = np.array(windows.trainable)
-    unlabelled = keep & (windows.start_positions == UNLABELLED)
-    is_useless = (
-        config.model.stage == "predictions" and not config.learns_answers and unlabelled.any()
-    )
-    if is_useless:
-        count = unlabelled.sum()
-        ranks.log(f"{count} unlabelled windows are left out, as no teacher is learnt from.")
-        keep &= ~unlabelled
-    if not keep.any():
-        remedy = "all are left out, as said above: mend the file or the flags"
-        if is_useless:
-            needed = "--distillation_loss_weight above 0" if config.model.teacher else "--teacher"
-            remedy = f"give labelled questions, or a {needed} for unlabelled ones"
-        raise UserError(
-            f"--train_file {config.data.train_file} has no question to train on: {remedy}."
-        )
-    return np.flatnonzero(keep)
-
-
 def validation_set(config: TrainConfig) -> suites.EvaluationSet | None:
     """The set of --validation_file with the rule that scores it, or None without one.
 
@@ -198,19 +163,6 @@ def validation_set(config: TrainConfig) -> suites.EvaluationSet | None:
     )
 
 
-def question_counts(windows: Windows, chosen: np.ndarray) -> dict[str, Any]:
-    """What run.json holds of the training questions: read, trained, left_out by reason.
-
-    chosen: the windows that are trained on.
-    """
-    trained = len(np.unique(windows.question[chosen]))
-    reasons = (*tally.UNREAD, *tally.UNTRAINED)
-    left_out = {reason: windows.counts[reason] for reason in reasons if windows.counts[reason]}
-    if rest := windows.tally.read() - trained - sum(left_out.values()):
-        left_out["unlabelled"] = rest
-    return {"read": windows.tally.read(), "trained": trained, "left_out": left_out}
-
-
 def load_validation(
     config: TrainConfig, student: Loaded, ranks: Ranks
 ) -> scoring.Validation | None:
@@ -222,8 +174,10 @@ def load_validation(
         ranks.log(found.rule.sentence)
     examples = read.read_examples(config.data.validation_file, split="validation")
     metrics.gold_answers(examples)  # a set that cannot be scored is refused before training
+    windows = prepare(config, student.tokenizer, config.data.validation_file, "validation", ranks)
+    check_student_reads(config, student, windows)
     return scoring.Validation(
-        windows=prepare_for(config, student, config.data.validation_file, "validation", ranks),
+        windows=windows,
         examples=examples,
         max_answer_length=config.evaluation.max_answer_length,
         n_best_size=config.evaluation.n_best_size,

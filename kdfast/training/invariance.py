@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from kdfast.common.errors import UserError
-from kdfast.data.batches import MicroBatchPolicy, TrainingOrder, shard
+from kdfast.data.batches import MicroBatchPolicy, Share, TrainingOrder, shard
 from kdfast.training.assemble import Training
 from kdfast.training.micro_batches import MicroBatches
 from kdfast.training.optimizer import ScaledAdamW
@@ -59,7 +59,7 @@ def check(training: Training, loop: Loop, indices: np.ndarray) -> list[Split]:
     model.eval()
     model.train = lambda mode=True: model  # type: ignore[method-assign]  # no dropout in the loop
     training.run.precision = "no"
-    training.order = TrainingOrder(indices[:WINDOWS], WINDOWS, seed=0)
+    training.order = TrainingOrder([Share(indices[:WINDOWS])], WINDOWS, seed=0)
     lengths = training.cuts.lengths
     ways = _ways(training.cuts.policy, int(lengths[indices[:WINDOWS]].max()), ranks.count)
     found: dict[str, dict[torch.dtype, torch.Tensor]] = {name: {} for name in ways}

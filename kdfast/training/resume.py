@@ -12,7 +12,6 @@ from kdfast.common.machine import changes, code_key, numeric_environment
 from kdfast.common.ranks import Ranks
 from kdfast.common.run import Run
 from kdfast.config import CHANGEABLE, CUTS, FIXED_ON_RESUME, TrainConfig
-from kdfast.data.windows import Windows
 from kdfast.models.checks import MODEL_FILE
 from kdfast.models.hub import local_folder
 from kdfast.models.load import Loaded
@@ -50,7 +49,7 @@ class Resumed:
         self.best = best
         # A setting that checkpoints of earlier versions lack comes first.
         self.identity = {"packing": "auto", **checkpoint.read_state(folder)["identity"]}
-        self.allowed = config.output.allowed_changes()
+        self.allowed = config.allowed_changes()
         self.changed: list[str] = []
 
     @classmethod
@@ -179,13 +178,13 @@ def settings_of(config: TrainConfig, precision: str) -> dict[str, Any]:
 def keys_of(
     config: TrainConfig,
     student: Loaded,
-    windows: Windows,
+    data: Any,
     teachers: list[str] | None,
-    logits: str | None,
+    logits: Any,
 ) -> dict[str, Any]:
     """What a run learns from, by content: a file or model under another name is the same.
 
-    teachers: weights_key of each. logits: key of the cache of what they say.
+    data: TrainFiles.key. teachers: weights_key of each. logits: Targets.key.
     """
     role = "--student" if config.model.student else "--teacher"
     folder = local_folder(config.model.student_source, role)
@@ -193,15 +192,15 @@ def keys_of(
         "student": cache.weights_key(folder),
         "teacher": teachers,
         "tokenizer": tokenizer_key(student.tokenizer),
-        "training data": windows.key,
+        "training data": data,
         "teacher's logits": logits,
     }
 
 
-def environment_of(run: Run, logits: str | None) -> dict[str, Any]:
+def environment_of(run: Run, logits: Any) -> dict[str, Any]:
     """What may differ between starts; results then differ by rounding. All ranks call it.
 
-    logits: sum of what the teacher says, which may have been computed again elsewhere.
+    logits: sum, or sums, of what the teacher says, which may have been computed again elsewhere.
     """
     return {
         "number of ranks": run.ranks.count,

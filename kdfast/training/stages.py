@@ -120,8 +120,9 @@ def _continued(first: TrainConfig, last: TrainConfig, may_begin: bool) -> list[T
 
 def _look_ahead(first: TrainConfig, last: TrainConfig) -> None:
     """Raise UserError for what the second stage would fail at, before the first one trains."""
-    if last.data.train_file != first.data.train_file:
-        read.read_examples(last.data.train_file, split="train")
+    for each in last.data.train_file:
+        if each not in first.data.train_file:
+            read.read_examples(each, split="train")
     if last.data.validation_file:
         metrics.gold_answers(read.read_examples(last.data.validation_file, split="validation"))
     if not last.learns_answers:

@@ -6,6 +6,7 @@ import pytest
 
 from kdfast.data.batches import (
     MicroBatchPolicy,
+    Share,
     TrainingOrder,
     cut_by_tokens,
     cut_evenly,
@@ -16,7 +17,7 @@ from kdfast.data.batches import (
 
 def test_an_epoch_takes_every_window_once_and_ends_short():
     windows = np.array([3, 5, 8, 13, 21, 34, 55])
-    order = TrainingOrder(windows, 3, seed=1)
+    order = TrainingOrder([Share(windows)], 3, seed=1)
     assert order.steps_per_epoch == 3
     steps = [order.step(step) for step in range(6)]
     assert [len(step) for step in steps] == [3, 3, 1, 3, 3, 1]
@@ -27,15 +28,15 @@ def test_an_epoch_takes_every_window_once_and_ends_short():
 
 def test_a_step_is_a_function_of_seed_and_number():
     windows = np.arange(100)
-    forward = TrainingOrder(windows, 10, seed=1)
+    forward = TrainingOrder([Share(windows)], 10, seed=1)
     wanted = [forward.step(step) for step in range(25)]
     for step in (24, 3, 17, 0):
-        assert np.array_equal(TrainingOrder(windows, 10, seed=1).step(step), wanted[step])
-    assert not np.array_equal(TrainingOrder(windows, 10, seed=2).step(0), wanted[0])
+        assert np.array_equal(TrainingOrder([Share(windows)], 10, seed=1).step(step), wanted[step])
+    assert not np.array_equal(TrainingOrder([Share(windows)], 10, seed=2).step(0), wanted[0])
 
 
 def test_every_place_is_drawn_evenly():
-    first = [TrainingOrder(np.arange(10), 1, seed).step(0)[0] for seed in range(3000)]
+    first = [TrainingOrder([Share(np.arange(10))], 1, seed).step(0)[0] for seed in range(3000)]
     counts = np.bincount(first, minlength=10)
     assert counts.min() > 230 and counts.max() < 370  # 300 +- 4 sigma
 
@@ -176,3 +177,40 @@ def test_packed_shares_have_equal_tokens():
     lengths = np.array([10, 400, 10, 10, 10, 380, 10, 10])
     shares = shard(np.arange(8), lengths, 2, packed_policy(100))
     assert [int(lengths[share].sum()) for share in shares] == [420, 420]
+
+
+def test_a_weight_says_how_often_an_epoch_draws_a_file():
+    once, half, twice = np.arange(9), np.arange(10, 18), np.arange(20, 23)
+    order = TrainingOrder([Share(once), Share(half, 0.5), Share(twice, 2)], 5, seed=3)
+    assert order.steps_per_epoch == 4  # 9 + 4 + 6 windows
+    epochs = [
+        np.concatenate([order.step(4 * epoch + place) for place in range(4)]) for epoch in range(6)
+    ]
+    for first, second in zip(epochs[::2], epochs[1::2], strict=True):
+        for epoch in (first, second):
+            assert sorted(epoch[epoch < 10]) == list(once)
+            assert sorted(epoch[epoch >= 20]) == sorted([*twice, *twice])
+        both = np.concatenate([first, second])
+        assert sorted(both[(both >= 10) & (both < 20)]) == list(half)  # the other half
+    halves = [frozenset(epoch[(epoch >= 10) & (epoch < 20)]) for epoch in epochs]
+    assert len(set(halves)) > 2
+    again = TrainingOrder(order.shares, 5, seed=3)
+    for step in (23, 2, 14):  # a resumed run begins anywhere
+        assert np.array_equal(again.step(step), order.step(step))
+
+
+@pytest.mark.parametrize("weight", [0.3, 1.7, 2.5, 0.001])
+def test_any_weight_draws_all_windows_evenly(weight):
+    share = Share(np.arange(7), weight)
+    drawn = [share.drawn(epoch, 1, 0) for epoch in range(50)]
+    assert {len(each) for each in drawn} == {max(1, round(7 * weight))}
+    counts = np.bincount(np.concatenate(drawn), minlength=7)
+    assert counts.max() - counts.min() <= 1
+
+
+def test_one_file_that_is_drawn_once_has_the_order_of_earlier_versions():
+    windows = np.array([3, 5, 8, 13, 21, 34, 55])
+    order = TrainingOrder([Share(windows)], 7, seed=1)
+    for epoch in range(3):
+        wanted = np.random.default_rng([1, epoch]).permutation(windows)
+        assert np.array_equal(order.step(epoch), wanted)

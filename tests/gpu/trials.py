@@ -17,11 +17,13 @@ from kdfast import train
 from kdfast.common.ranks import Ranks
 from kdfast.common.run import Run
 from kdfast.config import TrainConfig
+from kdfast.data.batches import Share
 from kdfast.models.checks import SUPPORTED
 from kdfast.training import inputs
 from kdfast.training.assemble import Training, TrainingData, assemble
 from kdfast.training.invariance import Recorder
 from kdfast.training.micro_batches import peak_bytes_of
+from kdfast.training.train_files import TrainFiles
 from tests import corpora, readers
 from tests.gpu.card import Card
 from tests.programs import World, log_of
@@ -59,7 +61,7 @@ class Small:
     def windows(self):
         config = self.config()
         student = inputs.load_student(config, Ranks())
-        return inputs.prepare_for(config, student, self.data, "train", Ranks())
+        return TrainFiles.prepare_for(config, student, Ranks()).windows
 
     def training(self, run: Run, dtype=torch.float32, **changes) -> Training:
         """With made-up teacher logits. Until another cut is given, a step is one micro-batch."""
@@ -67,7 +69,7 @@ class Small:
         model = inputs.load_student(config, run.ranks).model.to(dtype)
         draw = np.random.default_rng(5)
         logits = draw.normal(0, 3, (len(self.windows.input_ids), 2)).astype(np.float16)
-        data = TrainingData(self.windows, logits, np.arange(len(self.windows)))
+        data = TrainingData(self.windows, logits, [Share(np.arange(len(self.windows)))])
         return assemble(config, run, model, data)
 
 
@@ -202,7 +204,7 @@ def memory_runs_out_in_the_teachers_pass(card: Card, path: Path) -> None:
 
     def logits(cache: str) -> np.ndarray:
         config = small.config(cache_dir=str(path / cache))
-        targets = inputs.find_targets(config, small.windows, tokenizer, run)
+        targets = inputs.find_targets(config, small.data, small.windows, tokenizer, run)
         return np.array(inputs.teacher_logits(config, targets, small.windows, run))
 
     whole = logits("whole")

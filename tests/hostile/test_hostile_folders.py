@@ -65,7 +65,7 @@ def ground(tmp_path_factory):
         student=home / "student",
         features=cache_folder(home / "cache", run.windows.key),
         teacher=home / "cache" / "teacher" / source.key,
-        examples=read_examples(run.config.data.train_file),
+        examples=read_examples(run.config.data.train_file[0]),
     )
 
 

@@ -17,7 +17,8 @@ from tests.training.test_checkpoint import save
 
 FILES = json.loads((Path(__file__).parents[1] / "golden" / "earlier_run.json").read_text())
 
-ADDED = {"packing": "auto"}  # settings, with their defaults
+# Settings, with their defaults.
+ADDED = {"packing": "auto", "train_weights": None, "train_languages": None}
 
 
 def config_of(record):

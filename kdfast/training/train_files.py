@@ -1,0 +1,207 @@
+"""The files that a run trains on: their windows, what teachers say of them, and how often each is
+drawn. Features and logits are cached for each file, and serve it in any company.
+
+Rank 0 prints what the user should know.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from kdfast.common.errors import UserError
+from kdfast.common.ranks import Ranks
+from kdfast.common.run import Run
+from kdfast.config import TrainConfig
+from kdfast.data import tally
+from kdfast.data.batches import Share
+from kdfast.data.cache import UNLABELLED
+from kdfast.data.joined import joined, joined_arrays
+from kdfast.data.windows import Windows
+from kdfast.models.load import Loaded
+from kdfast.teachers import cache
+from kdfast.training import inputs
+from kdfast.training.inputs import TeacherTargets
+
+
+@dataclass(frozen=True)
+class TrainFile:
+    """A file that is trained on. weight: how often an epoch draws each window, see `Share`."""
+
+    source: str
+    windows: Windows
+    weight: float = 1.0
+    language: str | None = None
+
+    def chosen(self, config: TrainConfig, ranks: Ranks) -> np.ndarray:
+        """The windows that teach something: unlabelled ones only where there is a teacher."""
+        windows = self.windows
+        keep = np.array(windows.trainable)
+        unlabelled = keep & (windows.start_positions == UNLABELLED)
+        is_useless = (
+            config.model.stage == "predictions" and not config.learns_answers and unlabelled.any()
+        )
+        if is_useless:
+            count = unlabelled.sum()
+            ranks.log(f"{count} unlabelled windows are left out, as no teacher is learnt from.")
+            keep &= ~unlabelled
+        if not keep.any():
+            remedy = "all are left out, as said above: mend the file or the flags"
+            if is_useless:
+                needed = (
+                    "--distillation_loss_weight above 0" if config.model.teacher else "--teacher"
+                )
+                remedy = f"give labelled questions, or a {needed} for unlabelled ones"
+            raise UserError(f"--train_file {self.source} has no question to train on: {remedy}.")
+        return np.flatnonzero(keep)
+
+    def counts(self, chosen: np.ndarray) -> dict[str, Any]:
+        """Its questions: read, trained, left_out by reason. chosen: the windows that train."""
+        windows = self.windows
+        read, trained = windows.tally.read(), len(np.unique(windows.question[chosen]))
+        reasons = (*tally.UNREAD, *tally.UNTRAINED)
+        left_out = {reason: windows.counts[reason] for reason in reasons if windows.counts[reason]}
+        if rest := read - trained - sum(left_out.values()):
+            left_out["unlabelled"] = rest
+        return {"read": read, "trained": trained, "left_out": left_out}
+
+
+@dataclass(frozen=True)
+class TrainFiles:
+    """The files of a run, in the order of the flag. Window numbers run on from file to file."""
+
+    files: list[TrainFile]
+
+    @classmethod
+    def prepare(
+        cls, config: TrainConfig, tokenizer: PreTrainedTokenizerFast, ranks: Ranks
+    ) -> "TrainFiles":
+        """The files of a run, from the cache where they are there. Raises UserError."""
+        sources, mixture = config.data.train_file, config.mixture
+        weights = mixture.train_weights or [1.0] * len(sources)
+        languages: Sequence[str | None] = mixture.train_languages or [None] * len(sources)
+        return cls(
+            [
+                TrainFile(
+                    source,
+                    inputs.prepare(config, tokenizer, source, "train", ranks),
+                    weight,
+                    language,
+                )
+                for source, weight, language in zip(sources, weights, languages, strict=True)
+            ]
+        )
+
+    @classmethod
+    def prepare_for(cls, config: TrainConfig, student: Loaded, ranks: Ranks) -> "TrainFiles":
+        """As `prepare`; raises UserError for windows that the student cannot read."""
+        found = cls.prepare(config, student.tokenizer, ranks)
+        for each in found.files:
+            inputs.check_student_reads(config, student, each.windows)
+        return found
+
+    @cached_property
+    def windows(self) -> Windows:
+        """All windows."""
+        return joined([each.windows for each in self.files])
+
+    @property
+    def key(self) -> Any:
+        """Names the content: the key of one file, or the list of all."""
+        return alone_or_all([each.windows.key for each in self.files])
+
+    def find_targets(
+        self, config: TrainConfig, tokenizer: PreTrainedTokenizerFast, run: Run
+    ) -> "Targets | None":
+        """What the student, whose tokenizer it is, learns from; None if the soft loss is off."""
+        if not config.learns_answers:
+            if config.model.teacher and config.model.stage == "predictions":
+                run.ranks.log(
+                    "--distillation_loss_weight is 0: the teacher's logits are not computed."
+                )
+            return None
+        return Targets(
+            [
+                inputs.find_targets(config, each.source, each.windows, tokenizer, run)
+                for each in self.files
+            ]
+        )
+
+    def teacher_logits(self, config: TrainConfig, targets: "Targets | None", run: Run) -> Any:
+        """What teachers say of all windows, fp16 (tokens, 2), from caches; None without targets."""
+        if targets is None:
+            return None
+        return joined_arrays(
+            [
+                inputs.teacher_logits(config, one, each.windows, run)
+                for one, each in zip(targets.files, self.files, strict=True)
+            ]
+        )
+
+    def shares(self, config: TrainConfig, ranks: Ranks) -> list[Share]:
+        """The windows of each file that are trained on. Raises UserError where there are none."""
+        found, begin = [], 0
+        for each in self.files:
+            chosen = each.chosen(config, ranks)
+            found.append(Share(begin + chosen, each.weight))
+            begin += len(each.windows)
+            if len(self.files) > 1:
+                counts = each.counts(chosen)
+                of = f" in {each.language}" if each.language else ""
+                ranks.log(
+                    f"{each.source}: {counts['trained']} of {counts['read']} questions{of}; an "
+                    f"epoch draws {found[-1].count} of {len(chosen)} windows."
+                )
+        return found
+
+    def counts(self, shares: Sequence[Share]) -> dict[str, Any]:
+        """What run.json holds of the training questions: read, trained, left_out by reason; and,
+        of several files, the same of each."""
+        found, begin = [], 0
+        for each, share in zip(self.files, shares, strict=True):
+            own = {"file": each.source, "language": each.language, "weight": each.weight}
+            found.append(own | each.counts(share.windows - begin) | {"windows": len(share.windows)})
+            begin += len(each.windows)
+        left_out: Counter[str] = Counter()
+        for entry in found:
+            left_out.update(entry["left_out"])
+        total = {name: sum(entry[name] for entry in found) for name in ("read", "trained")}
+        named = {"files": found} if len(found) > 1 or self.files[0].language else {}
+        return {**total, "left_out": dict(left_out), **named}
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What teachers say, of each file."""
+
+    files: list[TeacherTargets]
+
+    @property
+    def key(self) -> Any:
+        """The key of the cache with the logits, or the list of those of all files."""
+        return alone_or_all([each.key for each in self.files])
+
+    @property
+    def is_derived(self) -> bool:
+        """See TeacherTargets; so of all files or of none."""
+        return self.files[0].is_derived
+
+    @property
+    def weights(self) -> list[str]:
+        """Each teacher's weights_key."""
+        return self.files[0].weights
+
+    def logits_sum(self, config: TrainConfig) -> Any:
+        """sha256 of the logits, or the list of those of all files; see `cache.logits_sum`."""
+        return alone_or_all(
+            [cache.logits_sum(config.data.cache_path, each.source) for each in self.files]
+        )
+
+
+def alone_or_all(values: list[Any]) -> Any:
+    """The one value, as files of earlier versions have it, or the list of several."""
+    return values[0] if len(values) == 1 else values
