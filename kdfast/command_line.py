@@ -39,9 +39,9 @@ def parse(argv: list[str]) -> TrainConfig | None:
 
 PREPARE = """`python -m kdfast.prepare`: make what kdfast.train reads from its cache.
 
-Without --teacher: the features of --train_file and --validation_file. With it: those, and the
-teacher's pass over each --train_file. --shard makes a part of one of the two, so that many machines
-can share it; the last part to be made joins all of them. docs/clusters.md shows how.
+Without --teacher: the features of all files that are named. With it: those, and the teacher's pass
+over each --train_file and --unlabelled_file. --shard makes a part of one of the two, so that many
+machines can share it; the last part to be made joins all of them. docs/clusters.md shows how.
 """
 
 

@@ -192,7 +192,7 @@ _EMPTY = {
     if each.default == "" or each.default_factory is not MISSING
 }
 # Lists that files of earlier versions, which knew one name, have as a text.
-_FILES = {"train_file", "layers_train_file"}
+_FILES = {"train_file", "layers_train_file", "unlabelled_file"}
 _RESUME = {
     each.name: each.metadata["help"].resume for kind in GROUPS.values() for each in fields(kind)
 }

@@ -15,7 +15,13 @@ LAYERS_FLAGS = {
     "layers_num_train_epochs": "num_train_epochs",
     "layers_learning_rate": "learning_rate",
 }
-EVALUATION_FLAGS = ("eval_steps", "load_best_model_at_end", "metric", "report")
+EVALUATION_FLAGS = (
+    "eval_steps",
+    "load_best_model_at_end",
+    "early_stopping_patience",
+    "metric",
+    "report",
+)
 # What stage layers has no use for.
 OF_ANSWERS = {name for name, group in SETTINGS.items() if group in ("loss", "evaluation")} | {
     "teacher_weights",
@@ -25,7 +31,7 @@ OF_ANSWERS = {name for name, group in SETTINGS.items() if group in ("loss", "eva
     "push_to_hub",
 }
 # What goes with --train_file, and not with --layers_train_file.
-OF_TRAIN_FILES = {"train_weights", "train_languages"}
+OF_TRAIN_FILES = {"unlabelled_file", "train_weights", "train_languages"}
 
 
 def check(config: TrainConfig) -> None:
@@ -104,6 +110,17 @@ def _check_contradictions(config: TrainConfig) -> None:
     for name in EVALUATION_FLAGS:
         if given[name] and not given["validation_file"]:
             raise UserError(f"--{name} needs --validation_file: give one, or leave it out.")
+    for name, needed in (
+        ("early_stopping_patience", "eval_steps"),
+        ("early_stopping_threshold", "early_stopping_patience"),
+    ):
+        if given[name] and not given[needed]:
+            raise UserError(f"--{name} needs --{needed}: give that too, or leave it out.")
+    if given["unlabelled_file"] and config.model.stage != "layers" and not config.learns_answers:
+        raise UserError(
+            "--unlabelled_file teaches by the teacher's answers alone, and there are none with "
+            "--distillation_loss_weight 0: give a higher one, or leave the file out."
+        )
 
 
 def _check_stage(config: TrainConfig) -> None:
@@ -153,20 +170,20 @@ def check_files(config: TrainConfig) -> None:
     data, mixture = config.data, config.mixture
     for name, files in (
         ("train_file", data.train_file),
+        ("unlabelled_file", data.unlabelled_file),
         ("layers_train_file", config.model.layers_train_file),
     ):
         if "" in files:
             raise UserError(f"--{name} is given an empty name: name a file or hub id.")
-    count = len(data.train_file)
+    count, unlabelled = len(data.train_file), len(data.unlabelled_file)
+    both = f"{count} --train_file" + (f" and {unlabelled} --unlabelled_file" if unlabelled else "")
     for name, given in (
         ("train_weights", mixture.train_weights),
         ("train_languages", mixture.train_languages),
     ):
-        if given and len(given) != count:
+        if given and len(given) != count + unlabelled:
             text = " ".join(map(str, given))
-            raise UserError(
-                f"--{name} {text} are {len(given)} for {count} --train_file: give one for each."
-            )
+            raise UserError(f"--{name} {text} are {len(given)} for {both}: give one for each.")
     if not all(0 < weight <= 1000 for weight in mixture.train_weights):
         raise UserError(
             f"--train_weights {' '.join(map(str, mixture.train_weights))}: give numbers above 0, "

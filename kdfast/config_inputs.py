@@ -110,6 +110,12 @@ class DataSettings:
         "id[@revision][:config[:split]]; or several of them, all of which are trained on.",
         resume="free",
     )
+    unlabelled_file: list[str] = flag(
+        [],
+        "Files that are trained on by the teacher's answers alone, in the same formats. Answers in "
+        "them are ignored.",
+        resume="free",
+    )
     validation_file: str = flag(
         "", "The same for evaluation. Default: no evaluation.", resume="free"
     )
@@ -118,7 +124,7 @@ class DataSettings:
     )
 
     def __post_init__(self) -> None:
-        hold_lists(self, "train_file")
+        hold_lists(self, "train_file", "unlabelled_file")
 
     @property
     def cache_path(self) -> Path:
@@ -127,19 +133,22 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class MixtureSettings:
-    """How the files of --train_file are mixed."""
+    """How the files of --train_file and --unlabelled_file are mixed.
+
+    What is one for each file is in the order of --train_file, then --unlabelled_file.
+    """
 
     _argument_group_name: ClassVar[str] = "several files"
     train_weights: list[float] = flag(
         [],
-        "How often each --train_file is drawn: 1, each of its windows once in an epoch; 2, twice; "
-        "0.5, half of them, the other half in the next epoch. The loss of a window stays as it is. "
-        "Default: 1 for all.",
+        "How often each --train_file, then each --unlabelled_file, is drawn: 1, each of its "
+        "windows once in an epoch; 2, twice; 0.5, half of them, the other half in the next epoch. "
+        "The loss of a window stays as it is. Default: 1 for all.",
         resume="same",
     )
     train_languages: list[str] = flag(
         [],
-        "Code of each --train_file's language, such as en ja: counts and card name it.",
+        "Code of the language of each of these files, such as en ja: counts and card name it.",
         resume="free",
     )
 
@@ -192,7 +201,24 @@ class EvaluationSettings:
     )
     load_best_model_at_end: bool = flag(
         False,
-        "Put the model with the best f1 into --output_dir, and the last one into last/.",
+        "Put the model of best/ into --output_dir, and the last one into last/.",
+        resume="free",
+    )
+    metric_for_best_model: Literal["f1", "exact_match"] = flag(
+        "f1", "Figure by which an evaluation is the best: its model is in best/.", resume="free"
+    )
+    early_stopping_patience: int | None = flag(
+        None,
+        "Stop after so many evaluations in a row without a gain. The learning rate decays as if "
+        "the run went on. Default: no stop.",
+        above=0,
+        resume="free",
+    )
+    early_stopping_threshold: float = flag(
+        0.0,
+        "Points of --metric_for_best_model above the best so far that count as a gain.",
+        least=0,
+        most=100,
         resume="free",
     )
     metric: Literal["squad", "mlqa", "cmrc", "korquad"] | None = flag(

@@ -73,7 +73,8 @@ def start(settings: PrepareConfig) -> None:
 def prepare(wanted: Preparation) -> None:
     """Features, and the teachers' passes where there are teachers."""
     config, run = wanted.config, wanted.run
-    read = [(each, prepare_features(wanted, each, "train")) for each in config.data.train_file]
+    sources = config.data.train_file + config.data.unlabelled_file
+    read = [(each, prepare_features(wanted, each, "train")) for each in sources]
     if config.data.validation_file:
         prepare_features(wanted, config.data.validation_file, "validation")
     for name in config.model.teacher:

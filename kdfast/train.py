@@ -66,7 +66,7 @@ def train_loop(training: Training, callback: Callback, steps: int | None = None)
     callback.place_student_if_last()
     callback.evaluate_if_due()
     callback.save_if_due()
-    while progress.steps < end and not run.stop.agreed:
+    while progress.steps < end and not training.is_over and not run.stop.agreed:
         step, indices = progress.steps, training.order.step(progress.steps)
         training.model.train()
         for micro_batches in cuts.until_they_fit(indices, optimizer):

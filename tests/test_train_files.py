@@ -52,6 +52,7 @@ def test_files_are_drawn_by_their_weights_and_counted_by_language(world, capsys)
         "read": 40,
         "trained": 40,
         "left_out": {},
+        "unlabelled": 0,
         "windows": 40,
     }
     assert (second["language"], second["weight"], second["trained"]) == ("de", 2, 16)
@@ -170,3 +171,69 @@ def test_a_file_without_a_question_to_train_on_is_named(world, capsys):
     captured = capsys.readouterr()
     assert f"{world.other}: 1 of 1 questions have an answer that is not in their" in captured.out
     assert f"--train_file {world.other} has no question to train on" in captured.err
+
+
+def test_an_unlabelled_file_teaches_by_the_teacher_alone(world, capsys):
+    """Its windows give weight * soft, and no hard term: answers in it are ignored."""
+    flags = mixed(world, train_weights=None, train_languages=None, max_steps=1)
+    flags |= {"train_batch_size": 60, "embeds_dropout_prob": 0.0}
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    flags["student"] = readers.save(world.path / "still", **no_dropout)
+    runs = {
+        "labelled": {"train_file": [world.train_file]},
+        "unlabelled": {"train_file": [world.other]},
+        "both": {"train_file": [world.train_file], "unlabelled_file": [world.other]},
+    }
+    for name, files in runs.items():
+        assert world.run(**{**flags, **files}, output_dir=world.path / name) == 0
+    said = capsys.readouterr().out
+    assert f"{world.other}: 16 of 16 questions, 16 without a label; an epoch draws 16" in said
+    one, other, both = (log_of(world.path / name)[0] for name in runs)
+    assert both["windows"] == one["windows"] + other["windows"] == 56
+    soft = (40 * one["soft"] + 16 * other["soft"]) / 56
+    assert both["soft"] == pytest.approx(soft, rel=1e-5)
+    assert both["hard"] == pytest.approx(40 * one["hard"] / 56, rel=1e-5)
+    assert both["loss"] == pytest.approx(0.75 * both["soft"] + 0.25 * both["hard"], rel=1e-5)
+    record = record_of(world.path / "both")
+    assert [each["unlabelled"] for each in record["questions"]["files"]] == [0, 16]
+    assert config_of(world.path / "both")["unlabelled_file"] == world.other
+    text = (world.path / "both" / "README.md").read_text()
+    assert "- `other.json`: 16 questions, 16 of them without a label, drawn 1 times" in text
+    assert "**Training data:** `train.json`, `other.json`" in text
+
+
+def test_questions_that_training_would_leave_out_teach_without_a_label(world, capsys):
+    data = [{"id": "a", "question": "Who?", "context": "Rollo", "answers": ["Otto"]}]
+    data += [{"id": "b", "question": "Who?", "context": "Rollo of Normandy"}]
+    data += [{"id": "c", "question": "Who?"}]
+    (world.path / "other.json").write_text(json.dumps(data))
+    flags = mixed(world, train_file=world.train_file, unlabelled_file=world.other)
+    assert world.run(**flags, save_steps=6) == 0
+    assert "not in their context" not in capsys.readouterr().out
+    entry = record_of(world.output)["questions"]["files"][1]
+    assert (entry["read"], entry["trained"], entry["unlabelled"]) == (3, 2, 2)
+    assert entry["left_out"] == {"no_context": 1} and entry["weight"] == 2
+    (world.path / "other.json").write_text(json.dumps(data[:2]))
+    again = {**flags, "train_file": [world.train_file, world.other], "unlabelled_file": None}
+    data[0]["answers"] = ["Rollo"]
+    assert world.run(**again, resume_from_checkpoint="last", save_steps=6) == 2
+    assert "training data" in capsys.readouterr().err
+
+
+def test_the_same_file_with_labels_and_without_is_another_run(world, capsys):
+    flags = mixed(world, save_steps=6)
+    unlabelled = {**flags, "train_file": world.train_file, "unlabelled_file": world.other}
+    assert world.run(**flags) == 0
+    capsys.readouterr()
+    assert world.run(**unlabelled, resume_from_checkpoint="last") == 2
+    assert "these differ: training data. " in capsys.readouterr().err
+
+
+def test_an_unlabelled_file_needs_a_teacher_for_answers(world, capsys):
+    flags = mixed(world, train_file=world.train_file, unlabelled_file=[world.other])
+    assert world.run(**flags, teacher=None, distillation_loss_weight=0) == 2
+    assert "--unlabelled_file teaches by the teacher's answers alone" in capsys.readouterr().err
+    assert world.run(**{**flags, "train_weights": [1]}) == 2
+    wanted = "--train_weights 1.0 are 1 for 1 --train_file and 1 --unlabelled_file: give one"
+    assert wanted in capsys.readouterr().err
+    assert world.run(**flags, stage="layers", max_steps=1) == 0

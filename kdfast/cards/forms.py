@@ -36,6 +36,7 @@ CONFIG: dict[str, Form] = {
     **dict.fromkeys(("max_steps", "max_grad_norm"), number()),
     "load_best_model_at_end": boolean,
     "train_languages": optional(list_of(unicode)),
+    "unlabelled_file": optional(FILES),
 }
 FIGURES: dict[str, Form] = {"exact": number(), "f1": number(), "total": whole()}
 PARTS = ("HasAns_f1", "NoAns_f1", "best_f1")  # of figures, where there are such questions
@@ -43,8 +44,9 @@ METRICS = record(FIGURES | dict.fromkeys(PARTS, number()), *PARTS)
 HARDWARE = record({"cpu": text, "cpu_threads": whole(), "gpu": optional(text)})
 RULE = {"metric": text, "language": optional(text)}  # absent: SQuAD's
 TRAIN_FILE = {"file": text, "language": optional(unicode), "weight": number(), "trained": whole()}
+TRAIN_FILE |= {"unlabelled": whole()}
 RUN: dict[str, Form] = {
-    "config": record(CONFIG, "stage", "language", "license", "train_languages"),
+    "config": record(CONFIG, "stage", "language", "license", "train_languages", "unlabelled_file"),
     **dict.fromkeys(("steps", "updates", "train_windows", "student_parameters"), whole()),
     **RULE,
     "questions": record({"files": list_of(record(TRAIN_FILE))}, "files"),
@@ -64,8 +66,11 @@ RUN: dict[str, Form] = {
     ),
     "metrics": optional(METRICS),
     "best_f1": optional(number()),
+    "best_steps": optional(whole()),
+    "early_stopping": optional(record({"planned_steps": whole()})),
 }
-_RUN = record(RUN, *RULE, "questions", "ranks", "layers_stage", "local_paths", "train_speed")
+LATER = ("questions", "ranks", "layers_stage", "local_paths", "train_speed", "best_steps")
+_RUN = record(RUN, *RULE, *LATER, "early_stopping")
 
 
 def run_form(value: Any) -> str | None:

@@ -71,7 +71,7 @@ def card_of(
         license: The model's license.
     """
     title = repo_id or files.name
-    train_data = files.sources(files.config["train_file"])
+    train_data = train_sources(files)
     languages = language.split(",") if language else known_languages(files)
     validation_file = files.config["validation_file"]
     # Latency is that of the first result with another model, or else of the first.
@@ -92,6 +92,12 @@ def card_of(
         plots=plots,
         loaded_as=repo_id or str(files.folder),
     )
+
+
+def train_sources(files: RunFiles) -> list[Source]:
+    """All data that the run was trained on."""
+    unlabelled = files.config.get("unlabelled_file") or []
+    return files.sources(files.config["train_file"]) + files.sources(unlabelled)
 
 
 def known_languages(files: RunFiles) -> list[str]:
@@ -116,7 +122,7 @@ def front_matter(
     files: RunFiles, title: str, languages: list[str], license: str | None
 ) -> ModelCardData:
     """The card's metadata, as the hub reads it."""
-    on_hub = [each.name for each in files.sources(files.config["train_file"]) if each.on_hub]
+    on_hub = [each.name for each in train_sources(files) if each.on_hub]
     found = eval_results(files)
     return ModelCardData(
         language=languages[0] if len(languages) == 1 else languages or None,

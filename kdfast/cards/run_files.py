@@ -133,7 +133,10 @@ class RunFiles:
         """Of the weights in `folder` on --validation_file; None where they were not evaluated."""
         if not self.config["load_best_model_at_end"]:
             return self.run["metrics"]
-        return next((line for line in self.evaluations if line["f1"] == self.run["best_f1"]), None)
+        name, best = "evaluated_after", self.run.get("best_steps")
+        if best is None:  # of an earlier version
+            name, best = "f1", self.run["best_f1"]
+        return next((line for line in self.evaluations if line[name] == best), None)
 
     def result_of_validation(self) -> Record | None:
         """The evaluation, after the run, of the data that --validation_file names."""

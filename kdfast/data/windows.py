@@ -11,7 +11,7 @@ import numpy as np
 from kdfast.common.errors import UserError
 from kdfast.common.files import read_json_object
 from kdfast.config import WindowSettings
-from kdfast.data.cache import ARRAYS, HEADER, PickledByPath, damaged, open_array
+from kdfast.data.cache import ARRAYS, HEADER, UNLABELLED, PickledByPath, damaged, open_array
 from kdfast.data.tally import Tally
 from kdfast.data.validate import fault_of, fault_of_header
 from kdfast.tokenizers.template import Template
@@ -134,6 +134,14 @@ class Windows(PickledByPath):
         """The same windows for a model that reads the tokenizer's token types, or all 0."""
         others = Windows.__new__(Windows)
         vars(others).update(vars(self), uses_token_types=used)
+        return others
+
+    def without_labels(self) -> Windows:
+        """The same windows of questions of which nobody has said the answer."""
+        others = Windows.__new__(Windows)
+        none = np.full(len(self), UNLABELLED, dtype=np.int32)
+        own = {"start_positions": none, "end_positions": none}
+        vars(others).update(vars(self), trainable=np.ones(len(self), dtype=bool), **own)
         return others
 
     def padded(self, indices: Any, width: int | None = None) -> dict[str, np.ndarray]:

@@ -35,7 +35,8 @@ class Validation:
     """Labelled questions, their windows, and how they are answered.
 
     null_threshold: a question whose best span scores more than this below its null answer is
-    answered with "". Raises UserError where the windows are of other questions.
+    answered with "". best_by: the figure by which one evaluation is better than another. Raises
+    UserError where the windows are of other questions.
     """
 
     windows: Windows
@@ -44,6 +45,7 @@ class Validation:
     n_best_size: int
     null_threshold: float = 0.0
     rule: MetricRule = SQUAD
+    best_by: str = "f1"
 
     def __post_init__(self) -> None:
         if list(self.windows.question_ids) != [example.id for example in self.examples]:
@@ -55,9 +57,10 @@ class Validation:
     @property
     def key(self) -> str:
         """Names what figures are measured on: they compare only where it is the same."""
+        by = "" if self.best_by == "f1" else f" {self.best_by}"
         return (
             f"{self.windows.key} {self.max_answer_length} {self.n_best_size} "
-            f"{self.null_threshold} {self.rule.label}"
+            f"{self.null_threshold} {self.rule.label}{by}"
         )
 
     def score(self, model: SpanModel, run: Run) -> Evaluation:

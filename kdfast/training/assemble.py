@@ -37,17 +37,20 @@ from kdfast.training.step import (
 class Progress:
     """Where a run stands.
 
-    steps: attempted so far. evaluated: the step count at the last evaluation. best_f1: of the
-    evaluations so far on `validation` (Validation.key), or None; best_steps: the step count there,
-    and best_digest: of the model that best/ then held (models/save.py), on the first rank. clock:
+    steps: attempted so far. evaluated: the step count at the last evaluation. best_f1: of the best
+    evaluation so far on `validation` (Validation.key), or None; best_exact, best_steps: its exact
+    match and the step count there, and best_digest: of the model that best/ then held
+    (models/save.py), on the first rank. patience_counter: evaluations since the last gain. clock:
     Clock.sums of all steps. starts: the step count at each start.
     """
 
     steps: int = 0
     evaluated: int = 0
     best_f1: float | None = None
+    best_exact: float | None = None
     best_steps: int | None = None
     best_digest: str | None = None
+    patience_counter: int = 0
     validation: str | None = None
     clock: list[float] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
@@ -93,6 +96,7 @@ class Training:
         progress: Where the run stands.
         total_steps: Optimizer steps of the whole run.
         work: Operations of the model.
+        patience: Evaluations in a row without a gain that end the run, or None.
     """
 
     run: Run
@@ -108,6 +112,17 @@ class Training:
     progress: Progress
     total_steps: int
     work: Work
+    patience: int | None = None
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether evaluations have shown no gain for as long as the run has patience."""
+        return self.patience is not None and self.progress.patience_counter >= self.patience
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no step is left: none of the schedule, or the run has stopped early."""
+        return self.progress.steps >= self.total_steps or self.stopped_early
 
     def load(self, step: int, micro_batches: list[np.ndarray]) -> Iterator[MicroBatch]:
         """The micro-batches of a step. After the last one, while the device computes, the next step
@@ -253,6 +268,7 @@ def assemble(
         progress=progress,
         total_steps=total_steps(config.optimization, order.steps_per_epoch),
         work=work,
+        patience=config.evaluation.early_stopping_patience,
     )
 
 

@@ -234,19 +234,22 @@ PROGRESS = {
     "steps": whole(),
     "evaluated": whole(),
     "best_f1": optional(number(0)),
+    "best_exact": optional(number(0)),
     "best_steps": optional(whole()),
     "best_digest": optional(text),
+    "patience_counter": whole(),
     "validation": optional(text),
     "rule": optional(_closed(CUTS, "packed")),
     "clock": where(lambda value: list_of(number(0))(value) is None and len(value) in (0, 5)),
     "starts": list_of(whole()),
 }
+LATER = ("best_exact", "best_steps", "best_digest", "patience_counter")  # some versions lack them
 # Of trainer_state.json, as save_checkpoint writes it.
 STATE = record(
     {
         "format": where(lambda value: type(value) is int and value == FORMAT),
         "identity": record({"circumstances": record({})}, "circumstances"),
-        "progress": _closed(PROGRESS, "best_steps", "best_digest"),
+        "progress": _closed(PROGRESS, *LATER),
         "updates": whole(),
         "overflows": whole(),
         "scaler": optional(_closed(SCALER)),

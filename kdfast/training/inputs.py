@@ -76,9 +76,17 @@ def load_student(config: TrainConfig, ranks: Ranks) -> Loaded:
 
 
 def prepare(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerFast, source: str, split: str, ranks: Ranks
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    source: str,
+    split: str,
+    ranks: Ranks,
+    labelled: bool = True,
 ) -> Windows:
-    """The windows of a data source, from the cache where they are there; logs what was found."""
+    """The windows of a data source, from the cache where they are there; logs what was found.
+
+    labelled: False ignores all answers; the features in the cache are the same.
+    """
     windows = prepare_windows(
         source,
         tokenizer,
@@ -87,10 +95,11 @@ def prepare(
         cache_dir=config.data.cache_path,
         ranks=ranks,
     )
-    where = f"{source}: " if split == "train" and len(config.data.train_file) > 1 else ""
-    for note in windows.notes(training=split == "train"):
-        ranks.log(f"{where}{note}")
-    return windows
+    data, trains = config.data, split == "train"
+    several = trains and len(data.train_file) + len(data.unlabelled_file) > 1
+    for note in windows.notes(training=trains and labelled):
+        ranks.log(f"{source}: {note}" if several else note)
+    return windows if labelled else windows.without_labels()
 
 
 def check_student_reads(config: TrainConfig, student: Loaded, windows: Windows) -> None:
@@ -182,4 +191,5 @@ def load_validation(
         max_answer_length=config.evaluation.max_answer_length,
         n_best_size=config.evaluation.n_best_size,
         rule=found.rule,
+        best_by=config.evaluation.metric_for_best_model,
     )

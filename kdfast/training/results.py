@@ -1,5 +1,6 @@
 """What a run leaves in its folder as it goes: log, evaluations, checkpoints, the student."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -115,10 +116,7 @@ class Results(Callback):
             self.evaluation = evaluation or self.evaluation
             if evaluation is None:
                 return
-            f1 = evaluation.metrics["f1"]
-            is_best = progress.best_f1 is None or f1 > progress.best_f1
-            if is_best:
-                progress.best_f1, progress.best_steps = f1, progress.steps
+            is_best = self._is_best(evaluation.metrics)
             progress.evaluated, progress.validation = progress.steps, self.validation.key
             if self.log:
                 self.log.evaluation(progress.steps, evaluation.metrics)
@@ -127,6 +125,34 @@ class Results(Callback):
                         self.output / BEST, self.student.model, self.student.tokenizer
                     )
         self.run.ranks.log(f"step {progress.steps}: {scoring.line(evaluation.metrics)}")
+        if self.training.stopped_early:
+            self.run.ranks.log(
+                f"Stopped early after step {progress.steps} of {self.training.total_steps}: no "
+                f"gain in {progress.patience_counter} evaluations; the best was after step "
+                f"{progress.best_steps}."
+            )
+            self.place_student_if_last()
+
+    def _is_best(self, found: dict[str, float]) -> bool:
+        """Whether these figures are the best so far, which progress then holds.
+
+        As in transformers' EarlyStoppingCallback, any better figure is the best, and only one that
+        is better by more than the threshold is a gain.
+        """
+        progress, settings = self.progress, self.config.evaluation
+        by_f1 = settings.metric_for_best_model == "f1"
+        figure, best = found["exact"], progress.best_exact
+        if by_f1:
+            figure, best = found["f1"], progress.best_f1
+        gain = math.inf if best is None else figure - best
+        progress.patience_counter += 1
+        if gain > settings.early_stopping_threshold:
+            progress.patience_counter = 0
+        if gain <= 0:
+            return False
+        progress.best_f1, progress.best_exact = found["f1"], found["exact"]
+        progress.best_steps = progress.steps
+        return True
 
     def save_if_due(self) -> None:
         """Write a checkpoint every --save_steps, and after the last step."""
@@ -163,8 +189,7 @@ class Results(Callback):
         Raises UserError where most steps were skipped: a checkpoint has the weights then; and where
         weights or logits are not finite.
         """
-        is_last = self.progress.steps >= self.training.total_steps
-        if not is_last or self._placed or self.run.stop.agreed:
+        if not self.training.is_over or self._placed or self.run.stop.agreed:
             return
         if fault := self.nonfinite.why_too_few_updates():
             self.save()
@@ -234,11 +259,20 @@ class Results(Callback):
             "metrics": None if found is None else found.metrics,
             "eval_windows_per_second": None if found is None else found.windows_per_second,
             "best_f1": progress.best_f1,
+            "best_steps": progress.best_steps,
+            "early_stopping": self._early_stopping(),
+        }
+
+    def _early_stopping(self) -> dict[str, Any] | None:
+        """What run.json says of a run that has stopped early; None of another."""
+        if not self.training.stopped_early:
+            return None
+        return {
+            "planned_steps": self.training.total_steps,
+            "evaluations_without_gain": self.progress.patience_counter,
         }
 
     def _is_due(self, every: int | None) -> bool:
         """Every so many steps, and after the last one."""
         steps = self.progress.steps
-        return steps >= self.training.total_steps or (
-            every is not None and steps > 0 and steps % every == 0
-        )
+        return self.training.is_over or (every is not None and steps > 0 and steps % every == 0)

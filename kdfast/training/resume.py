@@ -98,7 +98,9 @@ class Resumed:
         if validation not in (None, progress.validation):
             self.best = None  # figures of different sets do not compare
         if self.best is None:
-            progress.best_f1 = progress.best_steps = progress.best_digest = None
+            progress.best_f1 = progress.best_exact = None
+            progress.best_steps = progress.best_digest = None
+            progress.patience_counter = 0
             if validation is not None:
                 progress.evaluated = min(progress.evaluated, progress.steps - 1)
         return Restored(progress, None if CUTS.intersection(self.changed) else policy)

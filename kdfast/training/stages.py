@@ -120,8 +120,8 @@ def _continued(first: TrainConfig, last: TrainConfig, may_begin: bool) -> list[T
 
 def _look_ahead(first: TrainConfig, last: TrainConfig) -> None:
     """Raise UserError for what the second stage would fail at, before the first one trains."""
-    for each in last.data.train_file:
-        if each not in first.data.train_file:
+    for each in last.data.train_file + last.data.unlabelled_file:
+        if each not in first.data.train_file + first.data.unlabelled_file:
             read.read_examples(each, split="train")
     if last.data.validation_file:
         metrics.gold_answers(read.read_examples(last.data.validation_file, split="validation"))

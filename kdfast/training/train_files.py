@@ -30,12 +30,22 @@ from kdfast.training.inputs import TeacherTargets
 
 @dataclass(frozen=True)
 class TrainFile:
-    """A file that is trained on. weight: how often an epoch draws each window, see `Share`."""
+    """A file that is trained on.
+
+    weight: how often an epoch draws each window, see `Share`. flag: train_file or unlabelled_file.
+    """
 
     source: str
     windows: Windows
     weight: float = 1.0
     language: str | None = None
+    flag: str = "train_file"
+
+    @property
+    def key(self) -> str:
+        """Names the content, and whether its answers are ignored."""
+        ignored = "" if self.flag == "train_file" else "unlabelled "
+        return f"{ignored}{self.windows.key}"
 
     def chosen(self, config: TrainConfig, ranks: Ranks) -> np.ndarray:
         """The windows that teach something: unlabelled ones only where there is a teacher."""
@@ -56,18 +66,31 @@ class TrainFile:
                     "--distillation_loss_weight above 0" if config.model.teacher else "--teacher"
                 )
                 remedy = f"give labelled questions, or a {needed} for unlabelled ones"
-            raise UserError(f"--train_file {self.source} has no question to train on: {remedy}.")
+            raise UserError(f"--{self.flag} {self.source} has no question to train on: {remedy}.")
         return np.flatnonzero(keep)
 
     def counts(self, chosen: np.ndarray) -> dict[str, Any]:
         """Its questions: read, trained, left_out by reason. chosen: the windows that train."""
         windows = self.windows
         read, trained = windows.tally.read(), len(np.unique(windows.question[chosen]))
-        reasons = (*tally.UNREAD, *tally.UNTRAINED)
+        reasons = [*tally.UNREAD, *(tally.UNTRAINED if self.flag == "train_file" else ())]
         left_out = {reason: windows.counts[reason] for reason in reasons if windows.counts[reason]}
         if rest := read - trained - sum(left_out.values()):
-            left_out["unlabelled"] = rest
+            left_out["unlabelled"] = rest  # of which no teacher is asked
         return {"read": read, "trained": trained, "left_out": left_out}
+
+    def entry(self, chosen: np.ndarray) -> dict[str, Any]:
+        """What run.json holds of it, where there are several. unlabelled: of the trained ones."""
+        windows = self.windows
+        unlabelled = chosen[windows.start_positions[chosen] == UNLABELLED]
+        return {
+            "file": self.source,
+            "language": self.language,
+            "weight": self.weight,
+            **self.counts(chosen),
+            "unlabelled": len(np.unique(windows.question[unlabelled])),
+            "windows": len(chosen),
+        }
 
 
 @dataclass(frozen=True)
@@ -81,20 +104,17 @@ class TrainFiles:
         cls, config: TrainConfig, tokenizer: PreTrainedTokenizerFast, ranks: Ranks
     ) -> "TrainFiles":
         """The files of a run, from the cache where they are there. Raises UserError."""
-        sources, mixture = config.data.train_file, config.mixture
+        data, mixture = config.data, config.mixture
+        sources = [(each, "train_file") for each in data.train_file]
+        sources += [(each, "unlabelled_file") for each in data.unlabelled_file]
         weights = mixture.train_weights or [1.0] * len(sources)
         languages: Sequence[str | None] = mixture.train_languages or [None] * len(sources)
-        return cls(
-            [
-                TrainFile(
-                    source,
-                    inputs.prepare(config, tokenizer, source, "train", ranks),
-                    weight,
-                    language,
-                )
-                for source, weight, language in zip(sources, weights, languages, strict=True)
-            ]
-        )
+        found = []
+        for (source, flag), weight, language in zip(sources, weights, languages, strict=True):
+            labelled = flag == "train_file"
+            windows = inputs.prepare(config, tokenizer, source, "train", ranks, labelled)
+            found.append(TrainFile(source, windows, weight, language, flag))
+        return cls(found)
 
     @classmethod
     def prepare_for(cls, config: TrainConfig, student: Loaded, ranks: Ranks) -> "TrainFiles":
@@ -112,7 +132,7 @@ class TrainFiles:
     @property
     def key(self) -> Any:
         """Names the content: the key of one file, or the list of all."""
-        return alone_or_all([each.windows.key for each in self.files])
+        return alone_or_all([each.key for each in self.files])
 
     def find_targets(
         self, config: TrainConfig, tokenizer: PreTrainedTokenizerFast, run: Run
@@ -150,11 +170,14 @@ class TrainFiles:
             found.append(Share(begin + chosen, each.weight))
             begin += len(each.windows)
             if len(self.files) > 1:
-                counts = each.counts(chosen)
+                counts = each.entry(chosen)
                 of = f" in {each.language}" if each.language else ""
+                without = (
+                    f", {counts['unlabelled']} without a label" if counts["unlabelled"] else ""
+                )
                 ranks.log(
-                    f"{each.source}: {counts['trained']} of {counts['read']} questions{of}; an "
-                    f"epoch draws {found[-1].count} of {len(chosen)} windows."
+                    f"{each.source}: {counts['trained']} of {counts['read']} questions{of}{without}"
+                    f"; an epoch draws {found[-1].count} of {len(chosen)} windows."
                 )
         return found
 
@@ -163,8 +186,7 @@ class TrainFiles:
         of several files, the same of each."""
         found, begin = [], 0
         for each, share in zip(self.files, shares, strict=True):
-            own = {"file": each.source, "language": each.language, "weight": each.weight}
-            found.append(own | each.counts(share.windows - begin) | {"windows": len(share.windows)})
+            found.append(each.entry(share.windows - begin))
             begin += len(each.windows)
         left_out: Counter[str] = Counter()
         for entry in found:

@@ -18,7 +18,15 @@ from tests.training.test_checkpoint import save
 FILES = json.loads((Path(__file__).parents[1] / "golden" / "earlier_run.json").read_text())
 
 # Settings, with their defaults.
-ADDED = {"packing": "auto", "train_weights": None, "train_languages": None}
+ADDED = {
+    "packing": "auto",
+    "unlabelled_file": None,
+    "train_weights": None,
+    "train_languages": None,
+    "metric_for_best_model": "f1",
+    "early_stopping_patience": None,
+    "early_stopping_threshold": 0.0,
+}
 
 
 def config_of(record):
@@ -47,7 +55,10 @@ def test_its_state_is_restored(setup, tmp_path):
     folder = save(run, tmp_path, 2)
     (folder / checkpoint.STATE_FILE).write_text(json.dumps(FILES["state"]))
     progress, policy = checkpoint.load_checkpoint(folder, run.model, run.optimizer)
-    saved = FILES["state"]["progress"] | {"best_steps": None, "best_digest": None}
+    saved = FILES["state"]["progress"] | {
+        **dict.fromkeys(("best_exact", "best_steps", "best_digest")),
+        "patience_counter": 0,
+    }
     rule = vars(policy)
     assert not rule.pop("packed")
     assert vars(progress) | {"rule": rule} == saved
