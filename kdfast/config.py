@@ -51,7 +51,7 @@ class OptimizationSettings:
     )
     embeds_dropout_prob: float = flag(
         0.1,
-        "Dropout between the encoder and the span head.",
+        "Dropout before the span head, in place of the one that a type may have there.",
         least=0,
         most=0.99,
         resume="allowed",

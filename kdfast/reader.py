@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from torch import nn
 from torch.utils.data import Dataset
+from transformers import PreTrainedModel
 
 from kdfast.common.device import device_of, place
 from kdfast.common.errors import UserError
@@ -27,15 +27,15 @@ from kdfast.models.checks import check_type
 from kdfast.models.dtype import asked_precision, change_type
 from kdfast.models.hub import local_folder
 from kdfast.models.inference import Room, forward_tokens, forward_windows
-from kdfast.models.load import Loaded, load_reader, longest_input
-from kdfast.models.span_model import SpanModel
+from kdfast.models.load import Loaded, load_reader, longest_input, span_model_of
+from kdfast.models.structure import span_head_name
 from kdfast.models.window_loader import flat_positions
 from kdfast.tokenizers.load import load_tokenizer
 from kdfast.tokenizers.template import Template
 from kdfast.tokenizers.word_offsets import WordOffsets
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
 # Characters of questions and contexts that are in work at once: their windows bound the memory.
 CHUNK_CHARACTERS = 1 << 21
@@ -280,7 +280,7 @@ def _load(model: Any, tokenizer: Any) -> tuple[Loaded, str]:
     if isinstance(model, (str, Path)):
         return load_reader(str(model), "model", tokenizer=tokenizer), str(model)
     name = getattr(model, "name_or_path", "") or type(model).__name__
-    if not isinstance(getattr(model, "qa_outputs", None), nn.Module):
+    if not isinstance(model, PreTrainedModel) or span_head_name(model) is None:
         raise UserError(
             f"model is {type(model).__name__}: give a folder, a hub id or a model for question "
             "answering."
@@ -288,4 +288,4 @@ def _load(model: Any, tokenizer: Any) -> tuple[Loaded, str]:
     check_type(model.config, name, "model")
     if tokenizer is None:
         raise UserError("tokenizer is missing: a model that is loaded already comes without one.")
-    return Loaded(SpanModel(model), tokenizer, []), name
+    return Loaded(span_model_of(model, name, "model"), tokenizer, []), name

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 
 from kdfast.common.precision import works_in
 from kdfast.common.run import Run
-from kdfast.models.checks import SUPPORTED
 from kdfast.models.packing import PACKS, PackedWindows
 from kdfast.models.span_model import SpanModel
 from tests import published, readers
@@ -46,7 +45,7 @@ def trained_and_taught(name: str, precision: str) -> bool:
     with (
         tempfile.TemporaryDirectory() as folder,
         # Neither asks for the type of the model, and both take longer than the steps.
-        mock.patch("kdfast.train.publish"),
+        mock.patch("kdfast.train.write_card"),
         mock.patch("kdfast.training.results.matmul_rate", return_value=1e12),
     ):
         world = World(Path(folder))
@@ -147,7 +146,7 @@ def in_document() -> dict[str, dict[str, str]]:
 def write() -> None:
     """Compute the table, and put it in the place of the document's."""
     lines = ["| type | " + " | ".join(COLUMNS) + " |", "|:--" * (len(COLUMNS) + 1) + "|"]
-    for each in SUPPORTED:
+    for each in published.TYPES:
         lines.append(f"| {each} | " + " | ".join(cell(each) for cell in COLUMNS.values()) + " |")
     table = "\n".join(lines)
     text = DOCUMENT.read_text()

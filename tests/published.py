@@ -1,7 +1,8 @@
 """What the config.json of published models says, widths, layers and vocabulary left out.
 
 Read in the files of these names on huggingface.co, or in copies of them in public repositories
-(PaddleNLP's tables of pretrained configurations, for DeBERTa and ALBERT).
+(PaddleNLP's tables of pretrained configurations, for DeBERTa and ALBERT). Ids of special tokens
+that are beyond a small vocabulary are left out, too.
 """
 
 from dataclasses import dataclass
@@ -43,6 +44,48 @@ DEBERTA_V3 = {
     "pos_att_type": "p2c|c2p",
     "position_buckets": 256,
     "share_att_key": True,
+}
+DISTILBERT = {
+    "activation": "gelu",
+    "attention_dropout": 0.1,
+    "dropout": 0.1,
+    "initializer_range": 0.02,
+    "max_position_embeddings": 512,
+    "output_past": True,
+    "pad_token_id": 0,
+    "qa_dropout": 0.1,
+    "seq_classif_dropout": 0.2,
+    "sinusoidal_pos_embds": False,
+    "tie_weights_": True,
+}
+MODERNBERT = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "classifier_activation": "gelu",
+    "classifier_bias": False,
+    "classifier_dropout": 0.0,
+    "classifier_pooling": "mean",
+    "decoder_bias": True,
+    "deterministic_flash_attn": False,
+    "embedding_dropout": 0.0,
+    "global_attn_every_n_layers": 3,
+    "global_rope_theta": 160000.0,
+    "gradient_checkpointing": False,
+    "hidden_activation": "gelu",
+    "initializer_cutoff_factor": 2.0,
+    "initializer_range": 0.02,
+    "layer_norm_eps": 1e-5,
+    "local_attention": 128,
+    "local_rope_theta": 10000.0,
+    "max_position_embeddings": 8192,
+    "mlp_bias": False,
+    "mlp_dropout": 0.0,
+    "norm_bias": False,
+    "norm_eps": 1e-5,
+    "position_embedding_type": "absolute",
+    "reference_compile": None,
+    "sparse_pred_ignore_index": -100,
+    "sparse_prediction": False,
 }
 
 
@@ -115,6 +158,13 @@ MODELS = {
         {**DEBERTA_V3, "attention_head_size": 64, "conv_act": "gelu", "conv_kernel_size": 3},
     ),
     "microsoft/deberta-v3-base": Published("deberta-v2", "deberta_v2", DEBERTA_V3),
+    "distilbert-base-uncased": Published("distilbert", "bert", DISTILBERT),
+    "answerdotai/ModernBERT-base": Published("modernbert", "modernbert", MODERNBERT),
+    "jhu-clsp/mmBERT-base": Published(
+        "modernbert",
+        "modernbert",
+        {**MODERNBERT, "local_rope_theta": 160000.0, "position_embedding_type": "sans_pos"},
+    ),
 }
 # What the other tests' readers of a type are.
 COMMON = {
@@ -123,8 +173,23 @@ COMMON = {
     "camembert": "camembert-base",
     "deberta": "microsoft/deberta-base",
     "deberta-v2": "microsoft/deberta-v3-base",
+    "distilbert": "distilbert-base-uncased",
     "electra": "google/electra-small-discriminator",
+    "modernbert": "answerdotai/ModernBERT-base",
     "mpnet": "microsoft/mpnet-base",
     "roberta": "roberta-base",
     "xlm-roberta": "xlm-roberta-base",
+}
+TYPES = tuple(COMMON)
+# What a type calls that which others call so.
+NAMES = {
+    "distilbert": {
+        "attention_probs_dropout_prob": "attention_dropout",
+        "hidden_dropout_prob": "dropout",
+        "intermediate_size": "hidden_dim",
+    },
+    "modernbert": {
+        "attention_probs_dropout_prob": "attention_dropout",
+        "hidden_dropout_prob": "mlp_dropout",
+    },
 }

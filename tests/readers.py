@@ -1,4 +1,4 @@
-"""Tiny readers of every supported type, with random weights, as folders on disk.
+"""Tiny readers of every type in docs/models.md, with random weights, as folders on disk.
 
 Their configurations are those of published models, but for widths, layers and vocabulary.
 """
@@ -30,15 +30,17 @@ def make(name: str = "bert", *, seed: int = 0, layers: int = 2, head: bool = Tru
         for key, value in SHRUNK.items()
         if key in model.config or key not in ("embedding_size", "attention_head_size")
     }
+    values = {
+        "pad_token_id": tokenizer.pad_token_id,
+        **model.config,
+        **sizes,
+        "vocab_size": len(tokenizer),
+        "num_hidden_layers": layers,
+        **own,
+    }
+    names = published.NAMES.get(model.model_type, {})
     config = transformers.AutoConfig.for_model(
-        model.model_type,
-        **{
-            **model.config,
-            **sizes,
-            "vocab_size": len(tokenizer),
-            "num_hidden_layers": layers,
-            **own,
-        },
+        model.model_type, **{names.get(key, key): value for key, value in values.items()}
     )
     torch.manual_seed(seed)
     auto = transformers.AutoModelForQuestionAnswering if head else transformers.AutoModel

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import tokenizers
 import transformers
-from tokenizers import models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 TEXT = (
     "The Normans were the people who in the 10th and 11th centuries gave their name to Normandy, "
@@ -65,6 +65,26 @@ def deberta(vocab_size: int = 400):
     return transformers.DebertaTokenizerFast(vocab=vocab, merges=merges)
 
 
+def modernbert(vocab_size: int = 400):
+    """Byte-level BPE of no class of its own, no token types: [CLS] q [SEP] d [SEP]."""
+    special = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"]
+    vocab, merges = _byte_level(vocab_size, special)
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B [SEP]",
+        special_tokens=[(each, vocab[each]) for each in ("[CLS]", "[SEP]")],
+    )
+    names = ("unk_token", "cls_token", "sep_token", "pad_token", "mask_token")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_input_names=["input_ids", "attention_mask"],
+        **dict(zip(names, special, strict=True)),
+    )
+
+
 def _unigram(special: list[str]) -> list[tuple[str, float]]:
     """Pieces with their log-probabilities."""
     return [(piece, 0.0) for piece in special] + [tuple(each) for each in VOCABULARIES["unigram"]]
@@ -90,6 +110,7 @@ FAMILIES = {
     "xlm_roberta": xlm_roberta,
     "deberta": deberta,
     "deberta_v2": deberta_v2,
+    "modernbert": modernbert,
 }
 
 

@@ -8,35 +8,27 @@ from typing import cast
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForQuestionAnswering, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from kdfast.common.errors import UserError
 from kdfast.common.files import is_plain_name, read_json_object
 from kdfast.data.windows import Windows
+from kdfast.models.structure import head_parameters, without_weights
 
 MODEL_FILE = "model.safetensors"
 INDEX = f"{MODEL_FILE}.index.json"  # of weights in several files
-# Model types whose span head is a Linear `qa_outputs` over the base model's last hidden states
-# and whose first token stands for "no answer". Each has a test.
-SUPPORTED = (
-    "albert",
-    "bert",
-    "camembert",
-    "deberta",
-    "deberta-v2",
-    "electra",
-    "mpnet",
-    "roberta",
-    "xlm-roberta",
-)
 
 
 def check_type(config: PretrainedConfig, name: str, role: str) -> None:
-    """Raise UserError unless `config` is of a supported type with two logits a token."""
-    if config.model_type not in SUPPORTED:
+    """Raise UserError unless transformers has a reader of this type, with two logits a token."""
+    if type(config) not in MODEL_FOR_QUESTION_ANSWERING_MAPPING:
         raise UserError(
-            f"{role} {name} is of type {config.model_type}, which is not supported: "
-            f"use one of {', '.join(SUPPORTED)}."
+            f"{role} {name} is of type {config.model_type}, for which transformers has no "
+            "question-answering model: name a model of another type."
         )
     if config.num_labels != 2:
         raise wrong_labels(config.num_labels, name, role)
@@ -52,15 +44,18 @@ def wrong_labels(count: int | None, name: str, role: str) -> UserError:
 
 def check_reads_both_ways(config: PretrainedConfig, name: str, role: str) -> None:
     """Raise UserError for a `config` that transformers does not compute a reader's logits by."""
-    if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
-        switch = "is_decoder" if getattr(config, "is_decoder", False) else "add_cross_attention"
+    switches = ("is_decoder", "add_cross_attention", "is_encoder_decoder")
+    switch = next((each for each in switches if getattr(config, each, False)), None)
+    if switch:
         raise UserError(
-            f"{role} {name} is a decoder ({switch} in its config.json), and a reader looks both "
+            f"{role} {name} has a decoder ({switch} in its config.json), and a reader looks both "
             "ways: name an encoder."
         )
-    if getattr(config, "position_embedding_type", None) not in (None, "absolute"):
+    is_rotary = getattr(config, "rope_parameters", None) is not None  # which reads no such key
+    kind = getattr(config, "position_embedding_type", None)
+    if kind not in (None, "absolute") and not is_rotary:
         raise UserError(
-            f"{role} {name} has position embeddings of type {config.position_embedding_type}, "
+            f"{role} {name} has position embeddings of type {kind}, "
             "which transformers 5 leaves out without a word: name a model with absolute ones."
         )
     if getattr(config, "quantization_config", None):
@@ -100,9 +95,8 @@ def check_sizes(config: PretrainedConfig, folder: Path, name: str, role: str) ->
     described = math.inf
     repeats = ("num_hidden_layers", "num_hidden_groups", "inner_group_num")  # the last two: ALBERT
     if max(getattr(config, key, 0) for key in repeats) <= tensors:  # every layer has some
-        with torch.device("meta"):
-            reader = AutoModelForQuestionAnswering.from_config(config)
-        head = sum(each.numel() for each in reader.qa_outputs.parameters())
+        reader = without_weights(config)
+        head = sum(each.numel() for _, each in head_parameters(reader))
         described = sum(each.numel() for each in reader.parameters()) - head
     if described > held:
         raise UserError(

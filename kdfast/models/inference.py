@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 
 from kdfast.common.device import as_current, free_bytes, is_out_of_memory
 from kdfast.common.errors import UserError
@@ -68,7 +69,10 @@ def bytes_per_token(model: SpanModel, width: int, precision: torch.dtype | None)
     whole = model.head.weight.dtype.itemsize
     half = whole if precision is None else precision.itemsize
     held = 4 * whole * config.hidden_size
-    held += half * (5 * config.hidden_size + 3 * config.intermediate_size)
+    linear = (each for each in model.reader.base_model.modules() if isinstance(each, nn.Linear))
+    held += half * (5 * config.hidden_size + 3 * max(each.out_features for each in linear))
+    if model.reach is not None:  # the mask of near tokens, as it is made
+        held += (2 + half) * width
     if not model.takes_4d_mask:
         columns = width
         if getattr(config, "relative_attention", False):  # DeBERTa's scores by distance

@@ -1,5 +1,6 @@
 """Readers: loaded, checked, cut down to some layers."""
 
+import copy
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,8 +26,10 @@ from kdfast.models.checks import (
     vocabulary_size,
     wrong_labels,
 )
+from kdfast.models.comparison import check_reads_alike
 from kdfast.models.hub import local_folder, without_safetensors
 from kdfast.models.span_model import SpanModel
+from kdfast.models.structure import encoder_prefix, layer_stack, span_head_name, trained_length
 from kdfast.tokenizers.load import load_tokenizer
 
 MOST_LABELS = 10_000  # that transformers may make names for, which takes memory
@@ -59,7 +62,7 @@ def load_reader(
         tokenizer: Used instead of the folder's.
 
     Raises:
-        UserError: There is no usable model of a supported type.
+        UserError: There is no usable model, or one that SpanModel would read otherwise.
     """
     folder = local_folder(name, role)
     config = load_config(folder, name, role)
@@ -76,16 +79,13 @@ def load_reader(
             trust_remote_code=False,  # unset, transformers asks on the terminal
             output_loading_info=True,
         )
-        with torch.inference_mode():  # a config.json may load and yet compute nothing
-            ids = torch.zeros((1, 2), dtype=torch.int64)
-            reader(ids, attention_mask=torch.ones_like(ids))
     except UserError:
         raise
     except Exception as error:  # safetensors and transformers share no base class for these
         raise _does_not_load(name, role, error) from error
     notes = []
     missing = sorted(info["missing_keys"])
-    encoder_missing = [key for key in missing if not key.startswith("qa_outputs.")]
+    encoder_missing = [key for key in missing if key.startswith(encoder_prefix(reader))]
     if encoder_missing:
         raise UserError(
             f"{role} {name} lacks {len(encoder_missing)} of its encoder's weights, such as "
@@ -97,11 +97,11 @@ def load_reader(
                 f"{role} {name} has no question-answering head: fine-tune it first with "
                 "python -m kdfast.train --distillation_loss_weight 0."
             )
-        reset_head(reader, new_head_seed)
+        reset_head(reader, missing, new_head_seed)
         notes.append(f"{name} has no question-answering head: a new one is drawn from the seed.")
     if reader.config._attn_implementation != "sdpa":
         notes.append(f"{config.model_type} has no SDPA attention here: eager attention is used.")
-    model = SpanModel(reader, embeds_dropout_prob)
+    model = span_model_of(reader, name, role, embeds_dropout_prob)
     if tokenizer is None:
         tokenizer = load_tokenizer(folder, role)
     return Loaded(model, tokenizer, notes)
@@ -135,13 +135,42 @@ def _does_not_load(name: str, role: str, error: Exception) -> UserError:
     )
 
 
-def reset_head(reader: PreTrainedModel, seed: int) -> None:
-    """Draw a new span head, from `seed` alone: normal weights as in BERT, zero bias."""
+def span_model_of(
+    reader: PreTrainedModel, name: str, role: str, embeds_dropout_prob: float = 0.0
+) -> SpanModel:
+    """The SpanModel of a model of transformers. Raises UserError for one that it cannot read.
+
+    It is compared in fp32 on the CPU: by a copy, where it is elsewhere. Layers of a quantized one,
+    which cannot be copied so, are not.
+    """
+    if span_head_name(reader) is None:
+        raise UserError(
+            f"{role} {name} is of type {reader.config.model_type}, whose span head is not one "
+            "linear layer on its hidden states: name a model of another type."
+        )
+    if not getattr(reader.config, "quantization_config", None):
+        parameter = next(reader.parameters())
+        tried = reader
+        if parameter.dtype != torch.float32 or parameter.device.type != "cpu" or reader.training:
+            tried = copy.deepcopy(reader).eval()
+            nn.Module.to(tried, "cpu", torch.float32)
+        check_reads_alike(SpanModel(tried), name, role)
+    return SpanModel(reader, embeds_dropout_prob)
+
+
+def reset_head(reader: PreTrainedModel, missing: list[str], seed: int) -> None:
+    """Draw the `missing` weights of the head, from `seed` alone: normal as in BERT, biases zero.
+
+    Norms are 1. Of ModernBERT, what its masked language model has of the head stays.
+    """
     draw = torch.Generator().manual_seed(seed)
-    head = cast(nn.Linear, reader.qa_outputs)
     with torch.no_grad():
-        head.weight.normal_(0.0, reader.config.initializer_range, generator=draw)
-        head.bias.zero_()
+        for key in missing:
+            weight = reader.get_parameter(key)
+            if weight.dim() > 1:
+                weight.normal_(0.0, reader.config.initializer_range, generator=draw)
+            else:
+                weight.fill_(0.0 if key.endswith("bias") else 1.0)
 
 
 def keep_layers(loaded: Loaded, layers: list[int], name: str) -> None:
@@ -150,21 +179,46 @@ def keep_layers(loaded: Loaded, layers: list[int], name: str) -> None:
     Embeddings and head stay. Raises UserError where the model has no such layers.
     """
     reader = loaded.model.reader
-    encoder = cast(nn.Module, reader.base_model.encoder)
-    stack = getattr(encoder, "layer", None)
-    if stack is None:
+    found = layer_stack(reader)
+    if found is None:
         raise UserError(
-            f"--student_layers: {name} ({reader.config.model_type}) shares one layer "
-            "throughout: name a --student of its own."
+            f"--student_layers: {name} ({reader.config.model_type}) shares one layer throughout, "
+            "or has them in parts: name a --student of its own."
         )
+    stack = cast(nn.ModuleList, getattr(*found))
     if layers[-1] >= len(stack):
         raise UserError(
             f"--student_layers names layer {layers[-1]}, and {name} has layers "
             f"0 to {len(stack) - 1}."
         )
-    encoder.layer = nn.ModuleList(stack[index] for index in layers)
+    kept = [stack[index] for index in layers]
+    # In a new place a layer must have the weights that transformers looks for there. The first
+    # of ModernBERT has a norm less than the others.
+    if kept[0].state_dict().keys() != stack[0].state_dict().keys():
+        raise UserError(
+            f"--student_layers: the first layer of {name} ({reader.config.model_type}) is unlike "
+            "the others: let the list begin with 0."
+        )
+    setattr(*found, nn.ModuleList(kept))
     reader.config.num_hidden_layers = len(layers)  # every module's: they share it
+    keep_layer_types(reader.config, layers)
     loaded.notes.append(f"The student keeps layers {layers} of {name}.")
+
+
+def keep_layer_types(config: PretrainedConfig, layers: list[int]) -> None:
+    """Keep the kinds of `layers` in a config, where they differ (ModernBERT: near and far).
+
+    transformers 4 knows them by `global_attn_every_n_layers` only, and takes 3 where it is absent.
+    Where no number says it, 0 makes that version fail and not compute something else.
+    """
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        return
+    config.layer_types = kinds = [types[index] for index in layers]
+    far = [kind == "full_attention" for kind in kinds]
+    steps = range(1, len(kinds) + 1)
+    fits = (n for n in steps if far == [index % n == 0 for index in range(len(kinds))])
+    config.global_attn_every_n_layers = next(fits, 0)
 
 
 def check_fits(loaded: Loaded, max_seq_length: int, name: str) -> None:
@@ -192,12 +246,4 @@ def longest_input(loaded: Loaded, name: str) -> int:
         )
     if getattr(config, "relative_attention", False) and not config.position_biased_input:
         return sys.maxsize
-    return trained_length(config)
-
-
-def trained_length(config: PretrainedConfig) -> int:
-    """The tokens of the longest window that a model was made for."""
-    if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
-        # Their positions start behind the padding's id.
-        return config.max_position_embeddings - config.pad_token_id - 1
-    return config.max_position_embeddings
+    return trained_length(loaded.model.reader)

@@ -24,10 +24,13 @@ from transformers import (
 from transformers.masking_utils import sdpa_mask
 
 from kdfast.common.errors import UserError
+from kdfast.models.structure import attention_dropout
 
 # Model types whose layers pass the lengths on to attention, and mix tokens nowhere else. MPNet and
 # the DeBERTas add relative positions of one padded window to their scores.
-PACKS = frozenset({"albert", "bert", "camembert", "electra", "roberta", "xlm-roberta"})
+PACKS = frozenset(
+    {"albert", "bert", "camembert", "distilbert", "electra", "roberta", "xlm-roberta"}
+)
 
 
 @dataclass(frozen=True)
@@ -133,12 +136,12 @@ def why_not_packed(config: PretrainedConfig, device: torch.device, trains: bool)
     width = config.hidden_size // config.num_attention_heads
     if width % 4:
         return f"its attention heads are {width} wide, and torch's kernel takes multiples of 4"
-    if trains and config.attention_probs_dropout_prob > 0:
+    dropout, p = attention_dropout(config)
+    if trains and p > 0:
         # Forward finds its random numbers by a length of 0 (ATen/native/transformers/cuda/
         # attention.cu: max_seqlen_k = 0), backward by the longest window's.
         return (
-            f"its config.json has attention_probs_dropout_prob "
-            f"{config.attention_probs_dropout_prob}, and torch's kernel draws this dropout for "
+            f"its config.json has {dropout} {p}, and torch's kernel draws this dropout for "
             "packed windows otherwise in the backward pass than in the forward pass"
         )
     return None

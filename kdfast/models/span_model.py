@@ -11,6 +11,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from kdfast.common.errors import UserError
 from kdfast.models.host_reads import mask_without_sdpa, prepare_relative_positions
 from kdfast.models.packing import PackedWindows, enable_packing
+from kdfast.models.structure import BEFORE_HEAD, position_table, span_head_name
 
 # Of what a GPU or torch.compile is given every width is a multiple: the tensor cores of a V100 take
 # half-precision products whose sizes are multiples of 8, attention reads its mask without a copy,
@@ -22,18 +23,25 @@ class SpanModel(nn.Module):
     """A Hugging Face question-answering model that returns its logits as one tensor.
 
     Teachers, students and evaluated models are all of this class. Dropout of `embeds_dropout_prob`
-    stands between the encoder and the head, as in Haystack. Under autocast too the head runs in the
-    precision of its weights, so that half precision never rounds the logits.
+    stands before the head, as in Haystack, in place of the one that a type may have there
+    (`qa_dropout` of DistilBERT, `classifier_dropout` of ModernBERT). Under autocast too the head
+    runs in the precision of its weights, so that half precision never rounds the logits.
     """
 
     def __init__(self, reader: PreTrainedModel, embeds_dropout_prob: float = 0.0):
         super().__init__()
         self.reader = reader
         self.dropout = nn.Dropout(embeds_dropout_prob)
+        self._head = cast(str, span_head_name(reader))
         self.takes_4d_mask = reader.config._attn_implementation == "sdpa"
+        # Layers that look at near tokens only, this far to each side (ModernBERT); None: no layers.
+        self.reach: int | None = None
+        if "sliding_attention" in (getattr(reader.config, "layer_types", None) or ()):
+            self.reach = reader.config.sliding_window
         # RoBERTa has one type only, published DeBERTas and MPNet none, whatever a tokenizer gives.
-        types = getattr(reader.base_model.embeddings, "token_type_embeddings", None)
-        self.takes_token_types = types is not None and types.num_embeddings > 1
+        embeddings = getattr(reader.base_model, "embeddings", None)
+        types = getattr(embeddings, "token_type_embeddings", None)
+        self.takes_token_types = isinstance(types, nn.Embedding) and types.num_embeddings > 1
         prepare_relative_positions(reader)
 
     def forward(
@@ -59,13 +67,16 @@ class SpanModel(nn.Module):
         """
         hidden = self._encode(input_ids, attention_mask, token_type_ids, packed)[0]
         with torch.autocast(hidden.device.type, enabled=False):
-            logits = self.head(self.dropout(hidden.to(self.head.weight.dtype)))
+            hidden = hidden.to(self.head.weight.dtype)
+            for name in BEFORE_HEAD.get(self.reader.config.model_type, ()):
+                hidden = getattr(self.reader, name)(hidden)
+            logits = self.head(self.dropout(hidden))
         return logits if packed is None else packed.unpack(logits)
 
     @property
     def head(self) -> nn.Linear:
         """The span head."""
-        return cast(nn.Linear, self.reader.qa_outputs)
+        return cast(nn.Linear, getattr(self.reader, self._head))
 
     def hidden_states(
         self,
@@ -89,26 +100,45 @@ class SpanModel(nn.Module):
         output_hidden_states: bool = False,
     ) -> BaseModelOutput:
         """What transformers' encoder returns."""
-        if self.takes_4d_mask and attention_mask is not None:
-            # transformers passes a 4-D mask on as it is; a 2-D one makes it read the device.
-            attention_mask = attention_mask[:, None, None, :]
-            if attention_mask.is_cuda:
-                attention_mask = self.additive(attention_mask)
-        elif not self.takes_4d_mask:
-            attention_mask = mask_without_sdpa(self.reader, input_ids, attention_mask)
+        # transformers passes a 4-D mask on as it is; a 2-D one makes it read the device.
+        masks: Any = self._mask_4d(attention_mask)
+        if not self.takes_4d_mask:
+            masks = mask_without_sdpa(self.reader, input_ids, attention_mask)
+        elif self.reach is not None:
+            near = self._near_mask(attention_mask, input_ids, self.reach)
+            masks = {"full_attention": masks, "sliding_attention": self._mask_4d(near)}
         kwargs: dict[str, Any] = {}
         if packed is not None:
-            padding_id = getattr(self._positions(), "padding_idx", None)
+            padding_id = getattr(position_table(self.reader), "padding_idx", None)
             kwargs = packed.attention_arguments()
             kwargs["position_ids"] = packed.position_ids(input_ids, padding_id)
         if token_type_ids is not None and self.takes_token_types:
             kwargs["token_type_ids"] = token_type_ids
         return self.reader.base_model(
             input_ids,
-            attention_mask=attention_mask,
+            attention_mask=masks,
             output_hidden_states=output_hidden_states,
             **kwargs,
         )
+
+    def _mask_4d(self, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """(B, L) keys, or (B, L, L) queries and keys, to what attention takes."""
+        if mask is None:
+            return None
+        mask = mask[:, None, None, :] if mask.dim() == 2 else mask[:, None]
+        return self.additive(mask) if mask.is_cuda else mask
+
+    def _near_mask(
+        self, mask: torch.Tensor | None, input_ids: torch.Tensor, reach: int
+    ) -> torch.Tensor | None:
+        """Bool (B, L, L), or (1, L, L) without a mask: where a key is real and within reach."""
+        width = input_ids.shape[1]
+        if width <= reach + 1:
+            return mask
+        place = torch.arange(width, device=input_ids.device)
+        near = ((place[:, None] - place).abs() <= reach)[None]
+        # Padding looks at every real token: of no key at all, softmax would be NaN.
+        return near if mask is None else mask[:, None, :] & (near | ~mask[:, :, None])
 
     def additive(self, mask: torch.Tensor) -> torch.Tensor:
         """0 where a bool mask is True, else -inf, in the type that attention has.
@@ -123,15 +153,12 @@ class SpanModel(nn.Module):
             ~mask, -torch.inf
         )
 
-    def _positions(self) -> nn.Embedding | None:
-        return getattr(self.reader.base_model.embeddings, "position_embeddings", None)
-
     def width_multiple(self, compiled: bool = False) -> int:
         """The number of which widths of its micro-batches should be multiples; 1 for any.
 
         compiled: whether torch.compile is given them.
         """
-        positions = self._positions()
+        positions = position_table(self.reader)
         # Padding must have a position, too. RoBERTa's has one of its own.
         fits = (
             positions is None

@@ -19,6 +19,7 @@ from kdfast.models.checks import nonfinite_weight
 from kdfast.models.hub import local_folder
 from kdfast.models.load import Loaded, check_fits, load_reader
 from kdfast.models.span_model import SpanModel
+from kdfast.models.structure import head_parameters
 from kdfast.teachers import cache
 from kdfast.teachers.layer_losses import AttentionCapture, AttentionTerm, RelationTerm, hidden_term
 from kdfast.tokenizers.load import has_token_types, load_tokenizer
@@ -41,7 +42,8 @@ class LayerLosses(nn.Module):
         super().__init__()
         self.student = student
         self.teacher = teacher.eval().requires_grad_(False)
-        student.reader.qa_outputs.requires_grad_(False)
+        for _, each in head_parameters(student.reader):
+            each.requires_grad_(False)
         own, taught = student.reader.config, teacher.reader.config
         self.every = layers_apart(own.num_hidden_layers, taught.num_hidden_layers)
         self.attention = attention

@@ -22,8 +22,9 @@ from kdfast.config import TrainConfig
 from kdfast.data.windows import Windows
 from kdfast.models.hub import local_folder
 from kdfast.models.inference import forward_tokens
-from kdfast.models.load import check_fits, load_config, load_reader, trained_length
+from kdfast.models.load import check_fits, load_config, load_reader
 from kdfast.models.packing import why_not_packed
+from kdfast.models.structure import trained_length, without_weights
 from kdfast.teachers import cache
 from kdfast.teachers.alignment import Aligner, softened
 from kdfast.teachers.mixture import Probabilities
@@ -91,7 +92,7 @@ def find_teacher(
         windows = windows.with_token_types(Template.learn(tokenizer).uses_token_types)
         return Teacher(name, source, windows, config.windows.max_seq_length)
     refuse_mse(config, name)
-    length = trained_length(own_config)
+    length = trained_length(without_weights(own_config))
     read = rewindow(
         windows,
         student.source,

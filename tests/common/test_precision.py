@@ -6,9 +6,8 @@ import torch
 from kdfast.common import precision
 from kdfast.common.errors import UserError
 from kdfast.common.precision import AUTOCAST, resolve, why_not, works_in
-from kdfast.models.checks import SUPPORTED
 from kdfast.models.span_model import SpanModel
-from tests import readers
+from tests import published, readers
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 1)
 
@@ -25,7 +24,7 @@ def card(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["no", "fp16", "bf16"])
-@pytest.mark.parametrize("model_type", SUPPORTED)
+@pytest.mark.parametrize("model_type", published.TYPES)
 def test_the_table_says_what_autocast_does(model_type, kind):
     """Where it says no, too: a version of transformers may have mended that."""
     reader, _ = readers.make(model_type)
@@ -80,7 +79,7 @@ def test_a_type_that_fp16_alone_is_too_small_for(card, monkeypatch, bf16, wanted
 @pytest.mark.parametrize("device", [CPU, GPU])
 def test_no_means_no_and_what_is_asked_for_is_given_or_refused(card, device):
     card(bf16=False)
-    for each in SUPPORTED:
+    for each in published.TYPES:
         assert resolve("no", device, [each]) == "no"
     assert resolve("fp16", device, ["roberta"]) == "fp16"
     with pytest.raises(UserError, match=r"fp16: deberta does not .*: leave it out or use no\."):

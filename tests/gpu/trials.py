@@ -18,13 +18,12 @@ from kdfast.common.ranks import Ranks
 from kdfast.common.run import Run
 from kdfast.config import TrainConfig
 from kdfast.data.batches import Share
-from kdfast.models.checks import SUPPORTED
 from kdfast.training import inputs
 from kdfast.training.assemble import Training, TrainingData, assemble
 from kdfast.training.invariance import Recorder
 from kdfast.training.micro_batches import peak_bytes_of
 from kdfast.training.train_files import TrainFiles
-from tests import corpora, readers
+from tests import corpora, published, readers
 from tests.gpu.card import Card
 from tests.programs import World, log_of
 from tests.steppers import Steps
@@ -237,11 +236,11 @@ TRIALS: dict[str, Callable[[Card, Path], None]] = {
         f"step {name} {precision}": partial(
             a_step_is_that_of_the_cpu, name=name, precision=precision
         )
-        for name in SUPPORTED
+        for name in published.TYPES
         for precision in ("no", "fp16")
         if (name, precision) != ("deberta", "fp16")
     },
-    **{f"reads {name}": partial(the_host_reads_once_a_step, name=name) for name in SUPPORTED},
+    **{f"reads {name}": partial(the_host_reads_once_a_step, name=name) for name in published.TYPES},
     **{
         f"resume {precision}": partial(a_resumed_run_ends_with_the_same_bits, precision=precision)
         for precision in ("no", "fp16")

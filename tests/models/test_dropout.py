@@ -7,8 +7,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kdfast.models import checks, dropout, load
-from tests import readers
+from kdfast.models import dropout, load
+from tests import published, readers
 from tests.training.test_step import gradient
 
 P = 0.3
@@ -143,7 +143,7 @@ def answers(model, ids, mask):
     return [model(ids), model(ids, mask), bare]
 
 
-@pytest.mark.parametrize("model_type", checks.SUPPORTED)
+@pytest.mark.parametrize("model_type", published.TYPES)
 def test_every_type_trains_without_torchs_dropout(tmp_path, model_type, monkeypatch):
     rates = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
     name = readers.save(tmp_path / "a", model_type, **rates)

@@ -18,11 +18,10 @@ from kdfast.config import WindowSettings
 from kdfast.data.batches import cut_by_tokens
 from kdfast.data.prepare import prepare_windows
 from kdfast.models import inference
-from kdfast.models.checks import SUPPORTED
 from kdfast.models.inference import Room, forward_windows
 from kdfast.models.packing import PACKS
 from kdfast.models.span_model import SpanModel
-from tests import corpora, readers
+from tests import corpora, published, readers
 
 CPU = torch.device("cpu")
 REFUSED = torch.OutOfMemoryError("CUDA out of memory.")
@@ -179,7 +178,7 @@ class Peak(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", ["no", "fp16"])
-@pytest.mark.parametrize("model_type", SUPPORTED)
+@pytest.mark.parametrize("model_type", published.TYPES)
 def test_the_bytes_of_a_token_bound_what_a_pass_holds(model_type, kind):
     if not works_in(model_type, kind):
         pytest.skip(f"{model_type} does not compute in {kind}")

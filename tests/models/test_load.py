@@ -2,15 +2,15 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForQuestionAnswering
+from transformers import AutoModelForMaskedLM, AutoModelForQuestionAnswering
 
 from kdfast.common.errors import UserError
-from kdfast.models import checks, load
-from tests import readers
+from kdfast.models import load
+from tests import published, readers
 from tests.readers import ids_of
 
 
-@pytest.mark.parametrize("model_type", checks.SUPPORTED)
+@pytest.mark.parametrize("model_type", published.TYPES)
 def test_logits_are_those_of_the_hugging_face_class(tmp_path, model_type):
     name = readers.save(tmp_path, model_type)
     loaded = load.load_reader(name, "--model")
@@ -29,7 +29,7 @@ def test_logits_are_those_of_the_hugging_face_class(tmp_path, model_type):
     torch.testing.assert_close(bare, bare_theirs)
 
 
-@pytest.mark.parametrize("model_type", checks.SUPPORTED)
+@pytest.mark.parametrize("model_type", published.TYPES)
 def test_padding_does_not_change_the_real_tokens(tmp_path, model_type):
     loaded = load.load_reader(readers.save(tmp_path, model_type), "--model")
     loaded.model.double().eval()
@@ -101,6 +101,60 @@ def test_kept_layers_are_the_teachers(tmp_path):
         assert torch.equal(again(ids).start_logits, part.model.eval()(ids)[..., 0])
 
 
+def test_what_a_new_head_of_modernbert_is_drawn_for(tmp_path):
+    """An encoder lacks both layers of the head; a masked language model has the first."""
+    name = readers.save(tmp_path / "bare", "modernbert", head=False)
+    heads = [
+        load.load_reader(name, "--student", new_head_seed=seed).model.reader for seed in (1, 2)
+    ]
+    assert heads[0].head.dense.weight.std().item() == pytest.approx(0.3, rel=0.2)
+    assert not torch.equal(heads[0].head.dense.weight, heads[1].head.dense.weight)
+    assert torch.equal(heads[0].head.norm.weight, torch.ones(16))
+    config = heads[0].config
+    masked = AutoModelForMaskedLM.from_config(config)
+    masked.save_pretrained(tmp_path / "masked")
+    readers.make("modernbert")[1].save_pretrained(tmp_path / "masked")
+    with pytest.raises(UserError, match="no question-answering head"):
+        load.load_reader(str(tmp_path / "masked"), "--teacher")
+    loaded = load.load_reader(str(tmp_path / "masked"), "--student", new_head_seed=1)
+    assert torch.equal(loaded.model.reader.head.dense.weight, masked.head.dense.weight)
+    assert loaded.model.head.weight.std() > 0.1 and not loaded.model.head.bias.any()
+
+
+@pytest.mark.parametrize(
+    ("kept", "kinds", "every"),
+    [([0, 1, 2, 3], "FSSF", 3), ([0, 3], "FF", 1), ([0, 1], "FS", 2), ([0, 3, 4], "FFS", 0)],
+)
+def test_kept_layers_of_modernbert_look_as_far_as_they_did(tmp_path, kept, kinds, every):
+    """The windows are longer than its near layers reach. FSSFSS are the kinds of all layers."""
+    name = readers.save(tmp_path / "whole", "jhu-clsp/mmBERT-base", layers=6, local_attention=8)
+    part = load.load_reader(name, "--student")
+    reaches = [layer.attn.sliding_window for layer in part.model.reader.model.layers]
+    load.keep_layers(part, kept, name)
+    reader = part.model.reader
+    assert "".join(kind[0] for kind in reader.config.layer_types).upper() == kinds
+    assert reader.config.global_attn_every_n_layers == every
+    assert [layer.attn.sliding_window for layer in reader.model.layers] == [
+        reaches[k] for k in kept
+    ]
+    reader.save_pretrained(tmp_path / "part")
+    plain = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "part").eval()
+    ids, mask = ids_of(reader, (40, 31))
+    with torch.no_grad():
+        found, theirs = part.model.eval()(ids, mask), plain(ids, mask.long())
+        again = load.load_reader(
+            str(tmp_path / "part"), "--student", tokenizer=part.tokenizer
+        ).model.eval()(ids, mask)
+    assert torch.equal(found, again)
+    torch.testing.assert_close(found[..., 0][mask], theirs.start_logits[mask])
+
+
+def test_layers_that_cannot_stand_first(tmp_path):
+    name = readers.save(tmp_path, "modernbert", layers=3)
+    with pytest.raises(UserError, match="unlike the others: let the list begin with 0"):
+        load.keep_layers(load.load_reader(name, "--student"), [1, 2], name)
+
+
 def fault(name, **arguments):
     with pytest.raises(UserError) as caught:
         load.load_reader(name, "--teacher", **arguments)
@@ -118,7 +172,8 @@ def test_faults_are_one_sentence(tmp_path, monkeypatch):
     name = readers.save(tmp_path / "other")
     config = json.loads((tmp_path / "other/config.json").read_text())
     for key, value, words in (
-        ("model_type", "gpt2", "type gpt2, which is not supported"),
+        ("model_type", "vit", "type vit, for which transformers has no question-answering"),
+        ("is_decoder", True, "has a decoder"),
         ("num_labels", 3, "3 labels"),
     ):
         changed = {k: v for k, v in config.items() if k not in ("id2label", "label2id")}

@@ -4,10 +4,9 @@ import torch
 from transformers import AutoConfig
 
 from kdfast.common.errors import UserError
-from kdfast.models import checks
 from kdfast.models.packing import PACKS, PackedWindows, wants_packing, why_not_packed
 from kdfast.models.span_model import SpanModel
-from tests import readers
+from tests import published, readers
 
 LENGTHS = np.array([17, 40, 9, 33])
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -59,7 +58,7 @@ def test_the_gradient_reaches_every_token_once():
     assert torch.equal(logits.grad[0, :99], weights[real]) and not logits.grad[0, 99:].any()
 
 
-@pytest.mark.parametrize("model_type", checks.SUPPORTED)
+@pytest.mark.parametrize("model_type", published.TYPES)
 def test_what_packs(model_type):
     config = AutoConfig.for_model(model_type, attention_probs_dropout_prob=0.0)
     assert not wants_packing("auto", config, CPU)

@@ -1,10 +1,9 @@
 import pytest
 import torch
 
-from kdfast.models.checks import SUPPORTED
 from kdfast.models.packing import PACKS
 from kdfast.models.span_model import SpanModel
-from tests import readers
+from tests import published, readers
 
 
 @pytest.mark.parametrize("model_type", sorted(PACKS))
@@ -24,7 +23,7 @@ def test_an_additive_mask_is_the_boolean_one(model_type, precision):
     assert torch.equal(found[mask], wanted[mask])
 
 
-@pytest.mark.parametrize("model_type", SUPPORTED)
+@pytest.mark.parametrize("model_type", published.TYPES)
 def test_padding_has_positions(model_type):
     """A window of all the tokens that a model was made for can still be read."""
     for positions in (512, 514, 100):
@@ -41,3 +40,32 @@ def test_padding_has_positions(model_type):
         ids[:, :longest] = 7
         mask = torch.arange(width)[None] < longest
         assert model(ids, mask).isfinite().all()
+
+
+@pytest.mark.parametrize("lengths", [(40, 23), (40, 40), (9, 7), (10, 4)])
+def test_near_tokens_are_those_of_transformers(lengths):
+    """In windows longer and shorter than the 4 tokens to each side; padding is never NaN."""
+    reader, _ = readers.make("modernbert", layers=4, local_attention=8)
+    model = SpanModel(reader)
+    assert model.reach == 4
+    ids, mask = readers.ids_of(reader, lengths)
+    with torch.no_grad():
+        theirs = reader(ids, attention_mask=mask.long())
+        found = model(ids, mask)
+        assert found.isfinite().all()
+        torch.testing.assert_close(found[..., 1][mask], theirs.end_logits[mask])
+        if lengths[0] == lengths[1]:
+            torch.testing.assert_close(model(ids), found)
+        model.reach = 3
+        changed = (model(ids, mask) - found)[mask].abs().max()
+    assert changed > 0.01
+
+
+@pytest.mark.slow
+def test_eight_thousand_tokens():
+    reader, _ = readers.make("modernbert")
+    ids, mask = readers.ids_of(reader, (8192, 8000))
+    with torch.no_grad():
+        found = SpanModel(reader)(ids, mask)
+        alone = reader(ids[1:, :8000])
+    torch.testing.assert_close(found[1:, :8000, 0], alone.start_logits, rtol=1e-4, atol=1e-4)

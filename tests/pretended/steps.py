@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
-from kdfast.models.checks import SUPPORTED
 from kdfast.models.packing import PACKS
 from kdfast.training.assemble import Training
 from kdfast.training.step import StepSums
+from tests import published
 from tests.pretended.device import pretended
 from tests.programs import World
 
@@ -28,7 +28,7 @@ LAUNCHES = Path(__file__).with_name("launches.json")
 # Types, and what --packing may be for each.
 LAYOUTS = [
     (name, packing)
-    for name in SUPPORTED
+    for name in published.TYPES
     for packing in (("auto", "off") if name in PACKS else ("auto",))
 ]
 # Three steps, each of several micro-batches.

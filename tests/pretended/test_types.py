@@ -13,11 +13,10 @@ import torch
 from safetensors.numpy import load_file
 
 from kdfast import Reader, evaluate
-from kdfast.models.checks import SUPPORTED
 from kdfast.training import assemble
 from kdfast.training.checkpoint import OPTIMIZER_FILE
 from kdfast.training.step import span_objective
-from tests import corpora, readers
+from tests import corpora, published, readers
 from tests.pretended.device import pretended
 from tests.pretended.steps import FEW, LAUNCHES, LAYOUTS, launches_of, run_of, watched
 from tests.programs import World, log_of
@@ -35,8 +34,8 @@ ASKED = {
 
 def types(first):
     """All types from the one of that name on, so that each test's sample is another."""
-    start = SUPPORTED.index(first)
-    return [*SUPPORTED[start:], *SUPPORTED[:start]]
+    start = published.TYPES.index(first)
+    return [*published.TYPES[start:], *published.TYPES[:start]]
 
 
 @pytest.mark.sample(4)

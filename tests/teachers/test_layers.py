@@ -5,12 +5,12 @@ from torch.nn import functional
 
 from kdfast.common.errors import UserError
 from kdfast.config import LossSettings
-from kdfast.models import checks, load
+from kdfast.models import load
 from kdfast.teachers import layer_losses, layers
 from kdfast.train import train_loop
 from kdfast.training import invariance
 from kdfast.training.step import layer_objective, span_objective
-from tests import readers, steppers
+from tests import published, readers, steppers
 
 PLAIN = ["bert", "camembert", "electra", "roberta", "xlm-roberta"]
 LENGTHS = [11, 3, 7]
@@ -257,14 +257,14 @@ def test_what_does_not_map_is_refused(tmp_path):
     assert "has 2 attention heads and --teacher has 4" in said and "relations" in said
 
 
-@pytest.mark.parametrize("model_type", sorted({*checks.SUPPORTED} - {*PLAIN}))
+@pytest.mark.parametrize("model_type", sorted({*published.TYPES} - {*PLAIN}))
 @pytest.mark.parametrize("attention", ["probabilities", "relations"])
 def test_attention_of_another_kind_is_refused(tmp_path, model_type, attention):
     said = refused(tmp_path, attention, model_type)
     assert model_type in said and "give none" in said
 
 
-@pytest.mark.parametrize("model_type", checks.SUPPORTED)
+@pytest.mark.parametrize("model_type", published.TYPES)
 def test_hidden_states_of_every_type(tmp_path, model_type):
     student, teacher = pair(tmp_path, model_type)
     ids, mask = batch(student)

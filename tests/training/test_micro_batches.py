@@ -9,11 +9,10 @@ from kdfast.common.errors import UserError
 from kdfast.common.run import Run
 from kdfast.config import SpeedSettings
 from kdfast.data.batches import MicroBatchPolicy
-from kdfast.models import checks
 from kdfast.models.span_model import SpanModel
 from kdfast.models.window_loader import Layout
 from kdfast.training import assemble, flops, micro_batches
-from tests import readers
+from tests import published, readers
 
 CPU = torch.device("cpu")
 
@@ -29,7 +28,7 @@ def test_work_is_counted_by_the_formula_of_an_encoder():
     )
 
 
-@pytest.mark.parametrize("model_type", checks.SUPPORTED)
+@pytest.mark.parametrize("model_type", published.TYPES)
 def test_work_is_counted_for_every_type(model_type):
     reader, _ = readers.make(model_type)
     found = flops.count_work(SpanModel(reader))
