@@ -14,11 +14,14 @@ from unittest import mock
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.testing import CompileCounter
 
 from kdfast.common.precision import works_in
 from kdfast.common.run import Run
 from kdfast.models.packing import PACKS, PackedWindows
 from kdfast.models.span_model import SpanModel
+from kdfast.models.structure import layer_stack
+from kdfast.teachers.layers import LayerLosses
 from tests import published, readers
 from tests.gpu.card import PretendedCard
 from tests.gpu.trials import Small
@@ -100,6 +103,47 @@ def _packs(model_type: str) -> str:
     return "yes"
 
 
+def _layers_stage(model_type: str) -> str:
+    """Whether a student's hidden states learn from a teacher of twice its layers, into each layer.
+
+    `embeddings` and what each layer makes of them: of ModernBERT the last after its final norm.
+    """
+    for name in names_of(model_type):
+        student, teacher = (SpanModel(readers.make(name, seed=n, layers=2 * n)[0]) for n in (1, 2))
+        ids, mask = readers.ids_of(student.reader)
+        LayerLosses(student, teacher, "none", 0)(ids, mask).sum().backward()
+        learned = [
+            key
+            for key, each in student.reader.base_model.named_parameters()
+            if each.dim() > 1 and each.grad is not None and each.grad.abs().max() > 0
+        ]
+        stack = layer_stack(student.reader)
+        layers = {0, 1} if stack is not None else {0}  # ALBERT's are one
+        found = {int(number) for key in learned for number in re.findall(r"\.(\d+)\.", key)[:1]}
+        assert layers <= found, f"{name}: {found} of its layers learn"
+    return "yes"
+
+
+def _compiles(model_type: str) -> str:
+    """Whether what torch.compile has traced gives eager mode's logits, in three widths at once.
+
+    It runs as it was traced: to generate code for it would take minutes.
+    """
+    done = set()
+    for name in names_of(model_type):
+        model = SpanModel(readers.make(name)[0])
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        compiled, counts = model.compiled(counter), set()
+        for lengths in ((24, 16), (40, 32), (56, 48)):
+            ids, mask = readers.ids_of(model.reader, lengths)
+            torch.testing.assert_close(compiled(ids, mask)[mask], model(ids, mask)[mask])
+            counts.add(counter.frame_count)
+        done.add("yes" if len(counts) == 1 else "again for other widths")
+    (cell,) = done
+    return cell
+
+
 def _host_reads(model_type: str) -> str:
     """How often the host waits for the pretended device in a micro-batch: by difference."""
     found = {run_pretended(_reads_in_a_micro_batch, name) for name in names_of(model_type)}
@@ -130,7 +174,9 @@ COLUMNS: dict[str, Callable[[str], str]] = {
     "teaches": _does("no"),
     "fp16": _does("fp16"),
     "bf16": _does("bf16"),
+    "layers stage": _layers_stage,
     "packs": _packs,
+    "compiles": _compiles,
     "host reads": _host_reads,
 }
 

@@ -125,6 +125,7 @@ def load_config(folder: Path, name: str, role: str) -> PretrainedConfig:
     config.output_attentions = config.output_hidden_states = False
     config.return_dict = True
     config.chunk_size_feed_forward = 0
+    state_layer_types(config, list(range(len(getattr(config, "layer_types", None) or ()))))
     return config
 
 
@@ -201,24 +202,29 @@ def keep_layers(loaded: Loaded, layers: list[int], name: str) -> None:
         )
     setattr(*found, nn.ModuleList(kept))
     reader.config.num_hidden_layers = len(layers)  # every module's: they share it
-    keep_layer_types(reader.config, layers)
+    state_layer_types(reader.config, layers)
     loaded.notes.append(f"The student keeps layers {layers} of {name}.")
 
 
-def keep_layer_types(config: PretrainedConfig, layers: list[int]) -> None:
-    """Keep the kinds of `layers` in a config, where they differ (ModernBERT: near and far).
+def state_layer_types(config: PretrainedConfig, layers: list[int]) -> None:
+    """State the kinds of `layers` in a config where they differ (ModernBERT: near and far), and
+    their rotary bases, by the names that transformers 4 reads, too.
 
-    transformers 4 knows them by `global_attn_every_n_layers` only, and takes 3 where it is absent.
-    Where no number says it, 0 makes that version fail and not compute something else.
+    It knows the kinds by `global_attn_every_n_layers` only, and takes 3 where that is absent. Where
+    no number says it, 0 makes that version fail and not compute something else.
     """
     types = getattr(config, "layer_types", None)
-    if types is None:
+    if not types:
         return
     config.layer_types = kinds = [types[index] for index in layers]
     far = [kind == "full_attention" for kind in kinds]
     steps = range(1, len(kinds) + 1)
     fits = (n for n in steps if far == [index % n == 0 for index in range(len(kinds))])
     config.global_attn_every_n_layers = next(fits, 0)
+    bases = getattr(config, "rope_parameters", None) or {}
+    names = {"full_attention": "global_rope_theta", "sliding_attention": "local_rope_theta"}
+    for kind in names.keys() & bases.keys():
+        setattr(config, names[kind], bases[kind]["rope_theta"])
 
 
 def check_fits(loaded: Loaded, max_seq_length: int, name: str) -> None:

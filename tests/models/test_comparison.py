@@ -65,6 +65,7 @@ def refusal(model):
     return str(error.value)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("model_type", ACCEPTED)
 def test_a_type_that_is_read_alike_learns_and_comes_back_the_same(tmp_path, model_type):
     reader = small(model_type)
@@ -149,6 +150,7 @@ def test_weights_that_tell_nothing_are_refused_where_they_are_used(value):
     load.span_model_of(reader, "it", "--student")
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", published.MODELS)
 def test_rounding_is_far_below_the_tolerance(name, monkeypatch):
     """The windows of published configurations differ by a hundredth of it, at most."""
