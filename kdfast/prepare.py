@@ -12,7 +12,6 @@ from kdfast.common import program
 if __name__ == "__main__":  # flags come first: what is imported below takes seconds
     sys.exit(program.run(parse_prepare, "kdfast.prepare:start"))
 
-import re
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerFast
@@ -25,7 +24,7 @@ from kdfast.common.run import Run
 from kdfast.common.settings import check_values
 from kdfast.config import TrainConfig
 from kdfast.data.cache import cache_folder
-from kdfast.data.chunks import ChunkFolder, Shard
+from kdfast.data.chunks import ChunkFolder, Shard, parse_shard
 from kdfast.data.features import Features
 from kdfast.data.prepare import prepare_shard
 from kdfast.data.windows import Windows
@@ -143,18 +142,6 @@ def prepare_pass(wanted: Preparation, teacher: targets.Teacher) -> None:
             targets.own_logits(wanted.config, teacher, wanted.run)
     folder = cache_dir / "teacher" / source.key
     ranks.log(f"Logits of {teacher.name}: all are in {folder}.")
-
-
-def parse_shard(text: str) -> Shard:
-    """The share that --shard i/n names. Raises UserError for anything else."""
-    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
-    if not found:
-        raise UserError(f"--shard is {text!r}: give a part and how many there are, such as 0/8.")
-    number, count = int(found[1]), int(found[2])
-    if number >= count:
-        last = f" to {count - 1}/{count}" if count > 1 else ""
-        raise UserError(f"--shard is {text}: parts count from 0: give 0/{max(count, 1)}{last}.")
-    return Shard(number, count)
 
 
 def _parts(missing: list[str] | None) -> str:

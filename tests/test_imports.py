@@ -29,6 +29,7 @@ RANKS = {
     "evaluation": 6,
     "training": 7,
     "cards": 8,
+    "synthetic": 8,
     "reader": 8,
 }
 PROGRAM = 9

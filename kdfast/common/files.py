@@ -85,6 +85,12 @@ def append(path: Path) -> TextIO:
     return open(path, "a", encoding="utf-8", opener=_regular)
 
 
+def cut(path: Path, size: int) -> None:
+    """Drop what a file holds behind its first `size` bytes. Raises UserError for a link."""
+    with open_in_place(path) as file:
+        file.truncate(size)
+
+
 def create(path: Path) -> BinaryIO:
     """Open a new file in place of the file, link or pipe that is there."""
     path.unlink(missing_ok=True)

@@ -26,6 +26,10 @@ PATHS = {
     "predictions",
     "null_odds",
     "null_threshold_from",
+    "masked_model",
+    "vectors",
+    "embeddings",
+    "output",
 }
 
 

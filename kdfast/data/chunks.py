@@ -7,6 +7,7 @@ the source is cut into chunks depends on nothing else, so that it does not matte
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
@@ -54,6 +55,18 @@ class Shard:
 
 
 WHOLE = Shard()
+
+
+def parse_shard(text: str) -> Shard:
+    """The share that --shard i/n names. Raises UserError for anything else."""
+    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    if not found:
+        raise UserError(f"--shard is {text!r}: give a part and how many there are, such as 0/8.")
+    number, count = int(found[1]), int(found[2])
+    if number >= count:
+        last = f" to {count - 1}/{count}" if count > 1 else ""
+        raise UserError(f"--shard is {text}: parts count from 0: give 0/{max(count, 1)}{last}.")
+    return Shard(number, count)
 
 
 class Chunk(NamedTuple):
