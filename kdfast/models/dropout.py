@@ -5,7 +5,7 @@ torch.manual_seed was given decides them, and gradient checkpointing draws them 
 """
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from kdfast.models import deberta
 from kdfast.models.span_model import SpanModel
 
 ATTENTION = "kdfast_dropout"
@@ -38,6 +39,8 @@ def speed_up_dropout(model: SpanModel) -> None:
         for name, child in list(module.named_children()):
             if type(child) is nn.Dropout:
                 setattr(module, name, Dropout(child.p).train(child.training))
+            elif type(child) is deberta.Attend:
+                setattr(module, name, Attend())
     # A model without SDPA has an nn.Dropout for its attention, too.
     if model.reader.config._attn_implementation == "sdpa":
         AttentionInterface.register(ATTENTION, attention_forward)
@@ -125,11 +128,29 @@ def attention_forward(
     return mixed.transpose(1, 2).contiguous(), None
 
 
+class Attend(deberta.Attend):
+    """DeBERTa's attention with keep_mask()."""
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        bias: torch.Tensor,
+        scaling: float,
+        p: float,
+    ) -> torch.Tensor:
+        if p == 0:
+            return super().forward(query, key, value, bias, scaling, p)
+        return cast(torch.Tensor, AttentionFunction.apply(query, key, value, bias, scaling, p))
+
+
 class AttentionFunction(torch.autograd.Function):
     """(keep * scale * softmax(scaling * query @ key^T + bias)) @ value.
 
-    query, key, value: (B, H, L, D), all of one type. bias: broadcast to (B, H, L, L), without a
-    gradient; or None. Scores and softmax are fp32 at least: rounded scores would err most.
+    query, key, value: (B, H, L, D), all of one type. bias: (B, H, L, L); or what broadcasts to it,
+    without a gradient; or None. Scores and softmax are fp32 at least: rounded scores would err
+    most.
     """
 
     @staticmethod
@@ -153,6 +174,7 @@ class AttentionFunction(torch.autograd.Function):
         keep, scale = keep_mask(weights.shape, p)
         ctx.save_for_backward(query, key, value, weights, keep)
         ctx.factors = scaling, scale
+        ctx.bias_type = None if bias is None else bias.dtype
         return product(kept(weights, keep), value, scale).view(shape)
 
     @staticmethod
@@ -167,7 +189,10 @@ class AttentionFunction(torch.autograd.Function):
         grad_query = product(grad_scores, key, scaling)
         grad_key = product(grad_scores.mT, query, scaling)
         grads = (each.view(shape) for each in (grad_query, grad_key, grad_value))
-        return *grads, None, None, None
+        grad_bias = None
+        if ctx.needs_input_grad[3]:
+            grad_bias = grad_scores.view(*shape[:-1], -1).to(ctx.bias_type)
+        return *grads, grad_bias, None, None
 
 
 def product(left: torch.Tensor, right: torch.Tensor, factor: float) -> torch.Tensor:

@@ -12,6 +12,7 @@ from kdfast.common.device import as_current, free_bytes, is_out_of_memory
 from kdfast.common.errors import UserError
 from kdfast.data.batches import cut_in_order
 from kdfast.data.windows import Windows
+from kdfast.models import deberta
 from kdfast.models.span_model import SpanModel
 from kdfast.models.window_loader import HostLoader, Layout, StreamedLoader, WindowLoader
 
@@ -74,10 +75,10 @@ def bytes_per_token(model: SpanModel, width: int, precision: torch.dtype | None)
     if model.reach is not None:  # the mask of near tokens, as it is made
         held += (2 + half) * width
     if not model.takes_4d_mask:
-        columns = width
-        if getattr(config, "relative_attention", False):  # DeBERTa's scores by distance
-            columns = 2 * max(width, getattr(config, "position_buckets", 0))
-        held += config.num_attention_heads * columns * 4 * whole
+        scores = 4 * whole
+        if config.model_type in deberta.TYPES:  # two by distance, a sum, and fused or not
+            scores = 6 * half
+        held += config.num_attention_heads * width * scores
     return held
 
 

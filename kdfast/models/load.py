@@ -18,6 +18,7 @@ from transformers import (
 
 from kdfast.common.errors import UserError, first_line
 from kdfast.common.files import read_json_object
+from kdfast.models import deberta
 from kdfast.models.checks import (
     check_files,
     check_reads_both_ways,
@@ -99,7 +100,7 @@ def load_reader(
             )
         reset_head(reader, missing, new_head_seed)
         notes.append(f"{name} has no question-answering head: a new one is drawn from the seed.")
-    if reader.config._attn_implementation != "sdpa":
+    if reader.config._attn_implementation != "sdpa" and config.model_type not in deberta.TYPES:
         notes.append(f"{config.model_type} has no SDPA attention here: eager attention is used.")
     model = span_model_of(reader, name, role, embeds_dropout_prob)
     if tokenizer is None:

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from kdfast.common.errors import UserError
-from kdfast.models.host_reads import mask_without_sdpa, prepare_relative_positions
+from kdfast.models.deberta import prepare_deberta
+from kdfast.models.host_reads import mask_without_sdpa
 from kdfast.models.packing import PackedWindows, enable_packing
 from kdfast.models.structure import BEFORE_HEAD, position_table, span_head_name
 
@@ -42,7 +43,7 @@ class SpanModel(nn.Module):
         embeddings = getattr(reader.base_model, "embeddings", None)
         types = getattr(embeddings, "token_type_embeddings", None)
         self.takes_token_types = isinstance(types, nn.Embedding) and types.num_embeddings > 1
-        prepare_relative_positions(reader)
+        prepare_deberta(reader)
 
     def forward(
         self,

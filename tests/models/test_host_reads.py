@@ -1,16 +1,13 @@
 import copy
-import pickle
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers.models.deberta_v2 import modeling_deberta_v2
 
 from kdfast.models.span_model import SpanModel
 from tests import readers
 
 LENGTHS = {"padded": (23, 17), "full": (23, 23), "short": (2, 1)}
-NAMES = ("mpnet", "deberta", "deberta-v2", "microsoft/deberta-v2-xlarge")
 
 
 class Reads(TorchDispatchMode):
@@ -26,14 +23,13 @@ class Reads(TorchDispatchMode):
 def results(encode, model, mask):
     """The hidden states of real tokens, and the gradient of every weight that they depend on."""
     hidden = encode()[mask]
-    hidden.square().sum().backward()
+    hidden.sin().sum().backward()  # squares of what a norm gives have hardly a gradient
     return [hidden.detach(), *(each.grad for each in model.parameters() if each.grad is not None)]
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("name", NAMES)
-def test_the_same_bits_as_the_model_of_transformers(name, lengths):
-    untouched, _ = readers.make(name)
+def test_the_same_bits_as_the_model_of_transformers(lengths):
+    untouched, _ = readers.make("mpnet")
     model = SpanModel(copy.deepcopy(untouched))
     ids, mask = readers.ids_of(untouched, LENGTHS[lengths])
     given = None if mask.all() else mask
@@ -43,37 +39,13 @@ def test_the_same_bits_as_the_model_of_transformers(name, lengths):
 
 
 @pytest.mark.parametrize("masked", [True, False])
-# DeBERTa (v1) slices by numbers that are tensors of the host: those reads wait for no device.
-@pytest.mark.parametrize("name", sorted(set(NAMES) - {"deberta"}))
-def test_no_pass_reads_the_device(name, masked, monkeypatch):
-    reader, _ = readers.make(name)
+def test_no_pass_reads_the_device(masked):
+    reader, _ = readers.make("mpnet")
     ids, mask = readers.ids_of(reader)
     with Reads() as reads:  # as the model is on its own
-        reader.base_model(ids, attention_mask=mask.long() if name == "mpnet" else None)
+        reader.base_model(ids, attention_mask=mask.long())
     assert reads.count
     model = SpanModel(reader)
-
-    def refused(*arguments):
-        pytest.fail("a tensor of a Python number is copied to the device")
-
-    monkeypatch.setattr(modeling_deberta_v2, "make_log_bucket_position", refused)
     with Reads() as reads:
         model(ids, mask if masked else None).sum().backward()
     assert not reads.count
-
-
-def test_windows_beyond_the_kept_positions_are_read_too():
-    untouched, _ = readers.make("deberta-v2", max_position_embeddings=16, max_relative_positions=16)
-    model = SpanModel(copy.deepcopy(untouched))
-    ids, mask = readers.ids_of(untouched)
-    expected = untouched.base_model(ids, attention_mask=mask.long())[0]
-    assert torch.equal(model.hidden_states(ids, mask)[-1], expected)
-
-
-def test_a_copy_has_positions_of_its_own():
-    reader, _ = readers.make("deberta-v2")
-    before = set(reader.state_dict())
-    copied = copy.deepcopy(SpanModel(reader).reader)
-    assert copied.base_model.encoder.get_rel_pos.__self__ is copied.base_model.encoder
-    assert set(copied.state_dict()) == before
-    pickle.loads(pickle.dumps(copied))
