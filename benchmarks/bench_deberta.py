@@ -1,7 +1,7 @@
 """DeBERTa's attention: kdfast.models.deberta against transformers' own, in two layers of a reader.
 
-Before any clock, gradients agree. CPU time of one thread, widths and heads of published models, both
-candidates with kdfast's cheap random numbers. `saved` is what autograd keeps for the backward pass.
+Before any clock, gradients agree. CPU time of one thread, widths and heads of published models;
+both candidates have kdfast's cheap dropout. `saved` is what autograd keeps for the backward pass.
 """
 
 import copy
@@ -24,7 +24,6 @@ NAMES = {"v3": "microsoft/deberta-v3-base", "v1": "microsoft/deberta-base"}
 # Version, width, heads (64 wide), windows, their length.
 SHAPES = [
     ("v3", 384, 6, 2, 384),
-    ("v3", 384, 6, 8, 384),
     ("v3", 384, 6, 8, 128),
     ("v3", 768, 12, 2, 384),
     ("v1", 768, 12, 2, 384),
@@ -133,7 +132,7 @@ def row(shape: tuple[str, int, int, int, int]) -> dict[str, float | int | str]:
     """One line of the record: how many times as fast kdfast is, and what is kept."""
     version, width, heads, windows, length = shape
     models, (ids, mask) = pair(reader(version, width, heads)), batch(windows, length)
-    gate(models, ids, mask)
+    gate(models, ids[:, ::4], mask[:, ::4])
     found: dict[str, float | int | str] = dict(
         zip(("version", "width", "heads", "windows", "length"), shape, strict=True)
     )
