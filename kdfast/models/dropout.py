@@ -40,7 +40,7 @@ def speed_up_dropout(model: SpanModel) -> None:
             if type(child) is nn.Dropout:
                 setattr(module, name, Dropout(child.p).train(child.training))
             elif type(child) is deberta.Attend:
-                setattr(module, name, Attend())
+                child.__class__ = Attend
     # A model without SDPA has an nn.Dropout for its attention, too.
     if model.reader.config._attn_implementation == "sdpa":
         AttentionInterface.register(ATTENTION, attention_forward)

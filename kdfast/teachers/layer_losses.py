@@ -3,7 +3,11 @@
 Each is a mean over the window's real positions, or pairs of them, so that padding changes nothing.
 """
 
+import inspect
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -13,46 +17,118 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from kdfast.common.errors import UserError
+from kdfast.models import deberta
 from kdfast.models.span_model import SpanModel
 
-# What of each layer the terms read, by the names that transformers gives these linear layers.
-NEEDS = {"none": (), "probabilities": ("query", "key"), "relations": ("query", "key", "value")}
+# transformers' names for the linear layers that make queries, keys and values.
+NAMES = (("query", "key", "value"), ("q", "k", "v"), ("q_lin", "k_lin", "v_lin"))
+TOLERANCE = 1e-3  # of a probability, which fp32 rounds to some 1e-6
+
+
+@dataclass
+class LayerAttention:
+    """What a layer attended with: softmax(scaling * query @ key^T + bias) @ value.
+
+    query, key, value: (B, L, H * D). bias: (B, H, L, L) or None. scaling: 1 / sqrt(D) by default.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    bias: torch.Tensor | None = None
+    scaling: float | None = None
+
+    def split(self, heads: int) -> list[torch.Tensor]:
+        """Queries, keys and values, (B, heads, L, width of a head)."""
+        whole = (self.query, self.key, self.value)
+        return [each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in whole]
+
+    def scored(self, heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, float]:
+        """Query, key, bias and scaling, of which `attention_probabilities` are made."""
+        query, key, _ = self.split(heads)
+        scaling = query.shape[-1] ** -0.5 if self.scaling is None else self.scaling
+        return query, key, self.bias, scaling
 
 
 class AttentionCapture:
-    """Captures the queries, keys and values, as far as `attention` needs them, of some layers.
+    """Captures what some layers attend with, in the order in which they run.
 
-    Forward hooks keep them while the model runs inside `with`; at its end they are dropped. role:
-    what to call the model in a message. Raises UserError for a model without such layers.
+    Forward hooks keep it while the model runs inside `with`; at its end it is dropped. role: what
+    to call the model in a message. Raises UserError for a model that has no such layers.
     """
 
     def __init__(self, model: SpanModel, attention: str, role: str, layers: list[int]):
-        self.names = NEEDS[attention]
-        self.layers = layers if self.names else []
-        self._outputs: dict[tuple[int, str], torch.Tensor] = {}
+        self.layers = layers if attention != "none" else []
+        self._outputs: dict[tuple[int, str], Any] = {}
+        self._calls: Counter[str] = Counter()
         self._is_active = False
-        modules = attention_modules(model.reader)
         if not self.layers:
             return
-        if modules is None:
+        modules = attention_modules(model.reader)
+        for module, names in modules:
+            self._capture(module, names)
+        why = ""
+        if not modules:
+            why = "its queries, keys and values do not come from three linear layers of their own"
+        elif attention == "probabilities" and not self._tells_probabilities(model):
+            why = "its attention is not a softmax of queries, keys and a bias alone"
+        if why:
             raise UserError(
-                f"--attention_loss {attention}: the attention of {model.reader.config.model_type}, "
-                f"the type of the {role}, is not a plain softmax of queries and keys in layers of "
-                "their own: give none."
+                f"--attention_loss {attention}: {model.reader.config.model_type}, the type of the "
+                f"{role}, has none to learn from or by, for {why}: give none."
             )
-        for layer in self.layers:
-            for name in self.names:
-                self._capture(getattr(modules[layer], name), layer, name)
 
-    def _capture(self, linear: nn.Linear, layer: int, name: str) -> None:
-        def keep(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
-            if self._is_active:
-                self._outputs[layer, name] = output
+    def _capture(self, module: nn.Module, names: tuple[str, ...]) -> None:
+        if isinstance(module, deberta.Attention):
+            module.attend.register_forward_pre_hook(self._keep_deberta)
+            return
+        if "position_bias" in inspect.signature(module.forward).parameters:  # MPNet
+            module.register_forward_pre_hook(self._keep_bias, with_kwargs=True)
+        for name, own in zip(NAMES[0], names, strict=True):
+            getattr(module, own).register_forward_hook(partial(self._keep_output, name))
 
-        linear.register_forward_hook(keep)
+    def _keep(self, name: str, value: Any) -> None:
+        if self._is_active:
+            if (layer := self._calls[name]) in self.layers:
+                self._outputs[layer, name] = value
+            self._calls[name] += 1
+
+    def _keep_output(self, name: str, module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        self._keep(name, output)
+
+    def _keep_bias(self, module: nn.Module, inputs: Any, kwargs: dict[str, Any]) -> None:
+        given = inspect.signature(module.forward).bind(*inputs, **kwargs).arguments
+        self._keep("bias", given.get("position_bias"))
+
+    def _keep_deberta(self, module: nn.Module, inputs: Any) -> None:
+        *heads, bias, scaling, _ = inputs
+        for name, each in zip(NAMES[0], heads, strict=True):
+            self._keep(name, each.permute(1, 2, 0, 3).flatten(2))
+        shape = (len(heads[0]), *bias.shape[1:])  # a mask alone is one for all heads
+        self._keep("bias", bias.expand(shape).transpose(0, 1))
+        self._keep("scaling", scaling)
+
+    @torch.no_grad()
+    def _tells_probabilities(self, model: SpanModel) -> bool:
+        """Whether probabilities of what is captured are those that transformers itself returns."""
+        reader, was_training = model.reader, model.training
+        heads, used = reader.config.num_attention_heads, reader.config._attn_implementation
+        ids = torch.arange(1, 9, device=reader.device)[None] % reader.config.vocab_size
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        model.eval()
+        with self:
+            model(ids)
+            found = [attention_probabilities(*each.scored(heads), mask) for each in self.take()]
+        reader.set_attn_implementation("eager")
+        wanted = reader.base_model(ids, mask.long(), output_attentions=True).attentions
+        reader.set_attn_implementation(used)
+        model.train(was_training)
+        pairs = zip(found, (wanted[layer] for layer in self.layers), strict=True)
+        return all(bool((one - other).abs().max() < TOLERANCE) for one, other in pairs)
 
     def __enter__(self) -> "AttentionCapture":
         self._is_active = True
+        self._calls.clear()
         return self
 
     def __exit__(
@@ -64,23 +140,25 @@ class AttentionCapture:
         self._is_active = False
         self._outputs.clear()  # an error may have left some, and the graph behind them
 
-    def take(self, heads: int) -> Iterator[list[torch.Tensor]]:
-        """Layer by layer what the model's last run gave, (B, heads, L, width of a head) for each
-        name, which is then dropped here."""
+    def take(self) -> Iterator[LayerAttention]:
+        """Layer by layer what the model's last run gave, which is then dropped here."""
         for layer in self.layers:
-            found = [self._outputs.pop((layer, name)) for name in self.names]
-            yield [each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in found]
+            names = [name for known, name in self._outputs if known == layer]
+            yield LayerAttention(**{name: self._outputs.pop((layer, name)) for name in names})
 
 
-def attention_modules(reader: PreTrainedModel) -> list[nn.Module] | None:
-    """The self-attention of every layer, where it is a softmax of linear queries and keys alone;
-    None where it is not, or is one for all layers."""
-    found = [
-        module
-        for module in reader.base_model.modules()
-        if all(isinstance(getattr(module, name, None), nn.Linear) for name in NEEDS["relations"])
-    ]
-    return found if len(found) == reader.config.num_hidden_layers else None
+def attention_modules(reader: PreTrainedModel) -> list[tuple[nn.Module, tuple[str, ...]]]:
+    """The self-attention of every layer, or the one of all (ALBERT), with the names of its linear
+    layers; empty where there are no such layers."""
+    found: list[tuple[nn.Module, tuple[str, ...]]] = []
+    for module in reader.base_model.modules():
+        if isinstance(module, deberta.Attention):
+            found.append((module, ()))
+        for names in NAMES:
+            if all(isinstance(getattr(module, name, None), nn.Linear) for name in names):
+                found.append((module, names))
+    is_shared = len(found) == 1 and getattr(reader.config, "inner_group_num", 0) == 1
+    return found if is_shared or len(found) == reader.config.num_hidden_layers else []
 
 
 def hidden_term(
@@ -105,12 +183,13 @@ def hidden_term(
 
 
 class AttentionTerm(torch.autograd.Function):
-    """(B,): the mean of (softmax(query key^T / sqrt(D)) - the teacher's)^2 over heads and pairs of
-    real positions. That is Haystack's form; TinyBERT's paper compares what the softmax is taken of.
+    """(B,): the mean of (softmax(scaling * query key^T + bias) - the teacher's)^2 over heads and
+    pairs of real positions. That is Haystack's form; TinyBERT's paper compares what the softmax is
+    taken of.
 
-    query, key: (B, H, L, D); teacher_query, teacher_key: (B, H, L, D'). mask: bool (B, L). The
-    gradient of each window's term is made at once and kept, not rounded, so that nothing of the
-    size of attention outlives forward(); backward() scales it.
+    query, key: (B, H, L, D). bias: (B, H, L, L) or None. taught: the teacher's query, key, bias and
+    scaling. mask: bool (B, L). The gradient of each window's term is made at once and kept, not
+    rounded: of the size of attention only a bias's outlives forward(). backward() scales it.
     """
 
     @staticmethod
@@ -118,29 +197,45 @@ class AttentionTerm(torch.autograd.Function):
         ctx: Any,
         query: torch.Tensor,
         key: torch.Tensor,
-        teacher_query: torch.Tensor,
-        teacher_key: torch.Tensor,
+        bias: torch.Tensor | None,
+        scaling: float,
+        taught: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, float],
         mask: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.dtype = query.dtype
-        query, key = widened(query), widened(key)
-        probabilities = scores(query, key, mask).softmax(-1)
-        difference = scores(widened(teacher_query), widened(teacher_key), mask).softmax(-1)
+        ctx.dtypes = [query.dtype, key.dtype, None if bias is None else bias.dtype]
+        probabilities = attention_probabilities(query, key, bias, scaling, mask)
+        difference = attention_probabilities(*taught, mask)
         torch.sub(probabilities, difference, out=difference)
         difference.mul_(mask[:, None, :, None])
+        query, key = widened(query), widened(key)
         weight = 1 / (query.shape[1] * mask.sum(1).to(query.dtype) ** 2)
         term = difference.square().sum(dim=(1, 2, 3)) * weight
         difference.mul_(2 * weight[:, None, None, None])
         of_scores = torch._softmax_backward_data(difference, probabilities, -1, query.dtype)
-        of_scores.mul_(query.shape[-1] ** -0.5)
-        ctx.save_for_backward(of_scores @ key, of_scores.mT @ query)
+        of_bias = [] if bias is None else [of_scores.clone()]
+        of_scores.mul_(scaling)
+        ctx.save_for_backward(of_scores @ key, of_scores.mT @ query, *of_bias)
         return term
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grads = [(grad[:, None, None, None] * each).to(ctx.dtype) for each in ctx.saved_tensors]
-        return *grads, None, None, None
+        grads = [
+            (grad[:, None, None, None] * each).to(dtype)
+            for each, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=False)
+        ]
+        return *grads, *[None] * (6 - len(grads))
+
+
+def attention_probabilities(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    bias: torch.Tensor | None,
+    scaling: float,
+    mask: torch.Tensor,
+) -> torch.Tensor:
+    """(B, H, L, L), of fp32 at least: softmax(scaling * query key^T + bias)."""
+    return scores(widened(query), widened(key), mask, scaling, bias).softmax(-1)
 
 
 class RelationTerm(torch.autograd.Function):
@@ -175,10 +270,21 @@ class RelationTerm(torch.autograd.Function):
         return (grad[:, None, None, None] * saved).to(ctx.dtype), None, None
 
 
-def scores(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """(B, H, L, L): query key^T / sqrt(D), -inf for keys that are padding."""
+def scores(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float | None = None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """(B, H, L, L): scaling * query key^T + bias, -inf for keys that are padding.
+
+    scaling: 1 / sqrt(D) by default.
+    """
     found = query @ key.mT
-    found.mul_(query.shape[-1] ** -0.5)
+    found.mul_(query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if bias is not None:
+        found.add_(bias)
     return found.masked_fill_(~mask[:, None, None], -torch.inf)
 
 

@@ -102,12 +102,12 @@ class LayerLosses(nn.Module):
     def _attention(self, mask: torch.Tensor) -> torch.Tensor:
         """(B,): the attention's term."""
         total = torch.zeros(len(mask), device=mask.device)
-        pairs = zip(self.own.take(self.heads), self.taught.take(self.heads), strict=True)
-        for own, taught in pairs:
+        for own, taught in zip(self.own.take(), self.taught.take(), strict=True):
             if self.attention == "probabilities":
-                total = total + AttentionTerm.apply(*own, *taught, mask)
+                wanted = taught.scored(self.heads)
+                total = total + AttentionTerm.apply(*own.scored(self.heads), wanted, mask)
             else:
-                for each in zip(own, taught, strict=True):
+                for each in zip(own.split(self.heads), taught.split(self.heads), strict=True):
                     total = total + RelationTerm.apply(*each, mask)
         return total
 

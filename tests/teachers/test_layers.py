@@ -1,18 +1,21 @@
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch.nn import functional
 
 from kdfast.common.errors import UserError
 from kdfast.config import LossSettings
 from kdfast.models import load
+from kdfast.models.span_model import SpanModel
 from kdfast.teachers import layer_losses, layers
 from kdfast.train import train_loop
 from kdfast.training import invariance
 from kdfast.training.step import layer_objective, span_objective
 from tests import published, readers, steppers
 
-PLAIN = ["bert", "camembert", "electra", "roberta", "xlm-roberta"]
+# Those whose layers attend with a softmax that a student can learn, and the rest.
+PLAIN = sorted({*published.TYPES} - {"modernbert"})
 LENGTHS = [11, 3, 7]
 
 
@@ -71,8 +74,10 @@ def test_terms_are_those_of_each_window_alone(tmp_path, model_type, attention):
 
 
 @pytest.mark.parametrize("attention", ["none", "probabilities"])
-def test_gradients_are_those_of_each_window_alone(tmp_path, attention):
-    student, teacher = (each.double() for each in pair(tmp_path, teacher={"hidden_size": 24}))
+@pytest.mark.parametrize("model_type", ["albert", "bert", "deberta-v2", "mpnet"])
+def test_gradients_are_those_of_each_window_alone(tmp_path, model_type, attention):
+    made = pair(tmp_path, model_type, teacher={"hidden_size": 24})
+    student, teacher = (each.double() for each in made)
     ids, mask = batch(student)
     terms = layers.LayerLosses(student, teacher, attention, 0).double()
     wanted = [each for name, each in terms.named_parameters() if each.requires_grad]
@@ -88,9 +93,20 @@ def test_gradients_are_those_of_each_window_alone(tmp_path, attention):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
 
 
-def test_relations_are_the_papers(tmp_path):
+LINEAR = {
+    "albert": ("query", "key", "value"),
+    "bert": ("query", "key", "value"),
+    "deberta-v2": ("query_proj", "key_proj", "value_proj"),
+    "distilbert": ("q_lin", "k_lin", "v_lin"),
+    "mpnet": ("q", "k", "v"),
+}
+
+
+@pytest.mark.parametrize("model_type", LINEAR)
+def test_relations_are_the_papers(tmp_path, model_type):
     """MiniLMv2, with 2 and 3 heads: one relation head, which both numbers have."""
-    student, teacher = pair(tmp_path, teacher={"hidden_size": 24, "num_attention_heads": 3})
+    wider = {"hidden_size": 24, "num_attention_heads": 3}
+    student, teacher = pair(tmp_path, model_type, teacher=wider)
     student, teacher = student.double(), teacher.double()
     terms = layers.LayerLosses(student, teacher, "relations", 0).double()
     ids, mask = batch(student)
@@ -98,11 +114,13 @@ def test_relations_are_the_papers(tmp_path):
     assert terms.heads == 1
     for row, length in enumerate(LENGTHS):
         wanted = 0.0
-        for name in ("query", "key", "value"):
+        for name in LINEAR[model_type]:
             relations = []
             for model in (student, teacher):
                 inputs = model.hidden_states(ids[row : row + 1, :length])[-2][0]
-                values = getattr(layer_losses.attention_modules(model.reader)[-1], name)(inputs)
+                named = model.reader.base_model.named_modules()
+                *_, last = (each for path, each in named if path.endswith(f".{name}"))
+                values = last(inputs)
                 scores = values @ values.T / values.shape[-1] ** 0.5
                 relations.append(scores.log_softmax(-1))
             own, taught = relations
@@ -120,7 +138,13 @@ def test_gradients_against_differences():
     query, key = (random_heads(seed, 2, 3, 4, 5).requires_grad_() for seed in (1, 2))
     taught = [random_heads(seed, 2, 3, 4, 6) for seed in (3, 4)]
     attention, relation = layers.AttentionTerm.apply, layers.RelationTerm.apply
-    assert torch.autograd.gradcheck(lambda q, k: attention(q, k, *taught, mask), (query, key))
+    bias, other = (random_heads(seed, 2, 3, 4, 4).requires_grad_() for seed in (5, 6))
+
+    def term(query, key, bias=None):
+        return attention(query, key, bias, 0.4, (*taught, other.detach(), 0.3), mask)
+
+    assert torch.autograd.gradcheck(term, (query, key))
+    assert torch.autograd.gradcheck(term, (query, key, bias))
     assert torch.autograd.gradcheck(lambda x: relation(x, taught[0], mask), (query,))
 
 
@@ -188,7 +212,8 @@ def test_fp16_keeps_the_gradients_of_attention():
     def gradient(dtype, scale):
         halves = [each.to(dtype) for each in (query, key, *taught)]
         halves[0].requires_grad_()
-        term = layers.AttentionTerm.apply(*halves, mask)
+        scaled = (None, 32**-0.5)
+        term = layers.AttentionTerm.apply(*halves[:2], *scaled, (*halves[2:], *scaled), mask)
         (term.sum() / 96 * scale).backward()
         return halves[0].grad.double() / scale
 
@@ -261,7 +286,18 @@ def test_what_does_not_map_is_refused(tmp_path):
 @pytest.mark.parametrize("attention", ["probabilities", "relations"])
 def test_attention_of_another_kind_is_refused(tmp_path, model_type, attention):
     said = refused(tmp_path, attention, model_type)
-    assert model_type in said and "give none" in said
+    assert model_type in said and "do not come from three linear layers" in said
+    assert "give none" in said
+
+
+def test_probabilities_that_the_queries_do_not_tell_are_refused(tmp_path):
+    """RoFormer turns queries and keys by their positions first."""
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.RoFormerConfig(vocab_size=50, num_hidden_layers=2, **sizes)
+    model = SpanModel(transformers.RoFormerForQuestionAnswering(config).eval())
+    with pytest.raises(UserError, match=r"roformer.* is not a softmax of queries, keys and a bias"):
+        layer_losses.AttentionCapture(model, "probabilities", "student", [0, 1])
+    assert layer_losses.AttentionCapture(model, "relations", "student", [1]).layers == [1]
 
 
 @pytest.mark.parametrize("model_type", published.TYPES)
@@ -274,3 +310,15 @@ def test_hidden_states_of_every_type(tmp_path, model_type):
         alone = terms(ids[row : row + 1, :length])
         torch.testing.assert_close(found[row : row + 1], alone, rtol=1e-4, atol=1e-5)
     assert (found[:, 0] > 0).all()
+
+
+@pytest.mark.parametrize("model_type", published.TYPES)
+def test_the_last_hidden_state_is_what_the_head_reads(tmp_path, model_type):
+    _, model = pair(tmp_path, model_type)
+    ids, mask = batch(model)
+    states = model.hidden_states(ids, mask)
+    assert len(states) == model.reader.config.num_hidden_layers + 1
+    assert torch.equal(states[-1][mask], model._encode(ids, mask, None)[0][mask])
+    plain = model.reader(ids, attention_mask=mask.long(), output_hidden_states=True)
+    for one, other in zip(states, plain.hidden_states, strict=True):
+        torch.testing.assert_close(one[mask], other[mask], rtol=1e-4, atol=1e-5)
