@@ -193,3 +193,8 @@ NAMES = {
         "hidden_dropout_prob": "mlp_dropout",
     },
 }
+
+
+def named(name: str) -> Published:
+    """A model of MODELS, or the common one of a model type."""
+    return MODELS[COMMON.get(name, name)]

@@ -23,7 +23,7 @@ SHRUNK = {
 
 def make(name: str = "bert", *, seed: int = 0, layers: int = 2, head: bool = True, **own):
     """A tiny model, and a tokenizer of its family. name: of `published`, or a model type."""
-    model = published.MODELS[published.COMMON.get(name, name)]
+    model = published.named(name)
     tokenizer = small_tokenizers.of_family(model.tokenizer)
     sizes = {
         key: value

@@ -1,12 +1,15 @@
 """What benchmarks/ makes of a GPU's figures. The benchmarks have gates of their own."""
 
+import json
 import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
-from benchmarks import card_table, gpu, records
+from benchmarks import card_table, gpu, quality, records
+from tests import corpora, readers
 from tests.examples import ROOT
 
 MACHINE = {
@@ -85,3 +88,36 @@ def test_make_gpu_without_a_gpu():
     )
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1 and "no CUDA device" in done.stderr
+
+
+def test_the_table_of_students():
+    gold = [np.array([[0.0, 20.0], [0.0, 40.0]]), np.array([[100.0, 100.0], [0.0, 0.0]])]
+    taught = [each + 10 for each in gold]
+    scores = {"": [np.array([[100.0, 100.0], [0.0, 50.0]])], quality.GOLD: gold, "more": taught}
+    lines = quality.table(scores, [1, 2])
+    assert lines[0] == "2 questions; the teacher has EM 50.0 / F1 75.0."
+    assert lines[-2] == "| gold answers alone | 0.0 / 30.0 | 50.0 / 50.0 |  |"
+    assert lines[-1] == "| more | 10.0 / 40.0 | 60.0 / 60.0 | +10.0 [10.0, 10.0] |"
+
+
+@pytest.mark.program
+@pytest.mark.slow
+def test_a_benchmark_of_students_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(quality, "ROWS", {quality.GOLD: quality.ROWS[quality.GOLD]})
+    encoder = readers.save(tmp_path / "encoder", "bert", layers=3, head=False)
+    flags = [encoder, str(tmp_path / "runs"), "--train_file", corpora.write(tmp_path / "t.json")]
+    flags += ["--steps", "2", "--teacher_steps", "2", "--flags=", "--student_layers", "0,2"]
+    quality.main([*flags, "--seeds", "1", "--row", "taught", "--teacher {teacher}"])
+    again = [*flags, "--seeds", "1", "2", "--row", "taught", "--teacher {teacher}"]
+    kept = (tmp_path / "runs" / "student-1-1" / "run.json").read_text()
+    capsys.readouterr()
+    quality.main(again)
+    lines = capsys.readouterr().out.splitlines()
+    [head] = [line for line in lines if line.startswith("| the student learns")]
+    assert head.count("seed") == 2 and any(line.startswith("| taught | ") for line in lines)
+    assert (tmp_path / "runs" / "student-1-1" / "run.json").read_text() == kept
+    asked = json.loads((tmp_path / "runs" / "held_out.json").read_text())["data"]
+    trained = json.loads((tmp_path / "runs" / "train.json").read_text())["data"]
+    assert [each["title"] for each in asked] == ["T8", "T9", "T10", "T11"] and len(trained) == 8
+    with pytest.raises(AssertionError, match="is of other flags"):
+        quality.main([*again, "--steps", "3"])
