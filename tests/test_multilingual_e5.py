@@ -1,4 +1,4 @@
-"""The encoder that benchmarks/multilingual_e5.py makes of two packages, where they are installed."""
+"""The encoder that benchmarks/multilingual_e5.py makes of two packages, where they are there."""
 
 from importlib.util import find_spec
 
