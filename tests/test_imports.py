@@ -31,6 +31,7 @@ RANKS = {
     "cards": 8,
     "synthetic": 8,
     "reader": 8,
+    "synthetic": 7,
 }
 PROGRAM = 9
 SPELLINGS = [

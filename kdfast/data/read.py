@@ -53,7 +53,7 @@ def iter_examples(
     parser = Parser(source, Tally() if tally is None else tally)
     found = False
     try:
-        for where, item in _items(source, split):
+        for where, item in source_items(source, split):
             for example in parser.examples(where, item):
                 found = True
                 yield example
@@ -150,7 +150,8 @@ def _load_dataset(source: str, split: str | None) -> Any:
         ) from None
 
 
-def _items(source: str, split: str | None) -> Iterator[tuple[str, Any]]:
+def source_items(source: str, split: str | None = None) -> Iterator[tuple[str, Any]]:
+    """The records of a source, not yet parsed, each with what a message calls it."""
     path = _path(source)
     if path is not None:
         yield from file_items(path)

@@ -10,7 +10,7 @@ from kdfast.common import heartbeat
 from kdfast.common.errors import UserError
 
 # The files of a model folder that are read; weights in safetensors only, never a pickle.
-MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 # Pickled weights, whole or in parts, as transformers names them.
 PICKLES = "pytorch_model*.bin"
 # Author and title of the hub's own pull requests that add safetensors to a model.
