@@ -31,7 +31,13 @@ def completion(text, finish="stop", **message):
     """The body of a reply."""
     said = {"role": "assistant", "content": text, **message}
     choice = {"index": 0, "message": said, "finish_reason": finish}
-    return {"id": "1", "object": "chat.completion", "created": 0, "model": "m-1", "choices": [choice]}
+    return {
+        "id": "1",
+        "object": "chat.completion",
+        "created": 0,
+        "model": "m-1",
+        "choices": [choice],
+    }
 
 
 class StandIn:
