@@ -25,6 +25,7 @@ from torch.nn import functional
 
 import kdfast
 from kdfast.demo import TEACHER
+from kdfast.synthetic import generators
 from tests import corpora, readers
 
 ROOT = Path(__file__).parents[1]
@@ -52,7 +53,11 @@ SPARK = SimpleNamespace(
 # Setting up an environment: nothing of kdfast runs there.
 SET_UP = ("python -m venv ", "pip install ")
 # What a command runs with here that it does not say, so that it ends soon.
-SOON = {"train": ["--max_steps", "1", "--train_batch_size", "8"]}
+SOON = {
+    "train": ["--max_steps", "1", "--train_batch_size", "8"],
+    # A teacher with random weights agrees with nobody.
+    "questions": ["--margin_over", "second_span", "--min_margin", "0"],
+}
 PLACEHOLDERS = {
     "--teacher": "deepset/roberta-large-squad2",
     "--student": "roberta-base",
@@ -60,6 +65,19 @@ PLACEHOLDERS = {
     "--output_dir": "other",
     "--cache_dir": "cache",
 }
+
+
+class Curious:
+    """A stand-in for what asks an endpoint."""
+
+    name, revision, together = "curious", "", False
+
+    def __init__(self, *_):
+        pass
+
+    def replies(self, prompts, batch):
+        """The same question to each prompt."""
+        return [generators.Reply('{"question": "Who is it?", "answer": "Rollo"}') for _ in prompts]
 
 
 class Place:
@@ -82,6 +100,7 @@ class Place:
             (home / "refs").mkdir(parents=True)
             (home / "refs" / "main").write_text("0" * 40)
             readers.save(home / "snapshots" / ("0" * 40), "roberta", layers=layers)
+        monkeypatch.setattr(generators, "Endpoint", Curious)
         self.names = names()
         self.scripts: dict[str, tuple[int, str]] = {}
         for name, stand_in in {"ray": RAY, "pyspark": SPARK}.items():
