@@ -31,7 +31,6 @@ RANKS = {
     "cards": 8,
     "synthetic": 8,
     "reader": 8,
-    "synthetic": 7,
 }
 PROGRAM = 9
 SPELLINGS = [
