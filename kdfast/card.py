@@ -144,7 +144,10 @@ def write_card(config: CardConfig, log: Log) -> Card:
 
     folder = Path(config.model_dir).expanduser()
     files = read_run(folder)
-    if config.report and files.config["validation_file"] and not files.result_of_validation():
+    named = files.config["validation_file"]
+    if config.report and isinstance(named, list):
+        log("The report shows no questions, as the run has several --validation_file.")
+    if config.report and isinstance(named, str) and not files.result_of_validation():
         who = "Student and teacher answer" if files.teachers else "The model answers"
         log(f"{who} --validation_file for the report.")
         answer_validation(files, config.cache_dir)

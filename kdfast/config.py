@@ -156,7 +156,8 @@ class OutputSettings:
     )
     language: str = flag(
         "",
-        "For the card, and --metric mlqa: code of the data's language; de,es for the card.",
+        "For the card, and --metric mlqa: code of the data's language; de,es for the card, and for "
+        "two files of --validation_file.",
         resume="free",
     )
     license: str = flag("", "For the card: the model's license, such as cc-by-4.0.", resume="free")
@@ -192,7 +193,7 @@ _EMPTY = {
     if each.default == "" or each.default_factory is not MISSING
 }
 # Lists that files of earlier versions, which knew one name, have as a text.
-_FILES = {"train_file", "layers_train_file", "unlabelled_file"}
+_FILES = {"train_file", "layers_train_file", "unlabelled_file", "validation_file", "metric"}
 _RESUME = {
     each.name: each.metadata["help"].resume for kind in GROUPS.values() for each in fields(kind)
 }

@@ -15,6 +15,7 @@ LAYERS_FLAGS = {
     "layers_num_train_epochs": "num_train_epochs",
     "layers_learning_rate": "learning_rate",
 }
+METRICS = ("squad", "mlqa", "cmrc", "korquad")
 EVALUATION_FLAGS = (
     "eval_steps",
     "load_best_model_at_end",
@@ -99,6 +100,7 @@ def _check_contradictions(config: TrainConfig) -> None:
     for one, other in (
         ("overwrite", "resume_from_checkpoint"),
         ("gradient_accumulation_steps", "max_tokens_per_micro_batch"),
+        ("validation_file", "validation_split"),
     ):
         if given[one] and given[other]:
             raise UserError(f"--{one} and --{other} exclude each other: give one of them.")
@@ -108,7 +110,8 @@ def _check_contradictions(config: TrainConfig) -> None:
             "windows. Give one of them."
         )
     for name in EVALUATION_FLAGS:
-        if given[name] and not given["validation_file"]:
+        held_out = name != "report" and given["validation_split"]
+        if given[name] and not given["validation_file"] and not held_out:
             raise UserError(f"--{name} needs --validation_file: give one, or leave it out.")
     for name, needed in (
         ("early_stopping_patience", "eval_steps"),
@@ -171,6 +174,7 @@ def check_files(config: TrainConfig) -> None:
     for name, files in (
         ("train_file", data.train_file),
         ("unlabelled_file", data.unlabelled_file),
+        ("validation_file", data.validation_file),
         ("layers_train_file", config.model.layers_train_file),
     ):
         if "" in files:
@@ -184,6 +188,15 @@ def check_files(config: TrainConfig) -> None:
         if given and len(given) != count + unlabelled:
             text = " ".join(map(str, given))
             raise UserError(f"--{name} {text} are {len(given)} for {both}: give one for each.")
+    metrics, evaluated = config.evaluation.metric, len(data.validation_file) or count
+    for metric in metrics:
+        if metric not in METRICS:
+            raise UserError(f"--metric is {metric!r}: give one of {', '.join(METRICS)}.")
+    if len(metrics) > 1 and len(metrics) != evaluated:
+        raise UserError(
+            f"--metric {' '.join(metrics)} are {len(metrics)} for {evaluated} files: give one for "
+            "each, or one for all."
+        )
     if not all(0 < weight <= 1000 for weight in mixture.train_weights):
         raise UserError(
             f"--train_weights {' '.join(map(str, mixture.train_weights))}: give numbers above 0, "

@@ -116,15 +116,18 @@ class DataSettings:
         "them are ignored.",
         resume="free",
     )
-    validation_file: str = flag(
-        "", "The same for evaluation. Default: no evaluation.", resume="free"
+    validation_file: list[str] = flag(
+        [],
+        "The same for evaluation; of several files there are figures for each, and their mean. "
+        "Default: no evaluation.",
+        resume="free",
     )
     cache_dir: str = flag(
         "~/.cache/kdfast", "Folder for prepared features and teacher logits.", resume="free"
     )
 
     def __post_init__(self) -> None:
-        hold_lists(self, "train_file", "unlabelled_file")
+        hold_lists(self, "train_file", "unlabelled_file", "validation_file")
 
     @property
     def cache_path(self) -> Path:
@@ -150,6 +153,13 @@ class MixtureSettings:
         [],
         "Code of the language of each of these files, such as en ja: counts and card name it.",
         resume="free",
+    )
+    validation_split: float | None = flag(
+        None,
+        "Evaluate on this share of each --train_file, in whole articles, which are not trained on. "
+        "In place of --validation_file.",
+        above=0,
+        most=0.9,
     )
 
 
@@ -221,10 +231,11 @@ class EvaluationSettings:
         most=100,
         resume="free",
     )
-    metric: Literal["squad", "mlqa", "cmrc", "korquad"] | None = flag(
-        None,
-        "Benchmark whose rule scores --validation_file; best/ goes by its F1. mlqa takes "
-        "--language. Default: that of the hub dataset, else squad. korquad is F1 over characters.",
+    metric: list[str] = flag(
+        [],
+        "Benchmark whose rule scores --validation_file: squad, mlqa, cmrc or korquad; one for all "
+        "files, or one for each. mlqa takes --language. Default: that of the hub dataset, else "
+        "squad. korquad is F1 over characters.",
         resume="free",
     )
     max_answer_length: int = flag(
@@ -233,3 +244,6 @@ class EvaluationSettings:
     n_best_size: int = flag(
         20, "Answers per question that evaluation keeps.", above=0, most=1000, resume="free"
     )
+
+    def __post_init__(self) -> None:
+        hold_lists(self, "metric")

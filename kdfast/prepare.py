@@ -74,8 +74,8 @@ def prepare(wanted: Preparation) -> None:
     config, run = wanted.config, wanted.run
     sources = config.data.train_file + config.data.unlabelled_file
     read = [(each, prepare_features(wanted, each, "train")) for each in sources]
-    if config.data.validation_file:
-        prepare_features(wanted, config.data.validation_file, "validation")
+    for each in config.data.validation_file:
+        prepare_features(wanted, each, "validation")
     for name in config.model.teacher:
         for source, windows in read:
             assert windows is not None

@@ -130,7 +130,7 @@ def train(
     """
     ranks, stop = ranks or Ranks(), stop or StopSignals()
     check(config)
-    inputs.validation_set(config)  # a metric that lacks its language is refused at once
+    inputs.validation_sets(config)  # a metric that lacks its language is refused at once
     card = CardConfig.of_run(config)
     card.check()
     if ranks.is_first:
@@ -182,7 +182,7 @@ def distil(
     if ranks.is_first:
         rehearse_saving(output, student, config.model.student_source)
     files = TrainFiles.prepare_for(config, student, ranks)
-    validation = inputs.load_validation(config, student, ranks)
+    validation = files.load_validation(config, student, ranks)
     targets = files.find_targets(config, student.tokenizer, run)
     taught_by = targets.weights if targets else None
     if config.model.stage == "layers":

@@ -139,3 +139,13 @@ def test_the_best_may_go_by_exact_match(world, monkeypatch):
 def test_mistakes(world, capsys, flags, message):
     assert world.run(**FLAGS | flags) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_run_that_stopped_goes_on_by_another_validation_file(world, scores):  # noqa: F811
+    """Figures of another file do not compare: no evaluation counts yet."""
+    scores.update({1: 3, 2: 1, 3: 1} | {step: 10 * step for step in range(4, 9)})
+    assert world.run(**FLAGS) == 0 and record_of(world)["steps"] == 3
+    again = {"validation_file": world.train_file, "resume_from_checkpoint": "last"}
+    assert world.run(**FLAGS, **again) == 0
+    assert record_of(world)["steps"] == 8
+    assert weights(world.output) == weights(world.output / "checkpoint-8")

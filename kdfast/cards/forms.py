@@ -27,7 +27,9 @@ LAYERS_STAGE = FROM | {"attention_loss": text}
 CONFIG: dict[str, Form] = {
     **FROM,
     **dict.fromkeys(("distillation_loss", "convention", "stage"), text),
-    **dict.fromkeys(("validation_file", "mixed_precision"), optional(text)),
+    "mixed_precision": optional(text),
+    "validation_file": optional(FILES),
+    "validation_split": optional(number()),
     **dict.fromkeys(("language", "license"), optional(unicode)),
     **dict.fromkeys(("max_seq_length", "max_query_length", "doc_stride"), whole()),
     **dict.fromkeys(("max_answer_length", "n_best_size", "train_batch_size", "seed"), whole()),
@@ -40,13 +42,24 @@ CONFIG: dict[str, Form] = {
 }
 FIGURES: dict[str, Form] = {"exact": number(), "f1": number(), "total": whole()}
 PARTS = ("HasAns_f1", "NoAns_f1", "best_f1")  # of figures, where there are such questions
-METRICS = record(FIGURES | dict.fromkeys(PARTS, number()), *PARTS)
-HARDWARE = record({"cpu": text, "cpu_threads": whole(), "gpu": optional(text)})
 RULE = {"metric": text, "language": optional(text)}  # absent: SQuAD's
+ONE_FILE = record(FIGURES | RULE | {"file": text}, *RULE)
+METRICS = record(
+    FIGURES | dict.fromkeys(PARTS, number()) | {"files": list_of(ONE_FILE)}, *PARTS, "files"
+)
+HARDWARE = record({"cpu": text, "cpu_threads": whole(), "gpu": optional(text)})
 TRAIN_FILE = {"file": text, "language": optional(unicode), "weight": number(), "trained": whole()}
 TRAIN_FILE |= {"unlabelled": whole()}
 RUN: dict[str, Form] = {
-    "config": record(CONFIG, "stage", "language", "license", "train_languages", "unlabelled_file"),
+    "config": record(
+        CONFIG,
+        "stage",
+        "language",
+        "license",
+        "train_languages",
+        "unlabelled_file",
+        "validation_split",
+    ),
     **dict.fromkeys(("steps", "updates", "train_windows", "student_parameters"), whole()),
     **RULE,
     "questions": record({"files": list_of(record(TRAIN_FILE))}, "files"),
@@ -86,14 +99,15 @@ def run_form(value: Any) -> str | None:
     needs_teacher = (first, config if config["distillation_loss_weight"] else None)
     if any(each and not each["teacher"] for each in needs_teacher):
         return "config.teacher"
-    return "config.validation_file" if value["metrics"] and not config["validation_file"] else None
+    validated = config["validation_file"] or config.get("validation_split")
+    return "config.validation_file" if value["metrics"] and not validated else None
 
 
 # train_log.jsonl
 STEP = record(
     {"step": whole(), "lr": number(), "soft": optional(number()), "hard": optional(number())}
 )
-EVALUATION = record({"evaluated_after": whole(), **FIGURES})
+EVALUATION = record({"evaluated_after": whole(), **FIGURES, "files": list_of(ONE_FILE)}, "files")
 
 # eval/NAME.eval.json
 INTERVAL = where(lambda value: list_of(number())(value) is None and len(value) == 2)

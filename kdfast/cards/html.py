@@ -48,7 +48,8 @@ def write(files: RunFiles, plots: Mapping[str, str]) -> Path:
         files=files,
         figures={name: figures["metrics"] for name, _, figures in models}
         or {"this model": files.metrics()},
-        validation_data=source and files.sources(source)[0].name,
+        validated=files.validated(),
+        validation_data=" and ".join(label for label, _ in files.validation_data()),
         pictures={
             text: base64_of((files.folder / name).read_bytes()) for name, text in plots.items()
         },

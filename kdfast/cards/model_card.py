@@ -73,7 +73,6 @@ def card_of(
     title = repo_id or files.name
     train_data = train_sources(files)
     languages = language.split(",") if language else known_languages(files)
-    validation_file = files.config["validation_file"]
     # Latency is that of the first result with another model, or else of the first.
     by_comparison = sorted(files.results, key=lambda each: "compared" not in each)
     return render(
@@ -84,7 +83,7 @@ def card_of(
         languages=languages,
         license=license,
         train_data=[each.name for each in train_data],
-        validation_data=validation_file and files.sources(validation_file)[0].name,
+        validated=files.validated(),
         measured=next(iter(by_comparison), None),
         table=Markup(tables.table(each_text(files.results, markdown))),
         scored_by=tables.scored_by,
@@ -147,10 +146,9 @@ def eval_results(files: RunFiles) -> list[EvalResult]:
         if "worst_forms" in result:
             worst = result["worst_forms"]["metrics"]
             found += _entries(source, result["name"], worst, f"{rule}, worst forms")
-    validated = files.metrics()
-    if validated and not files.result_of_validation():
-        (source,) = files.sources(files.config["validation_file"])
-        found += _entries(source, source.name, validated, _rule(files.run))
+    if not files.result_of_validation():
+        for each in files.validated():
+            found += _entries(each["source"], each["label"], each, _rule(each))
     return found
 
 

@@ -138,10 +138,29 @@ class RunFiles:
             name, best = "f1", self.run["best_f1"]
         return next((line for line in self.evaluations if line[name] == best), None)
 
+    def validation_data(self) -> list[tuple[str, Source]]:
+        """What the run was evaluated on, each with a label."""
+        named, end = self.config["validation_file"], ""
+        if named is None:
+            named, end = self.config["train_file"], " (held out)"
+        return [(f"{each.name}{end}", each) for each in self.sources(named)]
+
+    def validated(self) -> list[Record]:
+        """`metrics` of each file, with its name as `label`."""
+        found = self.metrics()
+        if not found:
+            return []
+        rule = {key: self.run[key] for key in ("metric", "language") if key in self.run}
+        files: Any = found.get("files", [rule | found])
+        return [
+            {**each, "label": label, "source": source}
+            for each, (label, source) in zip(files, self.validation_data(), strict=False)
+        ]
+
     def result_of_validation(self) -> Record | None:
         """The evaluation, after the run, of the data that --validation_file names."""
         named = self.config["validation_file"]
-        if named is None:
+        if not isinstance(named, str):  # of several, each evaluation is one of its own
             return None
         (wanted,) = self.sources(named)
         for each in self.results:

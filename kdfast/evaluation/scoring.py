@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,12 +23,21 @@ from kdfast.models.window_loader import flat_positions
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """One model on one set: metrics under SQuAD's official key names, and the model's speed."""
+class Measured:
+    """One model on one set or several: metrics under SQuAD's official key names, and its speed.
 
-    metrics: dict[str, float]
-    answers: answers.Predictions
+    Of several sets "exact" and "f1" are means, and "total" is a sum; "files" has all of each.
+    """
+
+    metrics: dict[str, Any]
     windows_per_second: float
+
+
+@dataclass(frozen=True)
+class Evaluation(Measured):
+    """One model on one set, with its answers."""
+
+    answers: answers.Predictions
 
 
 @dataclass(frozen=True)
@@ -35,8 +45,8 @@ class Validation:
     """Labelled questions, their windows, and how they are answered.
 
     null_threshold: a question whose best span scores more than this below its null answer is
-    answered with "". best_by: the figure by which one evaluation is better than another. Raises
-    UserError where the windows are of other questions.
+    answered with "". best_by: the figure by which one evaluation is better than another. name: the
+    file's. Raises UserError where the windows are of other questions.
     """
 
     windows: Windows
@@ -46,6 +56,7 @@ class Validation:
     null_threshold: float = 0.0
     rule: MetricRule = SQUAD
     best_by: str = "f1"
+    name: str = ""
 
     def __post_init__(self) -> None:
         if list(self.windows.question_ids) != [example.id for example in self.examples]:
@@ -115,10 +126,59 @@ class Validation:
             self.null_threshold,
             self.rule.best_scores,
         )
-        return Evaluation(scores, found, rate)
+        return Evaluation(scores, rate, found)
 
 
-def line(scores: dict[str, float]) -> str:
+@dataclass(frozen=True)
+class ValidationSets:
+    """What a run is evaluated on: one set, or several."""
+
+    sets: list[Validation]
+
+    @property
+    def key(self) -> str:
+        """As that of a set."""
+        return " + ".join(each.key for each in self.sets)
+
+    def named(self) -> dict[str, Any]:
+        """The rule of the one set; of several, each has its own in the figures."""
+        return self.sets[0].rule.named() if len(self.sets) == 1 else {}
+
+    def score(self, model: SpanModel, run: Run) -> Measured:
+        """As that of a set."""
+        return self._measured([each.score(model, run) for each in self.sets])
+
+    def score_unless_stopped(self, model: SpanModel, run: Run) -> Measured | None:
+        """As that of a set."""
+        found = []
+        for each in self.sets:
+            evaluation = each.score_unless_stopped(model, run)
+            if evaluation is None:
+                return None
+            found.append(evaluation)
+        return self._measured(found)
+
+    def _measured(self, found: list[Evaluation]) -> Measured:
+        if len(found) == 1:
+            return found[0]
+        figures: dict[str, Any] = {
+            name: sum(each.metrics[name] for each in found) / len(found) for name in ("exact", "f1")
+        }
+        figures["total"] = sum(each.metrics["total"] for each in found)
+        figures["files"] = [
+            {"file": own.name, **own.rule.named(), **each.metrics}
+            for own, each in zip(self.sets, found, strict=True)
+        ]
+        windows = [len(each.windows) for each in self.sets]
+        seconds = sum(
+            count / each.windows_per_second for count, each in zip(windows, found, strict=True)
+        )
+        return Measured(figures, sum(windows) / seconds)
+
+
+def line(scores: dict[str, Any]) -> str:
     """The figures of one evaluation on one line."""
     names = ("exact", "f1", "HasAns_exact", "HasAns_f1", "NoAns_f1", "best_f1")
-    return "  ".join(f"{name} {scores[name]:.2f}" for name in names if name in scores)
+    found = "  ".join(f"{name} {scores[name]:.2f}" for name in names if name in scores)
+    each = [f"{own['file']}: {line(own)}" for own in scores.get("files", ())]
+    return "; ".join([f"mean {found}", *each]) if each else found

@@ -3,6 +3,7 @@
 Rank 0 prints what the user should know.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ from kdfast.common.ranks import Ranks
 from kdfast.common.run import Run
 from kdfast.config import TrainConfig
 from kdfast.data import read
+from kdfast.data.examples import Example
 from kdfast.data.prepare import prepare_windows
 from kdfast.data.windows import Windows
 from kdfast.evaluation import metrics, scoring, suites
@@ -158,38 +160,63 @@ def teacher_logits(
     return logits
 
 
-def validation_set(config: TrainConfig) -> suites.EvaluationSet | None:
-    """The set of --validation_file with the rule that scores it, or None without one.
+def validation_sets(config: TrainConfig) -> list[suites.EvaluationSet]:
+    """The sets of --validation_file, or of --validation_split, with the rules that score them.
 
-    Raises UserError if the metric needs a language and neither the set nor --language gives one.
+    Raises UserError if a metric needs a language and neither the set nor a flag gives one.
     """
-    if not config.data.validation_file:
-        return None
-    found = suites.own_set(config.data.validation_file)
-    by_language = (config.evaluation.metric or found.metric) == "mlqa" and found.language is None
-    return found.scored_by(
-        config.evaluation.metric, config.output.language or None if by_language else None
-    )
+    data, mixture = config.data, config.mixture
+    sources = data.validation_file
+    languages: list[str | None] = [config.output.language or None] * len(sources)
+    if len(codes := config.output.language.split(",")) == len(sources) > 1:
+        languages = [*codes]
+    if mixture.validation_split:
+        sources = data.train_file
+        given: Sequence[str | None] = mixture.train_languages or [
+            config.output.language or None
+        ] * len(sources)
+        languages = list(given[: len(sources)])
+    rules: list[str | None] = [*config.evaluation.metric] or [None]
+    found = []
+    for source, metric, language in zip(
+        sources, rules * (len(sources) if len(rules) == 1 else 1), languages, strict=True
+    ):
+        each = suites.own_set(source)
+        by_language = (metric or each.metric) == "mlqa" and each.language is None
+        found.append(each.scored_by(metric, language if by_language else None))
+    return found
 
 
 def load_validation(
     config: TrainConfig, student: Loaded, ranks: Ranks
-) -> scoring.Validation | None:
-    """The set of --validation_file, or None without one."""
-    found = validation_set(config)
-    if found is None:
-        return None
-    if found.metric != "squad":
-        ranks.log(found.rule.sentence)
-    examples = read.read_examples(config.data.validation_file, split="validation")
-    metrics.gold_answers(examples)  # a set that cannot be scored is refused before training
-    windows = prepare(config, student.tokenizer, config.data.validation_file, "validation", ranks)
-    check_student_reads(config, student, windows)
+) -> scoring.ValidationSets | None:
+    """The sets of --validation_file, or None without one."""
+    found = []
+    for source, own in zip(config.data.validation_file, validation_sets(config), strict=False):
+        examples = read.read_examples(source, split="validation")
+        metrics.gold_answers(examples)  # a set that cannot be scored is refused before training
+        windows = prepare(config, student.tokenizer, source, "validation", ranks)
+        check_student_reads(config, student, windows)
+        found.append(validation_of(config, own, examples, windows, ranks))
+    return scoring.ValidationSets(found) if found else None
+
+
+def validation_of(
+    config: TrainConfig,
+    own: suites.EvaluationSet,
+    examples: list[Example],
+    windows: Windows,
+    ranks: Ranks,
+) -> scoring.Validation:
+    """What is evaluated on a set."""
+    if own.metric != "squad":
+        ranks.log(own.rule.sentence)
     return scoring.Validation(
         windows=windows,
         examples=examples,
         max_answer_length=config.evaluation.max_answer_length,
         n_best_size=config.evaluation.n_best_size,
-        rule=found.rule,
+        rule=own.rule,
         best_by=config.evaluation.metric_for_best_model,
+        name=own.source,
     )

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -73,15 +74,19 @@ class TrainLog:
             for name, value in asdict(speed).items():
                 self.writer.add_scalar(f"speed/{name}", value, report.step)
 
-    def evaluation(self, steps: int, metrics: dict[str, float]) -> None:
+    def evaluation(self, steps: int, metrics: dict[str, Any]) -> None:
         """Log an evaluation after `steps` steps."""
         self._write({"evaluated_after": steps, **metrics})
         self._show_evaluation(steps, metrics)
         self.flush()
 
-    def _show_evaluation(self, steps: int, metrics: dict[str, float]) -> None:
+    def _show_evaluation(self, steps: int, metrics: dict[str, Any]) -> None:
+        for each in metrics.get("files", ()):
+            if self.writer:
+                for name in ("exact", "f1"):
+                    self.writer.add_scalar(f"eval/{name} of {each['file']}", each[name], steps)
         for name, value in metrics.items():
-            if self.writer and name != "evaluated_after":
+            if self.writer and name not in ("evaluated_after", "files"):
                 self.writer.add_scalar(f"eval/{name}", value, steps)
 
     def flush(self) -> None:

@@ -56,7 +56,7 @@ class Results(Callback):
         training: Training,
         student: Loaded,
         windows: Windows,
-        validation: scoring.Validation | None,
+        validation: scoring.ValidationSets | None,
         identity: dict[str, Any],
     ):
         run, progress = training.run, training.progress
@@ -68,7 +68,7 @@ class Results(Callback):
         self.run = run
         self.progress = progress
         self.output = run.output
-        self.evaluation: scoring.Evaluation | None = None
+        self.evaluation: scoring.Measured | None = None
         self.nonfinite = NonfiniteSteps(training, windows)
         self.matmul_rate = matmul_rate(run.device, run.dtype or torch.float32)
         self.clock = Clock(training.work, self.matmul_rate, progress.clock)
@@ -255,7 +255,7 @@ class Results(Callback):
             "starts": progress.starts,
             "cuts": asdict(self.training.cuts.policy),
             "train_speed": speed and asdict(speed),
-            **(self.validation.rule.named() if self.validation else {}),
+            **(self.validation.named() if self.validation else {}),
             "metrics": None if found is None else found.metrics,
             "eval_windows_per_second": None if found is None else found.windows_per_second,
             "best_f1": progress.best_f1,

@@ -34,7 +34,8 @@ def open_output(config: TrainConfig) -> Path:
     sources = [("teacher", each) for each in model.teacher]
     sources += [("student", model.student), *(("train_file", each) for each in data.train_file)]
     sources += [("unlabelled_file", each) for each in data.unlabelled_file]
-    for name, given in [*sources, ("validation_file", data.validation_file)]:
+    sources += [("validation_file", each) for each in data.validation_file]
+    for name, given in sources:
         read = Path(given).expanduser().resolve() if given else None
         if read and read.exists() and output.resolve() in (read, *read.parents):
             raise UserError(
@@ -137,5 +138,5 @@ def local_paths(config: TrainConfig) -> list[str]:
     """What flags named that is on this machine: read elsewhere, `models/small` looks like an id."""
     model, data = config.model, config.data
     named = [model.student, *model.teacher, *data.train_file]
-    named += [*data.unlabelled_file, data.validation_file]
+    named += data.unlabelled_file + data.validation_file
     return [name for name in named if name and Path(name).expanduser().exists()]

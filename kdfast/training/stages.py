@@ -123,8 +123,8 @@ def _look_ahead(first: TrainConfig, last: TrainConfig) -> None:
     for each in last.data.train_file + last.data.unlabelled_file:
         if each not in first.data.train_file + first.data.unlabelled_file:
             read.read_examples(each, split="train")
-    if last.data.validation_file:
-        metrics.gold_answers(read.read_examples(last.data.validation_file, split="validation"))
+    for each in last.data.validation_file:
+        metrics.gold_answers(read.read_examples(each, split="validation"))
     if not last.learns_answers:
         return
     own = load_tokenizer(local_folder(first.model.student, "--student"), "--student")

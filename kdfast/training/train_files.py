@@ -6,7 +6,7 @@ Rank 0 prints what the user should know.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -20,8 +20,13 @@ from kdfast.config import TrainConfig
 from kdfast.data import tally
 from kdfast.data.batches import Share
 from kdfast.data.cache import UNLABELLED
+from kdfast.data.examples import Example
+from kdfast.data.held_out import article_of, choose_articles
 from kdfast.data.joined import joined, joined_arrays
+from kdfast.data.prepare import windows_of
+from kdfast.data.read import read_examples
 from kdfast.data.windows import Windows
+from kdfast.evaluation import metrics, scoring
 from kdfast.models.load import Loaded
 from kdfast.teachers import cache
 from kdfast.training import inputs
@@ -33,6 +38,7 @@ class TrainFile:
     """A file that is trained on.
 
     weight: how often an epoch draws each window, see `Share`. flag: train_file or unlabelled_file.
+    held_out: bool (questions,), those that are kept for evaluation, or None.
     """
 
     source: str
@@ -40,6 +46,7 @@ class TrainFile:
     weight: float = 1.0
     language: str | None = None
     flag: str = "train_file"
+    held_out: np.ndarray | None = None
 
     @property
     def key(self) -> str:
@@ -51,6 +58,8 @@ class TrainFile:
         """The windows that teach something: unlabelled ones only where there is a teacher."""
         windows = self.windows
         keep = np.array(windows.trainable)
+        if self.held_out is not None:
+            keep &= ~self.held_out[windows.question]
         unlabelled = keep & (windows.start_positions == UNLABELLED)
         is_useless = (
             config.model.stage == "predictions" and not config.learns_answers and unlabelled.any()
@@ -75,6 +84,9 @@ class TrainFile:
         read, trained = windows.tally.read(), len(np.unique(windows.question[chosen]))
         reasons = [*tally.UNREAD, *(tally.UNTRAINED if self.flag == "train_file" else ())]
         left_out = {reason: windows.counts[reason] for reason in reasons if windows.counts[reason]}
+        if self.held_out is not None:  # those that would have been trained on
+            held = windows.trainable & self.held_out[windows.question]
+            left_out["held_out"] = len(np.unique(windows.question[held]))
         if rest := read - trained - sum(left_out.values()):
             left_out["unlabelled"] = rest  # of which no teacher is asked
         return {"read": read, "trained": trained, "left_out": left_out}
@@ -95,9 +107,13 @@ class TrainFile:
 
 @dataclass(frozen=True)
 class TrainFiles:
-    """The files of a run, in the order of the flag. Window numbers run on from file to file."""
+    """The files of a run, in the order of the flags. Window numbers run on from file to file.
+
+    questions: of each file, by its name, under --validation_split; else empty.
+    """
 
     files: list[TrainFile]
+    questions: dict[str, list[Example]] = field(default_factory=dict)
 
     @classmethod
     def prepare(
@@ -109,12 +125,46 @@ class TrainFiles:
         sources += [(each, "unlabelled_file") for each in data.unlabelled_file]
         weights = mixture.train_weights or [1.0] * len(sources)
         languages: Sequence[str | None] = mixture.train_languages or [None] * len(sources)
+        questions = read_all([source for source, _ in sources]) if mixture.validation_split else {}
+        articles = articles_held_out(config, questions)
         found = []
         for (source, flag), weight, language in zip(sources, weights, languages, strict=True):
-            labelled = flag == "train_file"
-            windows = inputs.prepare(config, tokenizer, source, "train", ranks, labelled)
-            found.append(TrainFile(source, windows, weight, language, flag))
-        return cls(found)
+            windows = inputs.prepare(
+                config, tokenizer, source, "train", ranks, labelled=flag == "train_file"
+            )
+            held_out = None
+            if mixture.validation_split:
+                held_out = np.array([article_of(each) in articles for each in questions[source]])
+            found.append(TrainFile(source, windows, weight, language, flag, held_out))
+        return cls(found, questions)
+
+    def load_validation(
+        self, config: TrainConfig, student: Loaded, ranks: Ranks
+    ) -> scoring.ValidationSets | None:
+        """The sets of --validation_file, or what --validation_split holds out; None without."""
+        if not self.questions or config.model.stage == "layers":
+            return inputs.load_validation(config, student, ranks)
+        found = []
+        for own, each in zip(inputs.validation_sets(config), self.files, strict=False):
+            assert each.held_out is not None
+            held = [
+                example
+                for example, is_held in zip(self.questions[each.source], each.held_out, strict=True)
+                if is_held and example.answers is not None
+            ]
+            articles = len(set(map(article_of, held)))
+            unit = "articles" if all(example.title for example in held) else "titles or contexts"
+            ranks.log(
+                f"{each.source}: {len(held)} questions of {articles} {unit} are held out for "
+                "evaluation."
+            )
+            metrics.gold_answers(held)
+            windows = windows_of(held, student.tokenizer, config.windows)
+            share, seed = config.mixture.validation_split, config.optimization.seed
+            windows.key = f"{each.windows.key} held out {share} by {seed}"
+            inputs.check_student_reads(config, student, windows)
+            found.append(inputs.validation_of(config, own, held, windows, ranks))
+        return scoring.ValidationSets(found)
 
     @classmethod
     def prepare_for(cls, config: TrainConfig, student: Loaded, ranks: Ranks) -> "TrainFiles":
@@ -194,6 +244,20 @@ class TrainFiles:
         total = {name: sum(entry[name] for entry in found) for name in ("read", "trained")}
         named = {"files": found} if len(found) > 1 or self.files[0].language else {}
         return {**total, "left_out": dict(left_out), **named}
+
+
+def read_all(sources: list[str]) -> dict[str, list[Example]]:
+    """The questions of each file."""
+    return {each: read_examples(each, split="train") for each in dict.fromkeys(sources)}
+
+
+def articles_held_out(config: TrainConfig, questions: dict[str, list[Example]]) -> set[str]:
+    """The articles of --validation_split, by the questions of each file."""
+    share = config.mixture.validation_split
+    if not share:
+        return set()
+    files = [(each, questions[each]) for each in config.data.train_file]
+    return choose_articles(files, share, config.optimization.seed)
 
 
 @dataclass(frozen=True)

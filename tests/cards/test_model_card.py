@@ -142,8 +142,10 @@ def test_the_best_model_has_the_best_evaluation(finished):
     evaluations = [line for line in lines if "evaluated_after" in line]
     evaluations[0] |= {"f1": 77.7777, "exact": 66.6666}
     log.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    edit(finished.folder, "run.json", best_f1=77.7777, config__load_best_model_at_end=True)
-    assert "EM 66.67, F1 77.78" in write(finished.folder)[1]
+    best = {"best_f1": 77.7777, "config__load_best_model_at_end": True}
+    for steps in (evaluations[0]["evaluated_after"], None):  # earlier versions do not name it
+        edit(finished.folder, "run.json", **best, best_steps=steps)
+        assert "EM 66.67, F1 77.78" in write(finished.folder)[1]
     edit(finished.folder, "run.json", best_f1=77.7777, config__load_best_model_at_end=False)
     assert "F1 77.78" not in write(finished.folder)[1]
 

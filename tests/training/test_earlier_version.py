@@ -23,6 +23,7 @@ ADDED = {
     "unlabelled_file": None,
     "train_weights": None,
     "train_languages": None,
+    "validation_split": None,
     "metric_for_best_model": "f1",
     "early_stopping_patience": None,
     "early_stopping_threshold": 0.0,
