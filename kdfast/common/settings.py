@@ -16,6 +16,7 @@ PATHS = {
     "layers_teacher",
     "layers_train_file",
     "train_file",
+    "unlabelled_file",
     "validation_file",
     "output_dir",
     "resume_from_checkpoint",
