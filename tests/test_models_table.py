@@ -21,7 +21,7 @@ def cells():
 
 
 @pytest.mark.program
-@pytest.mark.parametrize(("model_type", "column"), cells())
+@pytest.mark.parametrize(("model_type", "column"), list(cells()))
 def test_a_cell_says_what_was_seen(column, model_type, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     seen = models_table.COLUMNS[column](model_type)

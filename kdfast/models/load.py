@@ -33,7 +33,7 @@ from kdfast.models.span_model import SpanModel
 from kdfast.models.structure import encoder_prefix, layer_stack, span_head_name, trained_length
 from kdfast.tokenizers.load import load_tokenizer
 
-MOST_LABELS = 10_000  # that transformers may make names for, which takes memory
+MOST = 10_000  # labels or layers that transformers may make a list of, which takes memory
 
 
 @dataclass
@@ -110,9 +110,15 @@ def load_reader(
 
 def load_config(folder: Path, name: str, role: str) -> PretrainedConfig:
     """The configuration in `folder`. Raises UserError unless it is of a supported reader."""
-    labels = read_json_object(folder / "config.json").get("num_labels")
-    if isinstance(labels, int) and labels > MOST_LABELS:
+    said = read_json_object(folder / "config.json")
+    labels, layers = said.get("num_labels"), said.get("num_hidden_layers")
+    if isinstance(labels, int) and labels > MOST:
         raise wrong_labels(labels, name, role)
+    if isinstance(layers, int) and layers > MOST:
+        raise UserError(
+            f"{role} {name} lacks weights: no model holds the {layers} layers that its config.json "
+            "describes: name a complete model."
+        )
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a broken file, or a type that transformers does not know

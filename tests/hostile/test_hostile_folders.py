@@ -216,6 +216,16 @@ def test_an_albert_that_claims_what_would_fill_the_memory(tmp_path, name):
         models.load_reader(str(folder), "--student")
 
 
+def test_layers_whose_kinds_would_fill_the_memory(tmp_path):
+    """transformers makes a list of them, from the config.json alone."""
+    folder = Path(readers.save(tmp_path / "reader", "modernbert"))
+    config = json.loads((folder / "config.json").read_text())
+    del config["layer_types"]
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**8}))
+    with pytest.raises(UserError, match=r"lacks weights: no model holds the 100000000 layers"):
+        models.load_reader(str(folder), "--student")
+
+
 def test_a_model_that_loads_and_computes_nothing(ground):
     config = json.loads((ground.student / "config.json").read_text())
     claim = json.dumps(config | {"num_attention_heads": -1}).encode()
