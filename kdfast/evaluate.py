@@ -16,7 +16,7 @@ from typing import Any
 
 from kdfast.common.device import pick_device
 from kdfast.common.errors import UserError
-from kdfast.common.files import refuse_link, write_json
+from kdfast.common.files import listed, refuse_link, write_json
 from kdfast.common.folders import make_writable
 from kdfast.common.machine import describe_machine
 from kdfast.common.ranks import Ranks
@@ -203,7 +203,7 @@ def open_folder(name: str | None) -> Path | None:
     folder = Path(name).expanduser()
     try:
         make_writable(folder)
-        for path in folder.glob("*.json"):  # found now, not after the last answer
+        for path in listed(folder, "*.json"):  # found now, not after the last answer
             refuse_link(path)
     except OSError as error:
         raise UserError(

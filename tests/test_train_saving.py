@@ -1,5 +1,7 @@
 """A run is not lost at its last line: what cannot be saved is found first, what fails keeps it."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -43,7 +45,7 @@ def test_switches_in_a_config_change_nothing_that_is_saved(world, switches, stag
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"is_decoder": True}, "is a decoder (is_decoder in its config.json)"),
+        ({"is_decoder": True}, "has a decoder (is_decoder in its config.json)"),
         ({"is_decoder": True, "add_cross_attention": True}, "is a decoder"),
         ({"add_cross_attention": True}, "is a decoder (add_cross_attention"),
         ({"position_embedding_type": "relative_key_query"}, "of type relative_key_query"),
@@ -95,6 +97,22 @@ def test_a_student_that_comes_back_otherwise_is_found(world, monkeypatch, capsys
     assert f"comes back with {'other logits' if loss == 'weights' else 'another tok'}" in (
         capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.ESTALE, errno.EFBIG])
+def test_a_disk_that_fails_at_the_rehearsal_is_no_fault_of_the_student(
+    world, monkeypatch, capsys, number
+):
+    assert world.run(max_steps=1, save_steps=1) == 0
+
+    def full(self, folder, **others):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(type(readers.make()[0]), "save_pretrained", full)
+    capsys.readouterr()
+    assert world.run(max_steps=1, overwrite=True) == 2
+    said = capsys.readouterr().err
+    assert ".rehearsal" in said and "config.json" not in said and "resume" not in said
 
 
 def test_the_rehearsal_leaves_nothing(world, monkeypatch):

@@ -12,7 +12,7 @@ import numpy as np
 
 from kdfast.cards.render import plain
 from kdfast.cards.run_files import Evaluated, Record, RunFiles, short
-from kdfast.common.files import refuse_link, write_bytes
+from kdfast.common.files import listed, refuse_link, write_bytes
 from kdfast.common.folders import remove, subfolder
 from kdfast.evaluation.metrics import normalize_answer
 from kdfast.training.log import lost_steps
@@ -65,7 +65,7 @@ def _save(files: RunFiles, others: Sequence[RunFiles]) -> dict[str, str]:
     folder = files.folder / FOLDER
     found = {}
     refuse_link(folder)
-    for path in folder.glob("*.png"):
+    for path in listed(folder, "*.png"):
         remove(path)
     for name, (figure, caption) in drawn.items():
         if figure is not None:

@@ -19,7 +19,7 @@ from markupsafe import Markup
 from kdfast.cards.render import each_text, markdown, plain, render
 from kdfast.cards.run_files import Record, RunFiles, Source, short
 from kdfast.common.errors import UserError
-from kdfast.common.files import read_bytes, refuse_link, write_text
+from kdfast.common.files import listed, read_bytes, refuse_link, write_text
 from kdfast.common.folders import remove, subfolder
 from kdfast.evaluation import tables
 from kdfast.evaluation.suites import own_set
@@ -188,7 +188,7 @@ def write_results(files: RunFiles) -> list[str]:
     """
     folder = files.folder / RESULTS_FOLDER
     refuse_link(folder)
-    for path in folder.glob("*.yaml"):
+    for path in listed(folder, "*.yaml"):
         if path.is_file() and PROGRAM.encode() in read_bytes(path):  # one of an earlier card
             remove(path)
     written = []

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from kdfast.cards.forms import EVALUATION, STEP, questions_form, result_form, run_form
 from kdfast.common.errors import UserError
-from kdfast.common.files import is_plain_name, read_json_object, read_record
+from kdfast.common.files import is_plain_name, listed, read_json_object, read_record
 from kdfast.models.save import RUN_FILE
 from kdfast.teachers.cache import weights_key
 from kdfast.training.log import lost_steps, read_log
@@ -203,7 +203,7 @@ def read_run(folder: Path) -> RunFiles:
     own, results, notes = weights_key(folder), [], []
     if lost := lost_steps(steps, run["steps"]):
         notes.append(f"{folder}: {lost}")
-    for found in sorted((folder / EVAL_FOLDER).glob(f"*{RESULT_END}")):
+    for found in listed(folder / EVAL_FOLDER, f"*{RESULT_END}"):
         result = read_json_object(found)
         if result.get("format") != RESULT_FORMAT:
             notes.append(f"{found} is left out, as this version cannot read it.")

@@ -36,6 +36,10 @@ class UserError(ValueError):
         super().__init__(printable(sentence))
 
 
+class WriteError(UserError):
+    """A disk that cannot be written: not of what was to be written."""
+
+
 _REMEDIES = {
     "make room": (errno.ENOSPC, errno.EDQUOT),
     "raise the limit of open files (ulimit -n)": (errno.EMFILE, errno.ENFILE),

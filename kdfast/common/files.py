@@ -15,6 +15,7 @@ import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TextIO, cast
 
@@ -72,6 +73,17 @@ def read_bytes(path: Path) -> bytes:
         return file.read()
 
 
+def listed(folder: Path, pattern: str = "*") -> list[Path]:
+    """What is in a folder under names that match a shell pattern, sorted; nothing without a folder.
+
+    Raises OSError where it cannot be listed, for which Path.glob would return nothing.
+    """
+    try:
+        return sorted(path for path in folder.iterdir() if fnmatchcase(path.name, pattern))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
 def open_in_place(path: Path) -> BinaryIO:
     """Open a file that is there, to change parts of it. Raises UserError for a link."""
     refuse_link(path.parent)
@@ -111,16 +123,30 @@ def new_file(path: Path, aside: str = "new") -> Iterator[BinaryIO]:
     """
     refuse_link(path)
     temporary = path.with_name(f".{path.name}.{aside}")
+    is_ours = True
     try:
         with naming(path), create(temporary) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+            is_ours = _is_at(temporary, file)
+        if not is_ours:
+            raise UserError(
+                f"{path} is being written by another process too: run one after the other."
+            )
         os.replace(temporary, path)
     except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
+        if is_ours:
+            with suppress(OSError):
+                temporary.unlink()
         raise
+
+
+def _is_at(path: Path, file: BinaryIO) -> bool:
+    """Whether an open file still has this name, which another process may have taken."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.lstat(path), os.fstat(file.fileno()))
+    return False
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kdfast.common.errors import UserError
-from kdfast.common.files import create, naming, refuse_link, spool
+from kdfast.common.files import create, listed, naming, refuse_link, spool
 
 # Of a folder, on some network file systems and FUSE: a rename there is as safe as it gets.
 NO_SYNC = {errno.EINVAL, errno.EPERM, errno.EACCES, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP}
@@ -34,13 +34,13 @@ def make_writable(folder: Path) -> None:
 
 
 def _is_of_model(folder: Path) -> bool:
-    is_model = (folder / "config.json").exists() and any(folder.glob("*.safetensors"))
+    is_model = (folder / "config.json").exists() and any(listed(folder, "*.safetensors"))
     return is_model or (folder / "run.json").exists()
 
 
 def check_no_links(folder: Path, name: str) -> None:
     """Raise UserError for a link in a folder that a program fills. name: what to call it."""
-    for path in folder.rglob("*"):
+    for path in _below(folder):
         if path.is_symlink():
             raise UserError(
                 f"{name} {folder} holds a link, {path.relative_to(folder)}, through which kdfast "
@@ -113,8 +113,16 @@ def even_modes(folder: Path) -> None:
 
 def sync_folder(folder: Path) -> None:
     """fsync every file in `folder`, subfolders too, and the folder itself."""
-    for path in [*folder.rglob("*"), folder]:
+    for path in [*_below(folder), folder]:
         sync(path)
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """What a folder and its subfolders hold. Raises OSError where one cannot be listed."""
+    for path in listed(folder):
+        yield path
+        if path.is_dir() and not path.is_symlink():
+            yield from _below(path)
 
 
 def sync(path: Path) -> None:

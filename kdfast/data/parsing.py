@@ -138,6 +138,7 @@ class Parser:
         if raw is None and detected is None:
             return () if impossible else None
         found: list[Answer] = []
+        texts: set[str] = set()
         empty, strange = 0, None
         for text, start in [
             *_detected(detected, context),
@@ -151,8 +152,9 @@ class Parser:
             else:
                 answer = Answer(written, integer_of(start))
                 # MRQA names each text, and again where it was found.
-                if answer.start is not None or written not in {each.text for each in found}:
+                if answer.start is not None or written not in texts:
                     found.append(answer)
+                    texts.add(written)
         if strange is not None and not found:
             raise ValueError(f"its answers hold {kind_of(strange)} where a text belongs")
         if empty and not found:

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from kdfast.common.errors import UserError
-from kdfast.common.files import is_plain_name, read_json_object
+from kdfast.common.files import is_plain_name, listed, read_json_object
 from kdfast.data.windows import Windows
 from kdfast.models.structure import head_parameters, without_weights
 
@@ -87,7 +87,7 @@ def check_sizes(config: PretrainedConfig, folder: Path, name: str, role: str) ->
     Only headers are read: memory is taken once it is known for what.
     """
     held, tensors = 0, 0
-    for path in folder.glob("*.safetensors"):
+    for path in listed(folder, "*.safetensors"):
         with safe_open(path, "pt") as file:
             for key in file.keys():  # noqa: SIM118, it is no dict
                 held += math.prod(file.get_slice(key).get_shape())

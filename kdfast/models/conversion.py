@@ -16,7 +16,13 @@ import torch
 from huggingface_hub import snapshot_download
 
 from kdfast.common.errors import UserError
-from kdfast.common.files import open_file, read_json_object, write_bytes, write_tensors
+from kdfast.common.files import (
+    listed,
+    open_file,
+    read_json_object,
+    write_bytes,
+    write_tensors,
+)
 from kdfast.common.folders import even_modes, fresh_folder, rename, scratch_folder, sync_folder
 from kdfast.models.checks import MODEL_FILE, nonfinite_weight
 from kdfast.models.hub import HUB_ERRORS, MODEL_FILES, PICKLES
@@ -54,7 +60,7 @@ def convert(name: str, output_dir: str | None = None) -> Path:
                 f"--convert {name} is neither a folder nor a model that the hub gave "
                 f"({type(error).__name__}): check the name and the network."
             ) from error
-    if any(folder.glob("*.safetensors")):
+    if listed(folder, "*.safetensors"):
         raise UserError(f"--convert {name} has weights in safetensors already: use it as it is.")
     parts = pickles_in(folder, name)
     parent = target if in_place else target.absolute().parent

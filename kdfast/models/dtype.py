@@ -6,7 +6,7 @@ import torch
 from safetensors import safe_open
 
 from kdfast.common.errors import UserError
-from kdfast.common.files import read_json_object
+from kdfast.common.files import listed, read_json_object
 from kdfast.common.precision import AUTOCAST, resolve, why_not
 from kdfast.models.hub import local_folder
 from kdfast.models.load import Loaded
@@ -76,6 +76,6 @@ def saved_type(folder: Path) -> str:
     config = read_json_object(folder / "config.json")
     if named := config.get("dtype") or config.get("torch_dtype"):
         return str(named).removeprefix("torch.")
-    with safe_open(min(folder.glob("*.safetensors")), "pt") as file:
+    with safe_open(listed(folder, "*.safetensors")[0], "pt") as file:
         kinds = [file.get_slice(key).get_dtype() for key in file.keys()]  # noqa: SIM118, no dict
     return next((OF_SAFETENSORS[kind] for kind in kinds if kind in OF_SAFETENSORS), "float32")

@@ -8,6 +8,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from kdfast.common import heartbeat
 from kdfast.common.errors import UserError
+from kdfast.common.files import listed
 
 # The files of a model folder that are read; weights in safetensors only, never a pickle.
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
@@ -41,7 +42,7 @@ def local_folder(name: str, role: str) -> Path:
         raise UserError(f"{role} {name} is a file: name the model's folder.")
     try:
         folder = Path(snapshot_download(name, allow_patterns=MODEL_FILES))
-        if not any(folder.glob("*.safetensors")):
+        if not listed(folder, "*.safetensors"):
             folder = _conversion(name) or folder
         return folder
     except HUB_ERRORS as error:
@@ -54,7 +55,7 @@ def local_folder(name: str, role: str) -> Path:
 def without_safetensors(folder: Path, name: str, role: str) -> UserError:
     """The error for the model `name`, whose `folder` holds no weights in safetensors."""
     remedy = "name a folder with a config.json and the weights in safetensors."
-    if any(folder.glob(PICKLES)):
+    if listed(folder, PICKLES):
         remedy = (
             "those in pytorch_model.bin are a pickle, which may hold code and is never read here; "
             f"python -m kdfast.doctor --convert {name} makes model.safetensors of it."
@@ -79,7 +80,7 @@ def _conversion(name: str) -> Path | None:
         revisions = []
     for revision in revisions:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=MODEL_FILES))
-        if any(folder.glob("*.safetensors")):
+        if listed(folder, "*.safetensors"):
             return folder
     return None
 

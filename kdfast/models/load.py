@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from kdfast.common.errors import UserError, first_line
-from kdfast.common.files import read_json_object
+from kdfast.common.files import listed, read_json_object
 from kdfast.models import deberta
 from kdfast.models.checks import (
     check_files,
@@ -67,7 +67,7 @@ def load_reader(
     """
     folder = local_folder(name, role)
     config = load_config(folder, name, role)
-    if not any(folder.glob("*.safetensors")):
+    if not listed(folder, "*.safetensors"):
         raise without_safetensors(folder, name, role)
     check_files(folder, name, role)
     try:

@@ -12,8 +12,15 @@ import torch
 from safetensors import SafetensorError
 
 from kdfast.common import heartbeat
-from kdfast.common.errors import UserError, first_line, remedy
-from kdfast.common.files import SUMS_FILE, fault_in, sha256_of, write_sums, write_tensors
+from kdfast.common.errors import UserError, WriteError, first_line, remedy
+from kdfast.common.files import (
+    SUMS_FILE,
+    fault_in,
+    listed,
+    sha256_of,
+    write_sums,
+    write_tensors,
+)
 from kdfast.common.folders import (
     copy_files,
     even_modes,
@@ -53,7 +60,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     """The finished checkpoints of a run, oldest first."""
     found = (
         (int(match[1]), path)
-        for path in output_dir.glob("checkpoint-*")
+        for path in listed(output_dir, "checkpoint-*")
         if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
     )
     return [path for _, path in sorted(found)]
@@ -113,8 +120,8 @@ def rehearse_saving(output: Path, student: Loaded, name: str) -> None:
         elif not same_tokens(again.tokenizer, student.tokenizer):
             fault = "it comes back with another tokenizer"
     except Exception as error:
-        if isinstance(error, UserError) and "--output_dir" in str(error):
-            raise  # of the disk, not of the model
+        if isinstance(error, WriteError):
+            raise
         fault = first_line(error)
     finally:
         with suppress(OSError):
@@ -216,15 +223,15 @@ def _old(folder: Path) -> Path:
     return folder.with_name(folder.name + ".old")
 
 
-def _write_error(path: Path, number: int | None, reason: str) -> UserError:
+def _write_error(path: Path, number: int | None, reason: str) -> WriteError:
     if number in (errno.ENOSPC, errno.EDQUOT):
         # path is the run's folder, or something in it.
         checkpoints = [*list_checkpoints(path), *list_checkpoints(path.parent)]
         is_finished = (path / RUN_FILE).exists()  # its card is written
         advice = ""
-        if checkpoints and not is_finished:
+        if checkpoints and not is_finished and path.name != REHEARSAL:  # before the first step
             name = checkpoints[-1].name
             advice = f" and go on with --resume_from_checkpoint last, which is {name}"
-        return UserError(f"The disk is full while {path} is written: free some space{advice}.")
+        return WriteError(f"The disk is full while {path} is written: free some space{advice}.")
     advice = remedy(number) or "see to its rights, or choose another folder"
-    return UserError(f"{path} cannot be written ({reason}): {advice}.")
+    return WriteError(f"{path} cannot be written ({reason}): {advice}.")

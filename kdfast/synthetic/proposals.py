@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoModelForMaskedLM, PreTrainedTokenizerFas
 
 from kdfast.common.device import pick_device, place
 from kdfast.common.errors import UserError, first_line
-from kdfast.common.files import open_file
+from kdfast.common.files import listed, open_file
 from kdfast.models.hub import local_folder, without_safetensors
 from kdfast.synthetic.words import is_other, vocabulary_words
 from kdfast.tokenizers.load import load_tokenizer
@@ -239,7 +239,7 @@ def _single_tokens(words: Words, offsets: Sequence[tuple[int, int]]) -> Iterator
 def _load(kind: Any, name: str, role: str) -> tuple[Any, PreTrainedTokenizerFast]:
     """A model in fp32 and its tokenizer. Raises UserError where it does not load."""
     folder = local_folder(name, role)
-    if not any(folder.glob("*.safetensors")):
+    if not listed(folder, "*.safetensors"):
         raise without_safetensors(folder, name, role)
     try:
         model, info = kind.from_pretrained(

@@ -23,6 +23,7 @@ from kdfast.common.files import (
     SUMS_FILE,
     fault_in,
     is_damage,
+    listed,
     open_file,
     open_in_place,
     read_bytes,
@@ -71,7 +72,7 @@ class Source(Identity):
 def weights_key(folder: Path) -> str:
     """sha256 over config.json and the safetensors files of a model folder."""
     digest = hashlib.sha256()
-    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+    for path in [folder / "config.json", *listed(folder, "*.safetensors")]:
         digest.update(path.name.encode() + b"\0")
         digest.update(sha256_of(path).encode())
     return digest.hexdigest()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from kdfast.common.errors import UserError
-from kdfast.common.files import SUMS_FILE
+from kdfast.common.files import SUMS_FILE, listed
 from kdfast.common.machine import changes, code_key, numeric_environment
 from kdfast.common.ranks import Ranks
 from kdfast.common.run import Run
@@ -166,7 +166,7 @@ def find_best(folder: Path, output_dir: Path) -> tuple[Path | None, str | None]:
 
 def _written_before(model: Path, saved: Path) -> bool:
     """Whether no later step than the checkpoint's can have written the model."""
-    times = [path.stat().st_mtime for path in model.glob("*") if path.name != SUMS_FILE]
+    times = [path.stat().st_mtime for path in listed(model) if path.name != SUMS_FILE]
     written = (saved / checkpoint.STATE_FILE).stat().st_mtime
     return (model / MODEL_FILE).is_file() and max(times) <= written
 

@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 
 from kdfast.common import files, folders
 from kdfast.common.errors import UserError
+from kdfast.models.save import list_checkpoints
+from kdfast.teachers.cache import weights_key
 
 
 @pytest.fixture
@@ -87,6 +89,45 @@ def test_a_write_that_fails_leaves_the_old_file_alone(folder):
         file.write(b"half")
         raise KeyboardInterrupt
     assert [(path.name, path.read_text()) for path in folder.iterdir()] == [("a", "old")]
+
+
+def test_two_that_write_one_file(folder):
+    """The first to end finds that the other has taken its name, and leaves that one alone."""
+    with (
+        pytest.raises(UserError, match="a is being written by another process too"),
+        files.new_file(folder / "a") as mine,
+    ):
+        mine.write(b"mine")
+        with files.create(folder / ".a.new") as other:
+            other.write(b"other")
+    assert [(path.name, path.read_text()) for path in folder.iterdir()] == [(".a.new", "other")]
+
+
+@pytest.mark.parametrize(
+    "lists",
+    [
+        files.listed,
+        folders.sync_folder,
+        lambda folder: folders.check_no_links(folder, "--output_dir"),
+        list_checkpoints,
+        weights_key,
+    ],
+)
+def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(folder, monkeypatch, lists):
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_text("weights")
+    (folder / "checkpoint-1").mkdir()
+    lists(folder)
+
+    def refused(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(os, "listdir", refused)
+    with pytest.raises(PermissionError, match=str(folder)):
+        lists(folder)
+    monkeypatch.undo()
+    assert files.listed(folder / "absent") == files.listed(folder / "config.json") == []
+    assert [path.name for path in files.listed(folder, "*.s*")] == ["model.safetensors"]
 
 
 def test_what_is_written_is_read(folder):
