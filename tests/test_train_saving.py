@@ -46,8 +46,8 @@ def test_switches_in_a_config_change_nothing_that_is_saved(world, switches, stag
     ("changes", "words"),
     [
         ({"is_decoder": True}, "has a decoder (is_decoder in its config.json)"),
-        ({"is_decoder": True, "add_cross_attention": True}, "is a decoder"),
-        ({"add_cross_attention": True}, "is a decoder (add_cross_attention"),
+        ({"is_decoder": True, "add_cross_attention": True}, "has a decoder"),
+        ({"add_cross_attention": True}, "has a decoder (add_cross_attention"),
         ({"position_embedding_type": "relative_key_query"}, "of type relative_key_query"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "is quantized"),
     ],
@@ -120,13 +120,12 @@ def test_the_rehearsal_leaves_nothing(world, monkeypatch):
     forward = SpanModel.forward
 
     def seen(self, *arguments, **named):
-        if not calls:
-            calls.append({path.name for path in world.output.iterdir()})
+        calls.append({path.name for path in world.output.iterdir()})
         return forward(self, *arguments, **named)
 
     monkeypatch.setattr(SpanModel, "forward", seen)
     assert world.run(max_steps=1) == 0
-    assert ".rehearsal" in calls[0]
+    assert any(".rehearsal" in names for names in calls)
     assert not (world.output / ".rehearsal").exists()
     (world.output / ".rehearsal").mkdir()  # of a run that was killed then
     assert world.run(max_steps=1, save_steps=1, overwrite=True) == 0

@@ -13,7 +13,7 @@ import torch
 
 from kdfast.common.device import pick_device
 from kdfast.common.errors import UserError, first_line
-from kdfast.common.files import read_bytes, read_json_object
+from kdfast.common.files import listed, read_bytes, read_json_object
 from kdfast.models.hub import local_folder, without_safetensors
 from kdfast.teachers.cache import weights_key
 from kdfast.tokenizers.load import load_tokenizer
@@ -69,7 +69,7 @@ class LocalGenerator:
         role = "--generator"
         folder = local_folder(name, role)
         self.name, self.sampling, self.device = name, sampling, pick_device()
-        if not any(folder.glob("*.safetensors")):
+        if not listed(folder, "*.safetensors"):
             raise without_safetensors(folder, name, role)
         self.tokenizer = load_tokenizer(folder, role)
         if self.tokenizer.pad_token is None:
