@@ -39,7 +39,6 @@ from kdfast.training.run_folder import (
     check_shared,
     local_paths,
     open_output,
-    remove_run,
     sole_run,
     write_run,
 )
@@ -147,7 +146,7 @@ def train_stage(config: TrainConfig, ranks: Ranks, stop: StopSignals) -> dict[st
     run = start_run(config, ranks, stop)
     settings = resume.settings_of(config, run.precision)
     if ranks.is_first:
-        config = resume.restarted(config, run.output, ranks)
+        config = resume.restarted(config, ranks)
         open_output(config)
     check_shared(run.output, ranks, "--output_dir")
     with as_current(run.device), sole_run(run.output, ranks):
@@ -207,8 +206,8 @@ def distil(
         for note in notes + (resumed.set_aside_others(output, progress) if ranks.is_first else []):
             ranks.log(note)
     progress.starts.append(progress.steps)
-    if config.output.overwrite and ranks.is_first:  # all that the run needs has proved good
-        remove_run(output)
+    if ranks.is_first:
+        resume.begin(config, progress.steps)
     run.stop.can_resume = run.stop.can_resume or bool(list_checkpoints(output))
     results = Results(config, training, student, data.windows, validation, identity)
     ranks.log(f"{total} steps of {config.optimization.train_batch_size} windows.")

@@ -151,18 +151,6 @@ def test_an_overwritten_run_goes_on_as_itself(world):
     assert (world.output / "predictions" / "model.safetensors").read_bytes() == whole
 
 
-def test_a_rank_that_starts_again_takes_nothing_of_an_earlier_run(world, monkeypatch):
-    """torchrun's restart during stage layers of a run that replaces another."""
-    assert world.run(stage="both", save_steps=3) == 0
-    flags = {"stage": "both", "learning_rate": 2e-3, "save_steps": 3, "overwrite": True}
-    shutil.rmtree(world.output / "layers" / "checkpoint-3")
-    shutil.rmtree(world.output / "layers" / "checkpoint-6")
-    (world.output / "layers" / "run.json").unlink()
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert world.run(**flags) == 0
-    assert config_of(world.output / "predictions")["learning_rate"] == 2e-3
-
-
 def test_a_finished_stage_is_compared_by_content(world, capsys):
     assert world.run(stage="both") == 0
     shutil.rmtree(world.output / "predictions")

@@ -58,12 +58,14 @@ def writing(path: Path) -> Iterator[None]:
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """The finished checkpoints of a run, oldest first."""
-    found = (
-        (int(match[1]), path)
-        for path in listed(output_dir, "checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
-    )
-    return [path for _, path in sorted(found)]
+    found = listed(output_dir, "checkpoint-*")
+    whole = (path for path in found if re.fullmatch(r"checkpoint-\d+", path.name))
+    return sorted(whole, key=steps_of)
+
+
+def steps_of(checkpoint: Path) -> int:
+    """The steps that a run had done when it wrote the checkpoint."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def kept_models(output_dir: Path) -> str:

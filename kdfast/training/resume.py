@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from kdfast.common import launch
 from kdfast.common.errors import UserError
 from kdfast.common.files import SUMS_FILE, listed
 from kdfast.common.machine import changes, code_key, numeric_environment
@@ -15,13 +16,14 @@ from kdfast.config import CHANGEABLE, CUTS, FIXED_ON_RESUME, TrainConfig
 from kdfast.models.checks import MODEL_FILE
 from kdfast.models.hub import local_folder
 from kdfast.models.load import Loaded
-from kdfast.models.save import fault_of_model, link_model, list_checkpoints, set_aside
+from kdfast.models.save import fault_of_model, link_model, list_checkpoints, set_aside, steps_of
 from kdfast.models.span_model import SpanModel
 from kdfast.teachers import cache
 from kdfast.tokenizers.template import tokenizer_key
 from kdfast.training import checkpoint
 from kdfast.training.assemble import Progress, Restored
 from kdfast.training.optimizer import ScaledAdamW
+from kdfast.training.run_folder import remove_run
 
 HASHES = (
     "version of kdfast",
@@ -29,13 +31,28 @@ HASHES = (
 )  # entries of environment_of that say nothing to a user
 
 
-def restarted(config: TrainConfig, output: Path, ranks: Ranks) -> TrainConfig:
-    """The settings after torchrun has started the ranks again: go on from the last checkpoint."""
-    if ranks.restarts == 0:
+def restarted(config: TrainConfig, ranks: Ranks) -> TrainConfig:
+    """The settings after torchrun has started the ranks again: go on from the last checkpoint.
+
+    Only from one of this launch. What was in the folder before it is to be kept, replaced or gone
+    on from as the flags say, also where the first start has died or was refused. Rank 0 calls it.
+    """
+    output = config.output.folder
+    began = launch.recall(str(output.resolve())) if ranks.restarts else None
+    if began is None:
         return config
-    if list_checkpoints(output):
+    if any(steps_of(path) > int(began) for path in list_checkpoints(output)):
         return config.replace(resume_from_checkpoint="last", overwrite=False)
-    return config.replace(resume_from_checkpoint=None, overwrite=True)
+    return config.replace(overwrite=not config.output.resume_from_checkpoint)
+
+
+def begin(config: TrainConfig, steps: int) -> None:
+    """Make the output folder this launch's, before the run writes there. Rank 0 calls it, once all
+    that the run needs has proved good. steps: those of the checkpoint that it goes on from."""
+    output = config.output.folder
+    if config.output.overwrite:
+        remove_run(output)
+    launch.remember(str(output.resolve()), str(steps))
 
 
 class Resumed:
@@ -111,7 +128,7 @@ class Resumed:
         Later checkpoints are renamed, the latest first: should a kill come between them, those that
         are left are of one line of steps. best/ is again what it was at the checkpoint.
         """
-        later = [path for path in list_checkpoints(output) if int(path.name[11:]) > progress.steps]
+        later = [path for path in list_checkpoints(output) if steps_of(path) > progress.steps]
         others = [*reversed(later)]
         best = output / checkpoint.BEST
         lines = []

@@ -23,6 +23,7 @@ from kdfast.tokenizers.load import load_tokenizer
 from kdfast.tokenizers.template import same_tokens
 from kdfast.training.checkpoint import list_checkpoints
 from kdfast.training.log import LOG_FILE
+from kdfast.training.resume import restarted
 from kdfast.training.run_folder import open_output, remove_run, sole_run
 
 
@@ -64,10 +65,11 @@ def held(config: TrainConfig, ranks: Ranks) -> Iterator[list[TrainConfig]]:
     shared, output = "", config.output.folder
     with ExitStack() as stack:
         if ranks.is_first:
-            goes_on = bool(config.output.resume_from_checkpoint) or ranks.restarts > 0
+            goes_on = config.output.resume_from_checkpoint
             runs = [of_layers(config), of_predictions(config)]
             if goes_on:
-                runs = _continued(runs[0], runs[1], may_begin=ranks.restarts > 0)
+                runs = _continued(*runs)
+            runs = [restarted(each, ranks) for each in runs]
             check_no_links(output, "--output_dir")
             for each in runs:
                 check(each)
@@ -75,7 +77,7 @@ def held(config: TrainConfig, ranks: Ranks) -> Iterator[list[TrainConfig]]:
             stack.enter_context(sole_run(output, ranks))
             _look_ahead(*runs)
             if goes_on and runs[-1].output.overwrite:
-                # A rank that starts again must not go on from it.
+                # Who starts again once the first stage is done must not go on from it.
                 remove_run(runs[-1].output.folder)
             shared = json.dumps([each.flat() for each in runs])
         yield [TrainConfig(**each) for each in json.loads(ranks.share(shared))]
@@ -97,14 +99,11 @@ def earlier(config: TrainConfig) -> dict[str, Any] | None:
     return found if before.model.stage == "layers" else None
 
 
-def _continued(first: TrainConfig, last: TrainConfig, may_begin: bool) -> list[TrainConfig]:
-    """Both runs, each from where it stands: its last checkpoint, or from the start.
-
-    may_begin: whether the first stage may not have been started yet.
-    """
+def _continued(first: TrainConfig, last: TrainConfig) -> list[TrainConfig]:
+    """Both runs, each from where it stands: its last checkpoint, or from the start."""
     first_is_done = (first.output.folder / RUN_FILE).is_file()
     had_begun = (first.output.folder / LOG_FILE).is_file()
-    if list_checkpoints(first.output.folder) or not (had_begun or may_begin):
+    if list_checkpoints(first.output.folder) or not had_begun:
         first = first.replace(resume_from_checkpoint="last", overwrite=False)
     else:
         first = first.replace(resume_from_checkpoint=None, overwrite=had_begun)
