@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from kdfast import evaluate
+from kdfast.models.save import list_checkpoints
 from kdfast.training import assemble
 from tests import corpora, readers
 from tests.programs import log_of
@@ -107,8 +108,10 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(world, capsys):
     whole, resumed = (load_file(d / "model.safetensors") for d in (world.output, cut))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert log_of(cut) == log_of(world.output)
-    # A complete run, resumed, is what it was.
+    # A complete run, resumed, is what it was, but for a checkpoint that its end did not delete.
+    flags["save_total_limit"] = 2
     assert world.run(**flags, resume_from_checkpoint="last") == 0
+    assert [path.name for path in list_checkpoints(cut)] == ["checkpoint-4", "checkpoint-6"]
     assert log_of(cut) == log_of(world.output)
     assert json.loads((cut / "run.json").read_text())["metrics"]["total"] == 10
 

@@ -45,6 +45,7 @@ HEADER = "header.json"
 LOGITS = "logits.npy"
 RAW_LOGITS = "logits.bin"  # of earlier versions: the same values without the header of a .npy
 PROGRESS_FILE = "sums.bin"
+SHARDS = ".shards"  # the folder of shares that are done apart, after the key
 MADE_ON = "made_on"  # in a header: the environments in which the pass ran
 
 
@@ -119,10 +120,22 @@ def open_cache(
 
 
 def open_shared(cache_dir: Path, source: Identity, tokens: int, ranks: Ranks) -> np.ndarray | None:
-    """As open_cache, but what rank 0 finds is there, or not there, for all."""
-    if ranks.any(ranks.is_first and open_cache(cache_dir, source, tokens) is not None):
-        return open_cache(cache_dir, source, tokens, verify=False)
-    return None
+    """As open_cache, but what rank 0 finds is there, or not there, for all.
+
+    It deletes what a kill just after the pass has left.
+    """
+    is_there = ranks.is_first and open_cache(cache_dir, source, tokens) is not None
+    if is_there:
+        _remove_leftovers(cache_dir, source)
+    return open_cache(cache_dir, source, tokens, verify=False) if ranks.any(is_there) else None
+
+
+def _remove_leftovers(cache_dir: Path, source: Identity) -> None:
+    """Delete what a finished cache no longer needs of its pass."""
+    finished = cache_dir / "teacher" / source.key
+    for path in (finished / PROGRESS_FILE, finished.with_suffix(SHARDS)):
+        with suppress(OSError):  # others may do so too, or the cache is only to be read
+            remove(path)
 
 
 def make_once(
@@ -169,14 +182,14 @@ def make_once(
                 if ranks.is_first:
                     heartbeat.report("the sums of the teacher's logits", heartbeat.LONG)
                     write_sums(partial, _files(partial))
-                    finished = partial.with_suffix("")
-                    rename(partial, finished)
-                    remove(finished / PROGRESS_FILE)
+                    rename(partial, partial.with_suffix(""))
                 ranks.barrier()
     except OSError as error:
         raise disk_error(partial, error) from error
     cached = open_cache(cache_dir, source, tokens, verify=False)
     assert cached is not None
+    if ranks.is_first:
+        _remove_leftovers(cache_dir, source)
     return cached
 
 

@@ -35,6 +35,7 @@ from kdfast.teachers.cache import (
     HEADER,
     MADE_ON,
     PROGRESS_FILE,
+    SHARDS,
     Source,
     environments_in,
     header_of,
@@ -126,7 +127,7 @@ class PassShards:
 
     @classmethod
     def of(cls, cache_dir: Path, source: Source) -> PassShards:
-        return cls(cache_dir / "teacher" / f"{source.key}.shards", source)
+        return cls(cache_dir / "teacher" / f"{source.key}{SHARDS}", source)
 
     @property
     def finished(self) -> bool:
@@ -179,11 +180,6 @@ class PassShards:
                 f"parts: go on with those, or delete {self.path} to begin again."
             )
         return header
-
-    def remove(self) -> None:
-        """Delete all shares."""
-        with suppress(OSError):  # others may do so too
-            remove(self.path)
 
     def folder(self, number: int) -> Path:
         return self.path / str(number)

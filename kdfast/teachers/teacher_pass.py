@@ -99,10 +99,7 @@ def fill_cache(
         share = _whole(windows, read_json_object(partial / HEADER))
         _fill(partial, teacher, share, progress, ranks)
 
-    logits = make_once(cache_dir, teacher.source, len(windows.input_ids), start, fill, ranks)
-    if ranks.is_first:
-        shards.remove()
-    return logits
+    return make_once(cache_dir, teacher.source, len(windows.input_ids), start, fill, ranks)
 
 
 def fill_shard(
@@ -192,14 +189,10 @@ def join_shards(
         if not map_progress(partial, len(_cuts(windows, shards.header))).all():
             raise UserError(f"A part in {shards.path} is damaged: make all parts once more.")
 
-    logits: np.ndarray | None
     if ranks.any(ranks.is_first and missing_shards(cache_dir, source, windows) == []):
-        logits = make_once(cache_dir, source, tokens, start, lambda partial: None, ranks)
-    else:  # another process may have joined and deleted them meanwhile
-        logits = open_shared(cache_dir, source, tokens, ranks)
-    if ranks.is_first and logits is not None:
-        shards.remove()
-    return logits
+        return make_once(cache_dir, source, tokens, start, lambda partial: None, ranks)
+    # Another process may have joined and deleted them meanwhile.
+    return open_shared(cache_dir, source, tokens, ranks)
 
 
 def _start(

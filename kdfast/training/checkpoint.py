@@ -74,10 +74,16 @@ def save_checkpoint(
         sync_folder(partial)
         remove(target)
         rename(partial, target)  # for good, before others are deleted
+    keep_last(output_dir, limit)
+    return target
+
+
+def keep_last(output_dir: Path, limit: int) -> None:
+    """Delete all checkpoints but the last `limit`, and what a kill has left."""
+    with writing(output_dir):
         for old in list_checkpoints(output_dir)[:-limit]:
             set_aside(old)  # or a kill could leave a part of it under its own name
     remove_leftovers(output_dir)
-    return target
 
 
 def remove_leftovers(output_dir: Path) -> None:

@@ -26,7 +26,7 @@ from kdfast.models.save import (
     replace_model,
 )
 from kdfast.training.assemble import Training
-from kdfast.training.checkpoint import BEST, save_checkpoint
+from kdfast.training.checkpoint import BEST, keep_last, save_checkpoint
 from kdfast.training.flops import matmul_rate
 from kdfast.training.log import Clock, TrainLog, progress_line
 from kdfast.training.nonfinite import NonfiniteSteps
@@ -231,6 +231,8 @@ class Results(Callback):
         if not self.log:
             return
         self.log.close()
+        if self.config.output.save_steps:  # the last save may have failed at deleting others
+            keep_last(self.output, self.config.output.save_total_limit)
         best, last = self.output / BEST, self.output / "last"
         if not self.config.evaluation.load_best_model_at_end:
             remove(last)  # of a run that this one was resumed from

@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from kdfast.common.errors import UserError
 from kdfast.common.files import write_sums
+from kdfast.common.ranks import Ranks
 from kdfast.config import WindowSettings
 from kdfast.data.batches import cut_by_tokens
 from kdfast.data.prepare import prepare_windows
@@ -82,6 +84,18 @@ def test_cache_holds_the_raw_logits_of_every_real_token(pass_):
     again = teacher.open_cache(pass_.cache, pass_.source, pass_.tokens)
     assert isinstance(again, np.memmap) and np.array_equal(again, filled)
     np.testing.assert_array_equal(np.load(pass_.home / "logits.npy"), filled)
+
+
+def test_what_a_kill_after_the_pass_left_is_deleted(pass_):
+    left = [pass_.home / "sums.bin", pass_.home.with_name(f"{pass_.source.key}.shards")]
+    given = pass_.cache, pass_.source, pass_.tokens, Ranks()
+    pass_.fill()
+    for opens in (pass_.fill, partial(teacher.open_shared, *given)):
+        left[0].write_bytes(b"1234")
+        left[1].mkdir()
+        (left[1] / "0").mkdir()
+        assert opens() is not None
+        assert not any(path.exists() for path in left)
 
 
 class Killed(Exception):
