@@ -16,7 +16,7 @@ from typing import Any
 
 from kdfast.common.device import pick_device
 from kdfast.common.errors import UserError
-from kdfast.common.files import listed, refuse_link, write_json
+from kdfast.common.files import listed, refuse_link, sha256_of, write_json
 from kdfast.common.folders import make_writable
 from kdfast.common.machine import describe_machine
 from kdfast.common.ranks import Ranks
@@ -77,8 +77,10 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> str:
         speed = f"{record['windows_per_second']:.1f} windows/s"
         ranks.warn(f"{each.name}: {scoring.line(record['metrics'])}  {speed}{by}")
         if output:
-            write_json(output / f"{each.name}.eval.json", header | record)
-            write_json(output / f"{each.name}.questions.json", tables.question_records(results))
+            answered = output / f"{each.name}.questions.json"
+            write_json(answered, tables.question_records(results))
+            summed = header | {"questions_sha256": sha256_of(answered)} | record
+            write_json(output / f"{each.name}.eval.json", summed)
     if not ranks.is_first:
         return ""
     if output:

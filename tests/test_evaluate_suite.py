@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from kdfast import evaluate
-from kdfast.evaluation import scoring
+from kdfast.common.files import sha256_of, write_json
+from kdfast.evaluation import evaluated_model, scoring
+from kdfast.models.load import load_reader
 from tests import corpora, forks, readers
 
 
@@ -70,8 +72,9 @@ def test_a_suite_of_two_readers(world):
         ),
     }
     header = {name: value for name, value in summary.items() if name != "sets"}
-    assert read(world, "squad_v2.eval") == header | squad
-    assert read(world, "squad_adversarial.eval") == header | adversarial
+    for record in (squad, adversarial):
+        sum_of = {"questions_sha256": sha256_of(world.output / f"{record['name']}.questions.json")}
+        assert read(world, f"{record['name']}.eval") == header | sum_of | record
     model, other = header["model"], header["compared_with"]
     assert (model["type"], other["type"]) == ("bert", "roberta")
     assert model["weights_sha256"] != other["weights_sha256"] and model["parameters"] > 0
@@ -330,3 +333,30 @@ def test_the_line_on_windows(world, capfd):
     assert "doc_stride 11, as it reads 90 tokens\n" in capfd.readouterr().err
     status, _, err = world.run("--data", world.plain, "--doc_stride", 128, model=world.second)
     assert status == 0 and "doc_stride" not in err
+
+
+def test_a_reader_replaced_while_it_is_loaded_is_refused(world, monkeypatch):
+    def replaced(name, role):
+        loaded = load_reader(name, role)
+        shutil.copy(Path(world.second, "model.safetensors"), name)
+        return loaded
+
+    monkeypatch.setattr(evaluated_model, "load_reader", replaced)
+    status, _, err = world.run("--data", world.plain, "--output_dir", world.output)
+    assert status == 2 and f"{world.first} was replaced while it was loaded" in err
+    assert not list(world.output.glob("*.json"))
+
+
+def test_answers_are_written_before_the_figures_that_name_their_sum(world, monkeypatch):
+    """So a kill between the two leaves no figures with the answers of an earlier evaluation."""
+    written = []
+
+    def write(path, content):
+        written.append(path.name)
+        write_json(path, content)
+
+    monkeypatch.setattr(evaluate, "write_json", write)
+    assert world.run("--data", world.plain, "--output_dir", world.output)[0] == 0
+    assert written[:2] == ["plain.questions.json", "plain.eval.json"]
+    answers = sha256_of(world.output / "plain.questions.json")
+    assert read(world, "plain.eval")["questions_sha256"] == answers

@@ -143,8 +143,9 @@ RESULT: dict[str, Form] = {
     "windows_per_second": number(),
     "worst_forms": record({"metrics": METRICS, "intervals": INTERVALS}),
     "compared": COMPARED,
+    "questions_sha256": text,
 }
-_RESULT = record(RESULT, *RULE, "worst_forms", "compared")
+_RESULT = record(RESULT, *RULE, "worst_forms", "compared", "questions_sha256")
 
 
 def result_form(value: Any) -> str | None:

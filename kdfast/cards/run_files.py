@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from kdfast.cards.forms import EVALUATION, STEP, questions_form, result_form, run_form
 from kdfast.common.errors import UserError
-from kdfast.common.files import is_plain_name, listed, read_json_object, read_record
+from kdfast.common.files import is_plain_name, listed, read_json_object, read_record, sha256_of
 from kdfast.models.save import RUN_FILE
 from kdfast.teachers.cache import weights_key
 from kdfast.training.log import lost_steps, read_log
@@ -169,9 +169,19 @@ class RunFiles:
         return None
 
     def questions(self, result: Record) -> dict[str, Record]:
-        """Question id -> what the model made of it, and what the other one under "compared"."""
+        """Question id -> what the model made of it, and what the other one under "compared".
+
+        Raises UserError where the file is damaged, or was written with another result.
+        """
         path = self.folder / EVAL_FOLDER / f"{result['name']}{QUESTIONS_END}"
-        return read_record(path, questions_form(is_compared="compared" in result))
+        found = read_record(path, questions_form(is_compared="compared" in result))
+        known = result.get("questions_sha256")  # none in those of earlier versions
+        if found and known is not None and sha256_of(path) != known:
+            raise UserError(
+                f"{path} is not of the evaluation in {result['name']}{RESULT_END}: run "
+                "kdfast.evaluate again, or delete the file to go on without it."
+            )
+        return found
 
     def models(self, result: Record) -> list[Evaluated]:
         """This model and, if `result` compares it with one, the other: "teacher", or its name."""

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kdfast.common import heartbeat
+from kdfast.common.errors import UserError
 from kdfast.common.files import spool
-from kdfast.common.folders import subfolder
+from kdfast.common.folders import remove, subfolder
 from kdfast.common.progress import reading_bar
 from kdfast.config import WindowSettings
 from kdfast.data.cache import ARRAYS, FORMAT, Kinds
@@ -37,6 +38,7 @@ class Features:
 
     source: str
     split: str | None
+    content: str  # fingerprint of the source
     key: str
     builder: WindowBuilder
     is_shown: bool = True  # whether this process has the bar
@@ -56,7 +58,7 @@ class Features:
         sum_of = fingerprint(source, split=split)
         content = [CONTENT, sum_of, tokenizer_key(tokenizer), vars(settings)]
         key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-        return cls(source, split, key, WindowBuilder(tokenizer, template, settings))
+        return cls(source, split, sum_of, key, WindowBuilder(tokenizer, template, settings))
 
     def share(self, folder: Path, ranks: Ranks) -> None:
         self.encode(ChunkFolder.of(folder), WHOLE, ranks)
@@ -88,10 +90,21 @@ class Features:
                 if chunk is not None:
                     chunks.save(number, chunk)
                 count = number + 1
+        self._check_source(chunks)
         chunks.finish(count, tally, shard.count)
 
     def header(self) -> dict[str, Any]:
+        self._check_source()
         return header_of(self.key, self.builder)
+
+    def _check_source(self, chunks: ChunkFolder | None = None) -> None:
+        """Raise UserError where the source was replaced since its fingerprint was taken."""
+        if fingerprint(self.source, split=self.split) != self.content:
+            if chunks:
+                remove(chunks.path)
+            raise UserError(
+                f"{self.source} was changed while it was read: run again when nothing writes it."
+            )
 
     def _examples(self, tally: Tally) -> Iterable[Example]:
         examples = iter_examples(self.source, split=self.split, tally=tally)

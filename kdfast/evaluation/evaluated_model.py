@@ -1,6 +1,7 @@
 """A model under evaluation: how it is loaded, its answers to a set, and its speed."""
 
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -108,13 +109,16 @@ class EvaluatedModel:
         run: Device, and the ranks that share the windows.
 
     Raises:
-        UserError: For a model that does not load, that reads fewer tokens than a window has, or
-            that does not compute in the precision.
+        UserError: For a model that does not load, that is replaced meanwhile, that reads fewer
+            tokens than a window has, or that does not compute in the precision.
     """
 
     def __init__(self, name: str, role: str, settings: AnswerSettings, run: Run):
+        folder, weights = local_folder(name, role), None
+        with suppress(OSError):  # load_reader says what is wrong
+            weights = cache.weights_key(folder)
         loaded = load_reader(name, role)
-        folder = local_folder(name, role)
+        cache.check_unchanged(folder, weights, name)
         self.name, self.settings = name, settings
         types = [loaded.model.reader.config.model_type]
         precision = resolve(settings.mixed_precision, run.device, types, run.ranks.warn)
@@ -125,7 +129,7 @@ class EvaluatedModel:
         check_fits(loaded, self.windows.max_seq_length, name)
         self.tokenizer = loaded.tokenizer
         self.model = place(loaded.model, run.device)
-        self.weights = cache.weights_key(folder)
+        self.weights = weights
 
     def answer(
         self, each: EvaluationSet, examples: list[Example], null_threshold: float

@@ -79,6 +79,14 @@ def weights_key(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def check_unchanged(folder: Path, weights: str | None, name: str) -> None:
+    """Raise UserError where a model that was loaded has not the weights_key of before any more."""
+    if weights_key(folder) != weights:
+        raise UserError(
+            f"{name} was replaced while it was loaded: run again when nothing writes there."
+        )
+
+
 def open_cache(
     cache_dir: Path, source: Identity, tokens: int, verify: bool = True
 ) -> np.ndarray | None:

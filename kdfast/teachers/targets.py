@@ -145,6 +145,7 @@ def loaded_pass(
     packing: the setting. `on` is `auto` for a teacher of a type that cannot pack.
     """
     loaded = load_reader(one.name, "--teacher")
+    cache.check_unchanged(local_folder(one.name, "--teacher"), one.source.weights, one.name)
     check_fits(loaded, one.max_seq_length, one.name)
     for note in loaded.notes:
         run.ranks.log(note)

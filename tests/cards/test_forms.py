@@ -8,6 +8,7 @@ import pytest
 from kdfast import card as program
 from kdfast.cards import figures, forms, run_files
 from kdfast.common.errors import UserError
+from kdfast.common.files import sha256_of
 from tests.programs import edit
 
 RESULT = "eval/dev.eval.json"
@@ -95,6 +96,22 @@ def test_questions_that_are_damaged_are_refused(finished, publish):
     path.unlink()
     (result,) = run_files.read_run(finished.folder).results
     assert run_files.read_run(finished.folder).questions(result) == {}
+
+
+def test_answers_of_another_evaluation_are_refused(finished):
+    """As a kill between the two files of an evaluation leaves them."""
+    files = run_files.read_run(finished.folder)
+    (result,) = files.results
+    assert files.questions(result)
+    path = finished.folder / "eval" / "dev.questions.json"
+    path.write_text(path.read_text() + " ")
+    edit(finished.folder, RESULT, questions_sha256=sha256_of(path))
+    (again,) = run_files.read_run(finished.folder).results
+    assert files.questions(again)
+    edit(finished.folder, RESULT, questions_sha256="0" * 64)
+    (other,) = run_files.read_run(finished.folder).results
+    with pytest.raises(UserError, match=r"is not of the evaluation in dev\.eval\.json"):
+        files.questions(other)
 
 
 def test_lines_of_the_log_that_are_damaged_are_left_out(finished, publish):

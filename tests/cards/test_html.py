@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 import pytest
 
 from kdfast.cards import html, render, run_files
+from kdfast.common.files import sha256_of
 from kdfast.data.examples import Answer, Example
 from tests.browser import Browser
 from tests.programs import edit
@@ -63,9 +64,10 @@ def hostile(finished):
         lines[f"h{number}"] = {**own, "compared": other}
     path = finished.folder.parent / "dev.json"
     path.write_text(json.dumps({"data": data}))
-    (finished.folder / "eval" / "dev.questions.json").write_text(json.dumps(lines))
+    answers = finished.folder / "eval" / "dev.questions.json"
+    answers.write_text(json.dumps(lines))
     edit(finished.folder, "run.json", config__validation_file=str(path))
-    edit(finished.folder, "eval/dev.eval.json", file=str(path))
+    edit(finished.folder, "eval/dev.eval.json", file=str(path), questions_sha256=sha256_of(answers))
     finished.contexts = [each["paragraphs"][0]["context"] for each in data]
     return finished
 
@@ -107,6 +109,7 @@ def test_a_lone_surrogate(finished):
     lines = json.loads(path.read_text())
     next(iter(lines.values()))["answer"] = "\ud83d"
     path.write_text(json.dumps(lines))
+    edit(finished.folder, "eval/dev.eval.json", questions_sha256=sha256_of(path))
     assert "\\ud83d" in written(finished).read_text("utf-8")
 
 

@@ -14,6 +14,7 @@ from markdown_it import MarkdownIt
 pytest.importorskip("matplotlib")
 
 from kdfast.cards import figures, html, model_card, render, run_files
+from kdfast.common.files import sha256_of
 from kdfast.data.examples import Answer, Example
 from tests.programs import edit
 
@@ -88,10 +89,9 @@ def shown(finished, text, monkeypatch):
     for path in paths:
         path.write_text(json.dumps(with_strings(json.loads(path.read_text()), text)))
     name = re.sub(r"[\x00-\x1f\x7f/\\\ud83d]", " ", text)
-    edit(folder, "eval/dev.eval.json", name=name)
-    (folder / "eval" / f"{name}.questions.json").write_text(
-        json.dumps(with_strings(questions, text))
-    )
+    answers = folder / "eval" / f"{name}.questions.json"
+    answers.write_text(json.dumps(with_strings(questions, text)))
+    edit(folder, "eval/dev.eval.json", name=name, questions_sha256=sha256_of(answers))
     examples = [Example(key, text, text, f"{text} {text}", (Answer(text, 0),)) for key in questions]
     monkeypatch.setattr(html, "read_examples", lambda *_, **__: examples)
     files = run_files.read_run(folder)

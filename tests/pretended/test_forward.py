@@ -163,7 +163,8 @@ def test_a_teacher_reads_packed_windows_or_widths_of_eight(world, tmp_path, pack
     """Through the program's own way to a pass, against padded windows on the CPU."""
     tokenizer = load_reader(str(world / "model"), "--teacher").tokenizer
     windows = windows_of(world, tokenizer, split="train")
-    source = cache.Source("weights", "tokenizer", windows.key, "fp16")
+    weights = cache.weights_key(world / "model")
+    source = cache.Source(weights, "tokenizer", windows.key, "fp16")
     teacher = targets.Teacher(str(world / "model"), source, windows, 60)
     found, shapes = {}, []
     with targets.loaded_pass(teacher, Run(), "auto") as (loaded, progress):
