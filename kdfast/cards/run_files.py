@@ -178,8 +178,9 @@ class RunFiles:
         known = result.get("questions_sha256")  # none in those of earlier versions
         if found and known is not None and sha256_of(path) != known:
             raise UserError(
-                f"{path} is not of the evaluation in {result['name']}{RESULT_END}: run "
-                "kdfast.evaluate again, or delete the file to go on without it."
+                f"{path} is not of the evaluation in "
+                f"{path.with_name(result['name'] + RESULT_END)}: run kdfast.evaluate again, or "
+                "delete the former to go on without it."
             )
         return found
 
