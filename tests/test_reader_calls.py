@@ -202,7 +202,7 @@ def test_a_type_that_does_not_compute_in_half_precision(tmp_path):
     config = tmp_path / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float16"}))
     ask = Reader(folder, device="cpu", dtype="auto")
-    assert "is saved in float16, and computes in float32: deberta does not" in ask.notes[-1]
+    assert "is saved in float16, and computes in float32: deberta is not" in ask.notes[-1]
     assert ask("Who?", "Anna is there.") == Reader(folder, device="cpu")("Who?", "Anna is there.")
 
 

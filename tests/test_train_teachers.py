@@ -272,11 +272,11 @@ def test_each_teacher_computes_in_what_is_asked_for_or_is_refused(world, capsys)
         assert cached(world, record["teacher_cache"])[1]["precision"] == kind == record["precision"]
     several = {"teacher": [world.teacher, deberta], "mixed_precision": "fp16"}
     assert world.run(**LENGTHS, **several) == 2
-    assert "--mixed_precision fp16: deberta does not compute in it" in capsys.readouterr().err
+    assert "--mixed_precision fp16: deberta is not computed in it" in capsys.readouterr().err
     # The teacher of stage layers computes with the student.
     for changes in ({"student": deberta}, {"stage": "layers", "validation_file": None}):
         assert world.run(teacher=deberta, mixed_precision="bf16", **changes) == 2
-        assert "--mixed_precision bf16: deberta does not" in capsys.readouterr().err
+        assert "--mixed_precision bf16: deberta is not" in capsys.readouterr().err
 
 
 def test_a_teacher_packs_where_it_can(world, capsys):
@@ -306,4 +306,4 @@ def test_a_gpus_default_is_chosen_for_each_teacher_and_logged(world, monkeypatch
     windows = student_windows(world)
     found = inputs.find_targets(config, world.train_file, windows, tokenizer, Run())
     assert [each.source.precision for each in found.teachers] == ["no", "fp16"]
-    assert "--mixed_precision is no, not fp16: deberta does not" in capsys.readouterr().out
+    assert "--mixed_precision is no, not fp16: deberta is not" in capsys.readouterr().out

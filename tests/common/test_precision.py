@@ -5,7 +5,7 @@ import torch
 
 from kdfast.common import precision
 from kdfast.common.errors import UserError
-from kdfast.common.precision import AUTOCAST, resolve, why_not, works_in
+from kdfast.common.precision import AUTOCAST, resolve, why_not
 from kdfast.models.span_model import SpanModel
 from tests import published, readers
 
@@ -25,8 +25,8 @@ def card(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["no", "fp16", "bf16"])
 @pytest.mark.parametrize("model_type", published.TYPES)
-def test_the_table_says_what_autocast_does(model_type, kind):
-    """Where it says no, too: a version of transformers may have mended that."""
+def test_every_type_computes_in_every_precision(model_type, kind):
+    """Also the first DeBERTa, which is refused until it was tried with trained weights."""
     reader, _ = readers.make(model_type)
     model = SpanModel(reader)
     ids, mask = readers.ids_of(reader)
@@ -35,10 +35,6 @@ def test_the_table_says_what_autocast_does(model_type, kind):
         with torch.autocast("cpu", dtype=AUTOCAST[kind], enabled=kind != "no"):
             return model(ids, mask)
 
-    if not works_in(model_type, kind):
-        with pytest.raises(RuntimeError, match="overflow"):
-            logits()
-        return
     found = logits()
     found.square().mean().backward()
     assert found.isfinite().all() and found.dtype == torch.float32
@@ -61,7 +57,7 @@ def test_the_default_is_the_best_that_models_and_card_can(card, types, bf16, wan
     card(bf16)
     said = []
     assert resolve(None, GPU, types, said.append) == wanted
-    assert len(said) == (wanted != "fp16") and all("not fp16: deberta does not" in s for s in said)
+    assert len(said) == (wanted != "fp16") and all("not fp16: deberta is not" in s for s in said)
     assert resolve(None, CPU, types, said.append) == "no" and len(said) == (wanted != "fp16")
 
 
@@ -72,7 +68,7 @@ def test_a_type_that_fp16_alone_is_too_small_for(card, monkeypatch, bf16, wanted
     said = []
     assert resolve(None, GPU, ["bert"], said.append) == wanted
     assert said == [
-        f"--mixed_precision is {wanted}, not fp16: bert does not compute in it (reason)."
+        f"--mixed_precision is {wanted}, not fp16: bert is not computed in it (reason)."
     ]
 
 
@@ -82,7 +78,7 @@ def test_no_means_no_and_what_is_asked_for_is_given_or_refused(card, device):
     for each in published.TYPES:
         assert resolve("no", device, [each]) == "no"
     assert resolve("fp16", device, ["roberta"]) == "fp16"
-    with pytest.raises(UserError, match=r"fp16: deberta does not .*: leave it out or use no\."):
+    with pytest.raises(UserError, match=r"fp16: deberta is not .*: leave it out or use no\."):
         resolve("fp16", device, ["roberta", "deberta"])
     if device == CPU:
         assert resolve("bf16", device, ["roberta"]) == "bf16"

@@ -151,6 +151,7 @@ def test_every_type_trains_without_torchs_dropout(tmp_path, model_type, monkeypa
     ids = torch.arange(7, 47).view(2, 20)
     mask = torch.arange(20) < torch.tensor([20, 13])[:, None]
     before = answers(model, ids, mask)
+    model.reader.save_pretrained(tmp_path / "loaded")
     model.train()
     dropout.speed_up_dropout(model)
     masks = []
@@ -174,7 +175,7 @@ def test_every_type_trains_without_torchs_dropout(tmp_path, model_type, monkeypa
     assert all(map(torch.equal, before, answers(model, ids, mask)))
     model.reader.save_pretrained(tmp_path / "b")
     config = (tmp_path / "b/config.json").read_text()
-    assert config == (tmp_path / "a/config.json").read_text()
+    assert config == (tmp_path / "loaded/config.json").read_text()
 
 
 def test_a_student_of_some_layers_has_it_too(tmp_path):
