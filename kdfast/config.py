@@ -156,8 +156,8 @@ class OutputSettings:
     )
     language: str = flag(
         "",
-        "For the card, and --metric mlqa: code of the data's language; de,es for the card, and for "
-        "two files of --validation_file.",
+        "Code of the data's language, for the card and --metric mlqa; of several, with commas, one "
+        "for each --validation_file: en,zh.",
         resume="free",
     )
     license: str = flag("", "For the card: the model's license, such as cc-by-4.0.", resume="free")

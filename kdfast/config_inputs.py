@@ -27,7 +27,8 @@ class ModelSettings:
     _argument_group_name: ClassVar[str] = "what is learnt"
     recipe: str = flag(
         "",
-        "Settings of a published model; flags override them. `list` names all recipes.",
+        "Settings for a teacher and a student, some of a published model; flags override them. "
+        "`list` shows all recipes.",
         resume="free",
     )
     teacher: list[str] = flag(
@@ -112,8 +113,8 @@ class DataSettings:
     )
     unlabelled_file: list[str] = flag(
         [],
-        "Files that are trained on by the teacher's answers alone, in the same formats. Answers in "
-        "them are ignored.",
+        "Files that are trained on by the teacher's answers alone, next to --train_file. Their own "
+        "answers are ignored.",
         resume="free",
     )
     validation_file: list[str] = flag(

@@ -11,6 +11,7 @@ other thresholds need no new questions.
 
 import hashlib
 import json
+import os
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -188,10 +189,17 @@ def start(config: QuestionsConfig) -> None:
         print_line(f"The questions are in {file.output}, all candidates in {file.path}.")
 
 
+def address(base_url: str | None) -> str:
+    """Of the endpoint: what was given, else what the environment says, else OpenAI's own."""
+    return base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+
+
 def key_of(config: QuestionsConfig, paragraphs: "list[Paragraph]", about: dict[str, Any]) -> str:
     """A key of all that candidates depend on but the versions of libraries."""
     names = ("base_url", "request", "questions_per_context", "temperature", "max_new_tokens")
     used: dict[str, Any] = {name: getattr(config, name) for name in (*names, "unanswerable")}
+    if config.endpoint_model:
+        used["base_url"] = address(config.base_url)
     if config.generator:  # the replies of a model to prompts that it reads together
         used["batch_size"] = config.batch_size
     contexts = hashlib.sha256()
@@ -233,7 +241,9 @@ def generation_of(
     else:
         tries = (config.timeout, config.max_retries)
         fields = config.request_fields()
-        generator = Endpoint(config.endpoint_model, config.base_url, sampling, fields, tries)
+        generator = Endpoint(
+            config.endpoint_model, address(config.base_url), sampling, fields, tries
+        )
     settings = AnswerSettings(None, None, None, 30, 20, Path("~/.cache/kdfast").expanduser())
     asking = Asking(template, config.questions_per_context, config.unanswerable, config.batch_size)
     judge = Judge(config.teacher, settings, Run(pick_device()))

@@ -11,6 +11,7 @@ import pytest
 
 from kdfast import augment
 from kdfast.data.examples import Place, locate
+from kdfast.data.held_out import article_of
 from kdfast.data.read import read_examples
 from kdfast.synthetic import copies
 from tests import corpora, readers
@@ -65,7 +66,7 @@ def test_copies_are_read_with_answers_that_stand_where_they_say(augmented):
             assert locate(each.context, answer) == Place(
                 answer.start, answer.start + len(answer.text), moved=False
             )
-    assert "36 copies of 12 contexts. Of their words " in augmented.said.out
+    assert "36 copies of 12 contexts were made. Of their words " in augmented.said.out
     assert f"Of 72 questions {lost} lost their answers" in augmented.said.out
     assert kept + lost == 36
     assert len({each.context for each in after}) == 36
@@ -176,3 +177,26 @@ def test_students_train_on_copies(augmented, world):
     assert world.run(train_file=augmented.path / "copies.jsonl", max_steps=2) == 0
     counts = json.loads((world.output / "run.json").read_text())["questions"]
     assert counts["trained"] == 72 and counts["left_out"] == {}
+
+
+def test_a_foreign_file_is_left_alone(augmented):
+    part = augmented.path / "copies.jsonl.part"
+    part.write_text("a download\nof something else\n")
+    assert augmented.run() == 2 and "is damaged, or not of kdfast.augment" in augmented.said.err
+    assert part.read_text() == "a download\nof something else\n"
+
+
+def test_a_pipe_is_refused(augmented):
+    os.mkfifo(augmented.path / "pipe")
+    assert augmented.run(data=augmented.path / "pipe") == 2
+    assert "is a pipe, and is read twice" in augmented.said.err
+
+
+def test_copies_of_data_without_titles_are_held_out_with_their_originals(augmented):
+    path = augmented.path / "records.jsonl"
+    record = {"id": "1", "question": "Who?", "context": "The man saw the city.", "answers": []}
+    path.write_text(json.dumps(record) + "\n")
+    assert augmented.run(data=path) == 0
+    (original,) = read_examples(str(path))
+    made = read_examples(str(augmented.path / "copies.jsonl"))
+    assert {article_of(each) for each in made} == {article_of(original)}

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from kdfast.common.errors import UserError, first_line
 from kdfast.models.checks import vocabulary_size
-from kdfast.models.span_model import SpanModel
+from kdfast.models.span_model import SpanModel, reach_of, takes_token_types
 
 LENGTHS = (12, 7)  # tokens of the two windows
 MOST = 512  # of the first, where it must be longer than layers reach that look at near tokens only
@@ -19,33 +19,34 @@ TOLERANCE = 1e-3
 ROUNDING = 1e-5
 
 
-def check_reads_alike(model: SpanModel, name: str, role: str) -> None:
+def check_reads_alike(reader: PreTrainedModel, name: str, role: str) -> None:
     """Raise UserError for a model that SpanModel would read otherwise than transformers does.
 
     On two windows of unequal length, in fp32 and without dropout: a token must change the logits
     before it; the logits of SpanModel must be those of transformers' own class; and the shorter
     window alone must have those that it has next to the longer one, as micro-batches are cut and
-    padded as it suits. It takes some 50 tokens, and so little more than to read the weights.
+    padded as it suits. It takes some 50 tokens, of ModernBERT 400. transformers computes first:
+    SpanModel gives some types an attention of its own, in place.
 
     Args:
-        model: In eval(), in fp32 on the CPU.
+        reader: In eval(), in fp32 on the CPU.
         name, role: Of the model, and the flag that names it, for the message.
     """
-    reader = model.reader
     kind = f"{role} {name} is of type {reader.config.model_type}"
     longer, shorter = LENGTHS
-    if model.reach is not None:
-        longer = min(max(longer, model.reach + 8), MOST)
+    if (reach := reach_of(reader)) is not None:
+        longer = min(max(longer, reach + 8), MOST)
     types = None
     try:
         ids, changed = _windows(reader, longer, shorter)
         mask = torch.arange(longer) < torch.tensor([longer, shorter])[:, None]
-        if model.takes_token_types:
+        if takes_token_types(reader):
             types = mask * (torch.arange(longer) > 3).long()
         with torch.inference_mode(), torch.autocast("cpu", enabled=False):
             given = {} if types is None else {"token_type_ids": types}
             theirs = reader(ids, attention_mask=mask.long(), **given)
             wanted = torch.stack([theirs.start_logits, theirs.end_logits], -1)
+            model = SpanModel(reader)
             found = model(ids, mask, types)
             same = None if types is None else types[[1, 1], :shorter]
             alone, other = model(torch.stack([ids[1, :shorter], changed]), None, same)

@@ -162,7 +162,7 @@ def span_model_of(
         if parameter.dtype != torch.float32 or parameter.device.type != "cpu" or reader.training:
             tried = copy.deepcopy(reader).eval()
             nn.Module.to(tried, "cpu", torch.float32)
-        check_reads_alike(SpanModel(tried), name, role)
+        check_reads_alike(tried, name, role)
     return SpanModel(reader, embeds_dropout_prob)
 
 

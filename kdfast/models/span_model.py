@@ -20,6 +20,23 @@ from kdfast.models.structure import BEFORE_HEAD, position_table, span_head_name
 WIDTH = 8
 
 
+def reach_of(reader: PreTrainedModel) -> int | None:
+    """How far ModernBERT's local layers look to each side; None: there are none."""
+    if "sliding_attention" in (getattr(reader.config, "layer_types", None) or ()):
+        return cast(int, reader.config.sliding_window)
+    return None
+
+
+def takes_token_types(reader: PreTrainedModel) -> bool:
+    """Whether a model tells two types of tokens apart.
+
+    RoBERTa has one type only, published DeBERTas and MPNet none, whatever a tokenizer gives.
+    """
+    embeddings = getattr(reader.base_model, "embeddings", None)
+    types = getattr(embeddings, "token_type_embeddings", None)
+    return isinstance(types, nn.Embedding) and types.num_embeddings > 1
+
+
 class SpanModel(nn.Module):
     """A Hugging Face question-answering model that returns its logits as one tensor.
 
@@ -35,14 +52,8 @@ class SpanModel(nn.Module):
         self.dropout = nn.Dropout(embeds_dropout_prob)
         self._head = cast(str, span_head_name(reader))
         self.takes_4d_mask = reader.config._attn_implementation == "sdpa"
-        # Layers that look at near tokens only, this far to each side (ModernBERT); None: no layers.
-        self.reach: int | None = None
-        if "sliding_attention" in (getattr(reader.config, "layer_types", None) or ()):
-            self.reach = reader.config.sliding_window
-        # RoBERTa has one type only, published DeBERTas and MPNet none, whatever a tokenizer gives.
-        embeddings = getattr(reader.base_model, "embeddings", None)
-        types = getattr(embeddings, "token_type_embeddings", None)
-        self.takes_token_types = isinstance(types, nn.Embedding) and types.num_embeddings > 1
+        self.reach = reach_of(reader)
+        self.takes_token_types = takes_token_types(reader)
         prepare_deberta(reader)
 
     def forward(

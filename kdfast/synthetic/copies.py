@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kdfast.common.errors import UserError
 from kdfast.data.examples import Example, Place, locate
+from kdfast.data.held_out import article_of
 from kdfast.data.read import fingerprint, iter_examples
 from kdfast.data.tally import Tally
 from kdfast.models.hub import local_folder
@@ -35,6 +37,8 @@ class Paragraph(NamedTuple):
 def key_of(config: AugmentConfig) -> str:
     """A key of all that the copies depend on but the versions of libraries."""
     made_of: dict[str, Any] = asdict(config) | {"output": None, "format": FORMAT}
+    if Path(config.data).expanduser().is_fifo():
+        raise UserError(f"--data {config.data} is a pipe, and is read twice: name a file.")
     made_of["data"] = fingerprint(config.data)
     made_of["vectors"] = config.vectors and fingerprint(config.vectors)
     for name in ("masked_model", "embeddings"):
@@ -106,7 +110,9 @@ class Copier:
                 record |= self._answers(example, paragraph.context, new)
             qas.append(record)
         counts["questions"] += len(qas)
-        return {"title": paragraph.examples[0].title, "context": new.text, "qas": qas}
+        # Of data without titles too, --validation_split knows whose copy it is.
+        title = article_of(paragraph.examples[0])
+        return {"title": title, "context": new.text, "qas": qas}
 
     def _answers(self, example: Example, context: str, new: Edited) -> dict[str, Any]:
         """The keys of the answers that have a place in the copy; none where all are lost."""
@@ -130,7 +136,7 @@ class Copier:
         of = self.counts
         words = max(1, of["words"])
         return (
-            f"{of['copies']} copies of {of['paragraphs']} contexts. Of their words "
+            f"{of['copies']} copies of {of['paragraphs']} contexts were made. Of their words "
             f"{of['replaced'] / words:.1%} were replaced; {of['unknown'] / words:.1%} have no "
             f"proposals. Of {of['questions']} questions {of['lost']} lost their answers and are "
             "unlabelled."

@@ -117,7 +117,7 @@ class Generation:
         for answer, reply in replies:
             if reply.fault:
                 dropped[f"a reply {reply.fault}"] += 1
-            if reply.fault and not reply.text:
+            if reply.fault and (answer or not reply.text):  # half a question is none
                 continue
             found = candidates_of(reply.text, answer, dropped)
             dropped["more than --questions_per_context in a reply"] += len(found[most:])

@@ -157,7 +157,16 @@ class LocalGenerator:
             **({"do_sample": False} | drawn),
         )
         written = ids if self.is_seq2seq else ids[:, inputs["input_ids"].shape[1] :]
-        return [Reply(text) for text in self.tokenizer.batch_decode(written, True)]
+        ends = self.model.generation_config.eos_token_id
+        ends = {*(ends if isinstance(ends, list) else [ends])}
+        ends |= {self.tokenizer.pad_token_id, self.tokenizer.eos_token_id}
+        is_full = written.shape[1] >= self.sampling.max_new_tokens
+        return [
+            Reply(text, "is cut by --max_new_tokens" if is_full and last not in ends else "")
+            for text, last in zip(
+                self.tokenizer.batch_decode(written, True), written[:, -1].tolist(), strict=True
+            )
+        ]
 
 
 class Endpoint:
@@ -165,7 +174,7 @@ class Endpoint:
 
     Args:
         model: Its name there.
-        base_url: None: that of OPENAI_BASE_URL, or OpenAI's own.
+        base_url: Its address.
         sampling: As it is asked for; an endpoint may not heed a seed.
         request: Further fields of each request; None leaves out one that would be sent.
         tries: timeout, in seconds, and how often the client retries.
@@ -180,7 +189,7 @@ class Endpoint:
     def __init__(
         self,
         model: str,
-        base_url: str | None,
+        base_url: str,
         sampling: Sampling,
         request: Mapping[str, Any],
         tries: tuple[float, int],
@@ -199,8 +208,7 @@ class Endpoint:
         if not (self.key.isascii() and self.key.isprintable()):
             raise UserError("OPENAI_API_KEY holds what no key can: export it again.")
         self.name = model
-        url = base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
-        self.url = _checked(url)
+        self.url = _checked(base_url)
         fields = {
             "temperature": sampling.temperature,
             "max_tokens": sampling.max_new_tokens,
@@ -211,7 +219,7 @@ class Endpoint:
         self.errors = openai.OpenAIError
         self.rejections = (openai.BadRequestError, openai.UnprocessableEntityError)
         self.client = openai.OpenAI(
-            api_key=self.key, base_url=url, timeout=tries[0], max_retries=tries[1]
+            api_key=self.key, base_url=base_url, timeout=tries[0], max_retries=tries[1]
         )
         self.has_replied = False
 

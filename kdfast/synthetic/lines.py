@@ -33,7 +33,7 @@ class Lines:
         if self.path.exists():
             raise UserError(f"--output {self.path} is there: delete it, or name another file.")
         make_writable(self.path.absolute().parent)
-        with locked(self.path.with_name(f"{self.path.name}.lock")) as is_ours:
+        with locked(self.path.with_name(f".{self.path.name}.lock")) as is_ours:
             if not is_ours:
                 raise UserError(f"--output {self.path} is being written by another process.")
             yield
@@ -43,7 +43,7 @@ class Lines:
 
         Its lines are cut off.
 
-        Raises UserError where the lines are of other settings or data.
+        Raises UserError where the lines are of other settings or data, or none of this class.
         """
         refuse_link(self.part)
         if not self.part.exists():
@@ -51,13 +51,16 @@ class Lines:
         size = begin = number = 0
         with open_file(self.part) as file:
             for line in file:
+                if size and not line.endswith(b"\n"):
+                    break  # torn by a kill
                 try:
                     made_by = json.loads(line)[MADE_BY]
                     at, key = made_by["part"], made_by["key"]
                 except (ValueError, TypeError, KeyError, RecursionError):
-                    break  # torn
-                if not line.endswith(b"\n"):
-                    break
+                    raise UserError(
+                        f"{self.part} is damaged, or not of kdfast.augment: delete it, or name "
+                        "another --output."
+                    ) from None
                 if key != self.key:
                     raise UserError(
                         f"{self.part} was begun with other settings, models or data: delete it, "

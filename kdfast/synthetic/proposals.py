@@ -69,13 +69,17 @@ class Neighbours:
 
         Raises UserError for a file of another form.
         """
-        words, rows = [], []
+        words: list[str] = []
+        rows: list[np.ndarray] = []
         try:
             with open_file(path) as file:
                 for number, line in islice(enumerate(file, 1), MOST_VECTORS + 1):
                     word, *values = line.decode().rstrip().split(" ")
                     if number == 1 and len(values) == 1:
                         continue  # the header of word2vec and fastText: how many, how wide
+                    if rows:  # GloVe 840B has words with blanks, such as ". . ."
+                        word = " ".join([word, *values[: -len(rows[0])]])
+                        values = values[-len(rows[0]) :]
                     words.append(word)
                     rows.append(np.array(values, dtype=np.float32))
                     if len(rows[-1]) != len(rows[0]) or not np.isfinite(rows[-1]).all():
@@ -143,10 +147,10 @@ class MaskedModel:
         self._max_tokens = max(64, LOGITS_AT_ONCE // vocabulary)
         if self.device.type == "cpu":
             self._max_tokens = min(self._max_tokens, CPU_TOKENS)
-        *self._before, after = self.tokenizer("")["input_ids"]
-        self._after = [after]
+        around = self.tokenizer("")["input_ids"]
+        self._before, self._after = around[:-1], around[-1:]
         positions = getattr(self.model.config, "max_position_embeddings", 512)
-        self._most = min(positions - 2, 512) - len(self._before) - 1
+        self._most = min(positions - 2, 512) - len(around)
 
     @torch.inference_mode()
     def propose(self, texts: Sequence[str], words: Sequence[Words]) -> list[list[list[str]]]:
@@ -195,7 +199,7 @@ class MaskedModel:
 
     def _best(self, rows: list[_Row]) -> Iterator[tuple[tuple[int, int], list[str]]]:
         width = max(len(row.ids) for row in rows)
-        padding = self.tokenizer.pad_token_id
+        padding = self.tokenizer.pad_token_id or 0
         ids = torch.tensor([row.ids + [padding] * (width - len(row.ids)) for row in rows])
         real = torch.tensor([[1] * len(row.ids) + [0] * (width - len(row.ids)) for row in rows])
         places = [(number, token) for number, row in enumerate(rows) for token in row.masked]

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from kdfast.common.errors import UserError
-from kdfast.models import comparison, load, span_model
+from kdfast.models import comparison, deberta, load, span_model
 from kdfast.models.span_model import SpanModel
 from tests import published, readers
 
@@ -126,14 +126,22 @@ def test_a_head_that_is_computed_otherwise_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("reach", [0, 1, 63, 65])
-def test_layers_that_look_further_or_less_far_are_refused(reach):
+def test_layers_that_look_further_or_less_far_are_refused(monkeypatch, reach):
     """The windows of the check are longer than the 64 tokens that ModernBERT's layers reach."""
     reader, _ = readers.make("modernbert")
-    model = SpanModel(reader)
-    assert model.reach == 64
-    model.reach = reach
+    assert SpanModel(reader).reach == 64
+    monkeypatch.setattr(span_model, "reach_of", lambda reader: reach)
     with pytest.raises(UserError, match="does not compute as transformers does"):
-        comparison.check_reads_alike(model, "it", "--student")
+        comparison.check_reads_alike(reader, "it", "--student")
+
+
+@pytest.mark.parametrize("model_type", ["deberta", "deberta-v2"])
+def test_an_attention_that_is_not_transformers_own_is_refused(monkeypatch, model_type):
+    """DeBERTa's is replaced in place, so that transformers' own class must have computed before."""
+    scores = deberta.position_scores
+    monkeypatch.setattr(deberta, "position_scores", lambda *a: scores(*a).flip(-1))
+    reader, _ = readers.make(model_type)
+    assert "whose logits kdfast does not compute as transformers does (by " in refusal(reader)
 
 
 def test_a_model_elsewhere_is_compared_by_a_copy():

@@ -75,7 +75,9 @@ def test_replies_do_not_depend_on_padding(folders, name):
     prompts = ["Who?", "Where is the country of Normandy located?", "When?"]
     together = generator.replies(prompts, 0)
     assert together == [generator.replies([each], 0)[0] for each in prompts]
-    assert len({reply.text for reply in together}) > 1 and all(not each.fault for each in together)
+    assert len({reply.text for reply in together}) > 1
+    # A model with random weights seldom comes to an end.
+    assert "is cut by --max_new_tokens" in {each.fault for each in together}
 
 
 def test_a_draw_depends_on_seed_and_batch(folders):
@@ -103,6 +105,7 @@ def speak(monkeypatch, model, replies, starts_with_prompt):
 
     def generate(self, input_ids, **settings):
         rows = [tokenizer(next(texts), add_special_tokens=False)["input_ids"] for _ in input_ids]
+        rows = [[*row, tokenizer.eos_token_id] for row in rows]
         most = max(map(len, rows))
         ids = torch.tensor([row + [1] * (most - len(row)) for row in rows])
         return torch.cat([input_ids, ids], 1) if starts_with_prompt else ids

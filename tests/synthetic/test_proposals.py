@@ -95,6 +95,8 @@ def test_vectors_in_text_form(tmp_path):
         path.write_text(text)
         found = Neighbours.of_file(path, 2)
         assert found.propose(["King, 42"], words_in(["King, 42"])) == [[["queen", "prince"], []]]
+    path.write_text(f"{body}. . . 1 1\nat name@domain.com 0 1\n")  # as GloVe 840B has them
+    assert Neighbours.of_file(path, 2).words[-2:] == [". . .", "at name@domain.com"]
     for broken in ("king 1 0\nqueen 1\n", "king 1 0\nqueen x 1\n", "king nan 0\n", "", "king\n"):
         path.write_text(broken)
         with pytest.raises(UserError, match=r"--vectors .*glove\.txt"):
