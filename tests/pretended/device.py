@@ -111,8 +111,11 @@ class Device:
         """Run out of memory in every forward pass over more than so many tokens."""
 
         def limit(name, args):
-            # A narrow table holds no tokens but, in MPNet, a number for each head and distance.
-            return name == "embedding" and args[0].shape[1] > 4 and args[1].numel() > tokens
+            # A narrow table holds no tokens but, in MPNet, a number for each head and distance;
+            # and DeBERTa looks up distances, in a row.
+            if name != "embedding" or args[0].shape[1] <= 4 or args[1].dim() < 2:
+                return False
+            return args[1].numel() > tokens
 
         self._limits.append(limit)
 

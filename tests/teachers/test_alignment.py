@@ -286,7 +286,8 @@ PAIRS = [
     ("roberta", "xlm_roberta"),
     ("xlm_roberta", "deberta"),
     ("deberta", "deberta_v2"),
-    ("deberta_v2", "bert"),
+    ("deberta_v2", "modernbert"),
+    ("modernbert", "bert"),
     ("roberta", "deberta_v2"),
 ]
 
