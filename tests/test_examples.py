@@ -24,7 +24,7 @@ PROGRAMS = [
 ]
 # Of programs that are not ours, and parts of a flag's name.
 OTHER_FLAGS = {"nproc_per_node", "max_restarts", "nnodes", "array", "dependency", "long", "check"}
-OTHER_FLAGS |= {"benchmark", "device", "quick"}  # of pytest in benchmarks/
+OTHER_FLAGS |= {"benchmark", "device", "quick", "row", "steps"}  # of benchmarks/
 
 
 @pytest.fixture

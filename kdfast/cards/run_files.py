@@ -12,7 +12,7 @@ from kdfast.common.errors import UserError
 from kdfast.common.files import is_plain_name, listed, read_json_object, read_record, sha256_of
 from kdfast.models.save import RUN_FILE
 from kdfast.teachers.cache import weights_key
-from kdfast.training.log import lost_steps, read_log
+from kdfast.training.log import LOG_FILE, lost_steps, read_log
 
 EVAL_FOLDER = "eval"
 RESULT_FORMAT = 1  # of kdfast.evaluate
@@ -136,7 +136,8 @@ class RunFiles:
         name, best = "evaluated_after", self.run.get("best_steps")
         if best is None:  # of an earlier version
             name, best = "f1", self.run["best_f1"]
-        return next((line for line in self.evaluations if line[name] == best), None)
+        of_best = (line for line in self.evaluations if line[name] == best)
+        return next((line for line in of_best if line["f1"] == self.run["best_f1"]), None)
 
     def validation_data(self) -> list[tuple[str, Source]]:
         """What the run was evaluated on, each with a label."""
@@ -226,7 +227,7 @@ def read_run(folder: Path) -> RunFiles:
             notes.append(f"{found} is left out, as it is of other weights than those in {folder}.")
         else:
             results.append(result)
-    return RunFiles(
+    files = RunFiles(
         folder=folder,
         run=run,
         steps=steps,
@@ -234,6 +235,12 @@ def read_run(folder: Path) -> RunFiles:
         results=results,
         notes=notes,
     )
+    if run["config"]["load_best_model_at_end"] and run.get("best_f1") and not files.metrics():
+        notes.append(
+            f"{folder}: {LOG_FILE} has no line of the best evaluation, of f1 {run['best_f1']:.2f}: "
+            "it is lost or damaged, and its figures are left out."
+        )
+    return files
 
 
 def is_local(name: str, local_paths: Container[str] = ()) -> bool:

@@ -135,6 +135,27 @@ def test_steps_that_the_log_lacks_are_counted_in_notes_and_captions(finished):
     assert "no line of 1 of the first 6 steps" in captions["figures/loss.png"]
 
 
+@pytest.mark.parametrize("damage", ["lost", "changed"])
+def test_a_best_evaluation_that_the_log_lacks_is_said(finished, damage):
+    log = finished.folder / "train_log.jsonl"
+    lines = log.read_text().splitlines()
+    best = next(json.loads(line) for line in lines if "evaluated_after" in line)
+    edit(
+        finished.folder,
+        "run.json",
+        best_f1=best["f1"],
+        best_steps=best["evaluated_after"],
+        config__load_best_model_at_end=True,
+    )
+    assert run_files.read_run(finished.folder).metrics()["f1"] == best["f1"]
+    others = [line for line in lines if json.loads(line) != best]
+    if damage == "changed":
+        others.append(json.dumps(best | {"f1": best["f1"] + 10}))
+    log.write_text("\n".join(others) + "\n")
+    files = run_files.read_run(finished.folder)
+    assert files.metrics() is None and "no line of the best evaluation" in files.notes[-1]
+
+
 def test_the_best_model_has_the_best_evaluation(finished):
     without_results(finished.folder)
     log = finished.folder / "train_log.jsonl"
