@@ -58,6 +58,12 @@ def grouped(source: str, tally: Tally) -> Iterator[list[Paragraph]]:
         yield part
 
 
+def places_of(example: Example, context: str) -> list[Place]:
+    """Where the answers of a question stand; those that stand nowhere are left out."""
+    found = (locate(context, answer) for answer in example.answers or ())
+    return [place for place in found if isinstance(place, Place)]
+
+
 class Copier:
     """Makes the copies, and counts what it makes."""
 
@@ -86,11 +92,17 @@ class Copier:
         for paragraph, context in zip(paragraphs, known, strict=False):
             own = list(islice(questions, len(paragraph.examples)))
             self.counts["paragraphs"] += 1
+            places = [places_of(each, paragraph.context) for each in paragraph.examples]
             for copy in range(self.config.copies):
-                yield self._copy(paragraph, copy, context, own)
+                yield self._copy(paragraph, copy, context, own, places)
 
     def _copy(
-        self, paragraph: Paragraph, copy: int, context: Proposed, questions: list[Proposed]
+        self,
+        paragraph: Paragraph,
+        copy: int,
+        context: Proposed,
+        questions: list[Proposed],
+        places: list[list[Place]],
     ) -> dict[str, Any]:
         draw = np.random.default_rng([self.config.seed, paragraph.number, copy])
         p = self.config.probability
@@ -107,25 +119,23 @@ class Copier:
             if asked:
                 record["question"] = asked[number]
             if self.config.answers == "keep" and example.answers is not None:
-                record |= self._answers(example, paragraph.context, new)
+                record |= self._answers(example, places[number], new)
             qas.append(record)
         counts["questions"] += len(qas)
         # Of data without titles too, --validation_split knows whose copy it is.
         title = article_of(paragraph.examples[0])
         return {"title": title, "context": new.text, "qas": qas}
 
-    def _answers(self, example: Example, context: str, new: Edited) -> dict[str, Any]:
+    def _answers(self, example: Example, places: list[Place], new: Edited) -> dict[str, Any]:
         """The keys of the answers that have a place in the copy; none where all are lost."""
         if not example.answers:
             return {"answers": [], "is_impossible": True}
         found = []
-        for answer in example.answers:
-            place = locate(context, answer)
-            if isinstance(place, Place):
-                start = new.place(place.start, place.end)
-                if start is not None:
-                    text = new.text[start : start + place.end - place.start]
-                    found.append({"text": text, "answer_start": start})
+        for place in places:
+            start = new.place(place.start, place.end)
+            if start is not None:
+                text = new.text[start : start + place.end - place.start]
+                found.append({"text": text, "answer_start": start})
         if not found:
             self.counts["lost"] += 1
             return {}
